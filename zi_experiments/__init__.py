@@ -1,0 +1,1 @@
+"""Throughput experiments for models larger than the GPU, around DeepSpeed ZeRO-Inference."""

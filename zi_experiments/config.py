@@ -1,0 +1,302 @@
+"""The schema of a run, and the door through which a Hydra configuration becomes a typed `Run`.
+
+Types live here, values in `conf/`: no field below has a default.
+"""
+
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(CompactHydraException, ValueError):
+    """What the user asked for cannot be: one line that says what is wrong and what to type instead."""
+
+
+class OffloadDevice(Enum):
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class CacheDevice(Enum):
+    gpu = "gpu"
+    cpu = "cpu"
+
+
+class DeviceType(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class WeightSource(Enum):
+    random = "random"
+    pretrained = "pretrained"
+
+
+class Profile(Enum):
+    tuned = "tuned"
+    reference = "reference"
+
+
+class TrackingMode(Enum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class Model:
+    name: str
+    path: Optional[str]  # a Hugging Face folder or hub name
+    architecture: Optional[dict[str, Any]]  # the numbers of its config.json; null: read them from path
+
+
+@dataclass
+class Aio:
+    """DeepSpeed's asynchronous I/O. A null takes the profile's value."""
+
+    block_size: Optional[int]
+    queue_depth: Optional[int]
+    intra_op_parallelism: Optional[int]
+    single_submit: Optional[bool]
+    overlap_events: Optional[bool]
+
+
+@dataclass
+class Offload:
+    name: str
+    device: OffloadDevice
+    path: Optional[str]  # null: inside the run's output folder
+    pin_memory: Optional[bool]  # null: whenever host memory allows it
+    buffer_count: Optional[int]
+    buffer_size: Optional[int]  # elements, not bytes
+    use_gds: bool
+    aio: Aio
+
+
+@dataclass
+class Quant:
+    name: str
+    bits: int
+    group_size: Optional[int]
+    group_dim: Optional[int]
+
+
+@dataclass
+class KVCache:
+    device: CacheDevice
+
+
+@dataclass
+class Ceilings:
+    """What the machine can do at best; null: unknown."""
+
+    link_bytes_per_s: Optional[float]
+    hbm_bytes_per_s: Optional[float]
+    flops: Optional[float]
+    disk_bytes_per_s: Optional[float]
+    source: Optional[str]
+
+
+@dataclass
+class Hardware:
+    name: str
+    device: DeviceType
+    gpu: Optional[str]  # what the driver calls it, as a substring
+    num_gpus: int
+    memory_gib: Optional[float]  # GPU memory a run may use; null: all of it
+    host_memory_gib: Optional[float]  # host memory a run may use; null: what is available
+    dtypes: Optional[list[str]]  # 16-bit types it computes, best first; null: ask the device
+    ceilings: Ceilings
+
+
+@dataclass
+class Engine:
+    name: str
+    profile: Profile
+
+
+@dataclass
+class Weights:
+    source: WeightSource
+    seed: int
+    path: Optional[str]
+
+
+@dataclass
+class Workload:
+    batch_size: int  # sequences over all ranks
+    prompt_len: int
+    gen_len: int
+    warmup: int
+    repeats: int
+    seed: int
+
+
+@dataclass
+class Tracking:
+    mode: TrackingMode
+    project: str
+    entity: Optional[str]
+    group: Optional[str]
+    tags: list[str]
+
+
+@dataclass
+class Run:
+    """One run, as composed from `conf/`."""
+
+    name: str
+    model: Model
+    offload: Offload
+    quant: Quant
+    kv_cache: KVCache
+    hardware: Hardware
+    engine: Engine
+    weights: Weights
+    workload: Workload
+    tracking: Tracking
+    plan_only: bool
+
+
+def register() -> None:
+    """Make the schema known to Hydra as `schema`, which `conf/config.yaml` lists first."""
+    ConfigStore.instance().store(name="schema", node=Run)
+    OmegaConf.register_new_resolver("zi.basename", lambda path: Path(path).name if path else "local", replace=True)
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside the package once installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def to_run(cfg: DictConfig) -> Run:
+    """The typed run behind a composed configuration.
+
+    Raises `ConfigError` for a missing value, a key that no schema knows, or choices that cannot go together.
+    """
+    _refuse_stray_keys(cfg, Run, "")
+    try:
+        run: Run = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        message = str(error).splitlines()[0]
+        raise ConfigError(f"{key or 'configuration'}: {message}" + (f": pass {key}=…" if key else "")) from error
+    _validate(run)
+    return run
+
+
+def _refuse_stray_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
+    hints = get_type_hints(schema)
+    known = {field.name for field in fields(schema)}
+    for key in cfg:
+        if key not in known:
+            choices = ", ".join(f"{prefix}{name}" for name in sorted(known))
+            raise ConfigError(f"{prefix}{key} is not a setting (it was added with '+'). Known here: {choices}")
+        kind = hints[str(key)]
+        if get_origin(kind) is Union:
+            kind = get_args(kind)[0]
+        if is_dataclass(kind) and isinstance(kind, type) and not OmegaConf.is_missing(cfg, key):
+            _refuse_stray_keys(cfg._get_node(key), kind, f"{prefix}{key}.")  # type: ignore[arg-type]
+
+
+def _validate(run: Run) -> None:
+    for check in _CHECKS:
+        if problem := check(run):
+            raise ConfigError(problem)
+
+
+def _workload(run: Run) -> str | None:
+    work, ranks = run.workload, run.hardware.num_gpus
+    for name, least in (("batch_size", 1), ("prompt_len", 1), ("gen_len", 1), ("warmup", 0), ("repeats", 1)):
+        if getattr(work, name) < least:
+            return f"workload.{name} must be at least {least}, not {getattr(work, name)}: pass workload.{name}={least}"
+    if ranks < 1:
+        return f"hardware.num_gpus must be at least 1, not {ranks}: pass hardware.num_gpus=1"
+    if work.batch_size % ranks:
+        below = max(ranks, work.batch_size // ranks * ranks)
+        return (
+            f"workload.batch_size={work.batch_size} cannot be shared by {ranks} ranks: "
+            f"pass workload.batch_size={below} or {below + ranks}"
+        )
+    return None
+
+
+def _quant(run: Run) -> str | None:
+    quant = run.quant
+    if quant.bits == 16:
+        if quant.group_size is not None or quant.group_dim is not None:
+            return "quant.group_size and quant.group_dim mean nothing for 16-bit weights: pass quant=int4 or quant=int8"
+        return None
+    if quant.bits not in (4, 8):
+        return f"quant.bits={quant.bits} is not supported: pass quant=int4, quant=int8 or quant=fp16"
+    if quant.group_size is None or quant.group_size < 2:
+        return f"quant.group_size={quant.group_size} is not a group: pass quant.group_size=64"
+    if quant.group_dim not in (0, 1):
+        return f"quant.group_dim={quant.group_dim} is not a dimension of a weight: pass quant.group_dim=1 (or 0)"
+    return None
+
+
+def _offload(run: Run) -> str | None:
+    offload = run.offload
+    if offload.device is not OffloadDevice.nvme:
+        for key in ("path", "buffer_count", "buffer_size"):
+            if getattr(offload, key) is not None:
+                return (
+                    f"offload.{key} is only used with offload=nvme, not offload={offload.device.value}: pass offload=nvme"
+                )
+        if offload.use_gds:
+            return "offload.use_gds=true is only used with offload=nvme: pass offload=nvme"
+    if offload.device is OffloadDevice.none and offload.pin_memory is not None:
+        return "offload.pin_memory means nothing with offload=none: pass offload=cpu"
+    if offload.use_gds and run.hardware.device is DeviceType.cpu:
+        return "offload.use_gds=true needs a CUDA GPU: pass offload.use_gds=false"
+    for key in ("block_size", "queue_depth", "intra_op_parallelism"):
+        value = getattr(offload.aio, key)
+        if value is not None and value < 1:
+            return f"offload.aio.{key} must be at least 1, not {value}"
+    if offload.aio.block_size is not None and offload.aio.block_size % 4096:
+        return f"offload.aio.block_size={offload.aio.block_size} is not a multiple of 4096 bytes: pass 1048576"
+    for key in ("buffer_count", "buffer_size"):
+        value = getattr(offload, key)
+        if value is not None and value < 1:
+            return f"offload.{key} must be at least 1, not {value}"
+    return None
+
+
+def _model(run: Run) -> str | None:
+    model = run.model
+    if model.architecture is None and model.path is None:
+        return "model.path is required with model=local: pass model.path=/models/my-model, or a hub name"
+    if model.architecture is not None and "model_type" not in model.architecture:
+        return "model.architecture.model_type is required: pass +model.architecture.model_type=opt, for example"
+    if run.weights.source is WeightSource.pretrained and run.weights.path is None:
+        return "weights.path is required with weights=pretrained: pass weights.path=/models/my-model, or a hub name"
+    if run.weights.source is WeightSource.random and run.weights.path is not None:
+        return "weights.path is only used with weights=pretrained: pass weights=pretrained"
+    return None
+
+
+def _hardware(run: Run) -> str | None:
+    hardware = run.hardware
+    for key in ("memory_gib", "host_memory_gib"):
+        value = getattr(hardware, key)
+        if value is not None and value <= 0:
+            return f"hardware.{key} must be positive, not {value}"
+    for dtype in hardware.dtypes or []:
+        if dtype not in ("float16", "bfloat16"):
+            return f"hardware.dtypes={hardware.dtypes}: {dtype} is not a 16-bit type: pass [float16] or [bfloat16]"
+    return None
+
+
+_CHECKS = (_model, _workload, _quant, _offload, _hardware)

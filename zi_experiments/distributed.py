@@ -1,0 +1,55 @@
+"""Start torch.distributed for DeepSpeed, inside a worker or in a process of the user's own."""
+
+import socket
+
+from zi_experiments import environment
+
+
+def init(device: str) -> None:
+    """Initialise the back end: NCCL on CUDA, gloo otherwise, and never by way of MPI.
+
+    Outside a launcher (none of RANK, WORLD_SIZE, … set) this process becomes the only rank, on a free port.
+    Raises `RuntimeError` when a launcher has set only some of the variables.
+    """
+    present = environment.distributed_variables()
+    if not present:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        environment.set_variables(alone | {"MASTER_PORT": str(_free_port())})
+    elif len(present) < 5:
+        raise RuntimeError(
+            f"only {', '.join(sorted(present))} of RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set: "
+            "set all of them (torchrun does), or none"
+        )
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().set_device(int(environment.distributed_variables()["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False)
+
+
+def rank() -> int:
+    import torch.distributed
+
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def barrier() -> None:
+    import torch.distributed
+
+    torch.distributed.barrier()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launched_rank() -> int:
+    """The rank that the launcher gave this process, before the back end is up."""
+    return int(environment.distributed_variables().get("RANK", "0"))
+
+
+def launched_local_rank() -> int:
+    """The rank on this machine that the launcher gave this process."""
+    return int(environment.distributed_variables().get("LOCAL_RANK", "0"))

@@ -1,0 +1,44 @@
+"""Engines: each loads a planned model and generates with it. One file each, found by the name of its YAML file."""
+
+from importlib import import_module
+from typing import Any, Protocol
+
+from zi_experiments.config import ConfigError
+from zi_experiments.plan import Plan
+from zi_experiments.progress import Progress
+
+
+class Session(Protocol):
+    """A loaded model on one rank."""
+
+    model: Any  # the Hugging Face module, in eval mode
+
+    def generate(self, input_ids: Any, gen_len: int, streamer: Any) -> Any:
+        """Generate exactly `gen_len` tokens greedily.
+
+        `input_ids` is int64 of shape (sequences of this rank, prompt_len); returns (sequences, prompt_len + gen_len).
+        """
+
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    def config(self, plan: Plan, scratch: str | None) -> dict[str, Any]:
+        """The engine's own configuration for a plan, as it goes into the record."""
+
+    def prepare(self, plan: Plan, progress: Progress) -> None:
+        """What must happen once before loading and is not part of its time: builds, the distributed back end."""
+
+    def load(self, plan: Plan, config: dict[str, Any], progress: Progress) -> Session:
+        """Load the planned model in this worker process."""
+
+
+def get(name: str) -> Engine:
+    """The engine of that name."""
+    module = f"{__name__}.{name}"
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ConfigError(f"engine.name={name} is not an engine: pass engine=deepspeed") from error

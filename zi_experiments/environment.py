@@ -1,0 +1,147 @@
+"""What surrounds a run: versions, revision, devices, command. The only reader of environment variables."""
+
+import netrc
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+PACKAGES = (
+    "zi_experiments",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "accelerate",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+)
+
+
+def describe(machine: Any) -> dict[str, Any]:
+    """Versions, processor, memory and GPU of this machine, as they go into the record."""
+    import psutil
+
+    return {
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "hostname": platform.node(),
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "host_memory_bytes": psutil.virtual_memory().total,
+        "device": machine.device,
+        "gpu": machine.gpu_name,
+        "gpu_memory_bytes": machine.gpu_memory_bytes,
+        "gpus_visible": machine.gpus_visible,
+        "driver": machine.driver,
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "torch_extensions_dir": os.environ.get("TORCH_EXTENSIONS_DIR"),
+    }
+
+
+def command() -> str:
+    """The command line, ready to be typed again."""
+    module = Path(sys.argv[0]).name == "__main__.py"
+    return shlex.join((["python", "-m", "zi_experiments"] if module else [Path(sys.argv[0]).name]) + sys.argv[1:])
+
+
+def git_revision() -> str | None:
+    """Revision of the checkout this code runs from, with `-dirty` when it has changes; None outside one."""
+    folder = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() if tracked.returncode == 0 else None
+
+
+def first_visible_gpu() -> str | int:
+    """The first GPU that CUDA shows this process: an index, or a UUID when the user named one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    return int(visible) if visible.isdigit() else (visible or 0)
+
+
+def worker_environment(cuda: bool) -> dict[str, str]:
+    """Variables that a worker needs and that the user has not set."""
+    wanted = {"DS_SKIP_CUDA_CHECK": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if cuda:
+        # without it every pinned block is rounded up to a power of two: up to twice the host memory
+        wanted["PYTORCH_ALLOC_CONF"] = "pinned_max_round_threshold_mb:1"
+    else:
+        wanted["DS_ACCELERATOR"] = "cpu"
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def distributed_variables() -> dict[str, str]:
+    """The launcher variables that are set, of those that torch.distributed reads."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def set_variables(values: dict[str, str]) -> None:
+    """Set variables of this process, which DeepSpeed reads."""
+    os.environ.update(values)
+
+
+@contextmanager
+def variables(values: dict[str, str]) -> Iterator[None]:
+    """Set variables for the processes that are started meanwhile, and put everything back."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def path_list(variable: str) -> list[str]:
+    """The folders in a variable such as CPATH."""
+    return [part for part in os.environ.get(variable, "").split(os.pathsep) if part]
+
+
+def wandb_mode() -> str:
+    """What `tracking.mode=auto` means here: WANDB_MODE when it is set, online when logged in, else offline."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return "online"
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    file = os.environ.get("NETRC") or Path.home() / ".netrc"
+    try:
+        return "online" if netrc.netrc(file).authenticators(host) else "offline"
+    except (OSError, netrc.NetrcParseError):
+        return "offline"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,58 @@
+"""Peaks of host memory and disk while a run lasts, seen from the launcher so that they survive the workers."""
+
+import threading
+from pathlib import Path
+
+import psutil
+
+_INTERVAL_S = 0.2
+
+
+class Monitor:
+    """Samples, while it is entered, the memory of this process and all its descendants, and the size of a folder.
+
+    `host_peak_bytes` is the largest sum of their resident sets; `disk_peak_bytes` the largest size of the folder.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
+        self.host_peak_bytes = 0
+        self.disk_peak_bytes = 0
+
+    def __enter__(self) -> "Monitor":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._done.wait(_INTERVAL_S):
+            self.host_peak_bytes = max(self.host_peak_bytes, _resident_bytes())
+            if self._folder is not None:
+                self.disk_peak_bytes = max(self.disk_peak_bytes, _folder_bytes(self._folder))
+
+
+def _resident_bytes() -> int:
+    this = psutil.Process()
+    total = 0
+    for process in (this, *this.children(recursive=True)):
+        try:
+            total += process.memory_info().rss
+        except psutil.Error:
+            continue  # it has just ended
+    return total
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            stat = path.stat()
+        except OSError:
+            continue  # it has just been removed
+        total += stat.st_blocks * 512
+    return total

@@ -1,0 +1,315 @@
+"""`Run + Architecture + Machine → Plan`: dtype, what is stored where, whether it fits, and the bound. Pure."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+
+from zi_experiments.architecture import Architecture, Parameter
+from zi_experiments.config import ConfigError, OffloadDevice, Profile, Run
+from zi_experiments.hardware import Machine
+
+ELEMENT_BYTES = 2  # every run computes in a 16-bit type
+MIN_SWAP_BYTES = 1 << 20  # DeepSpeed keeps smaller parameters in memory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where the weights live between passes, in bytes over all ranks."""
+
+    gpu_bytes: int
+    cpu_bytes: int
+    nvme_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bound:
+    """No run of this plan can be faster, as far as the ceilings are known; None where they are not."""
+
+    prefill_s: float | None
+    decode_step_s: float | None
+    limited_by: str | None  # what bounds a decode step: "link", "disk", "hbm" or "flops"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that is decided before anything is loaded."""
+
+    run: Run
+    architecture: Architecture
+    machine: Machine
+    dtype: str
+    pin_memory: bool
+
+    def is_quantized(self, parameter: Parameter) -> bool:
+        return self.run.quant.bits < 16 and parameter.quantizable
+
+    def stored_numel(self, parameter: Parameter) -> int:
+        """16-bit elements that one parameter takes in DeepSpeed's storage, over all ranks.
+
+        A quantized weight holds its packed integers, then a 16-bit scale and a 16-bit minimum per group.
+        """
+        if not self.is_quantized(parameter):
+            return parameter.numel
+        quant = self.run.quant
+        assert quant.group_size is not None
+        return parameter.numel * quant.bits // 16 + 2 * (parameter.numel // quant.group_size)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        return ELEMENT_BYTES * sum(self.stored_numel(p) for p in self.architecture.parameters)
+
+    @cached_property
+    def quantized_fraction(self) -> float:
+        """Share of the model's parameters that are stored quantized."""
+        quantized = sum(p.numel for p in self.architecture.parameters if self.is_quantized(p))
+        return quantized / self.architecture.num_parameters
+
+    @cached_property
+    def kv_cache_bytes(self) -> int:
+        """Keys and values of all sequences at full length, over all ranks."""
+        work = self.run.workload
+        tokens = work.batch_size * (work.prompt_len + work.gen_len)
+        return ELEMENT_BYTES * tokens * self.architecture.kv_elements_per_token()
+
+    @cached_property
+    def layer_numel(self) -> int:
+        """Stored elements of the largest-possible decoder layer: their mean, since layers are of one class."""
+        in_layers = sum(self.stored_numel(p) for p in self.architecture.parameters if p.in_layers)
+        return ceil(in_layers / self.architecture.num_layers)
+
+    @cached_property
+    def outside_numel(self) -> int:
+        """Stored elements of embeddings, head and final norm."""
+        return sum(self.stored_numel(p) for p in self.architecture.parameters if not p.in_layers)
+
+    @property
+    def persistence_numel(self) -> int:
+        """Parameters of at most this many stored elements stay on the GPU."""
+        if self.run.engine.profile is Profile.reference:
+            return self.architecture.hidden_size
+        # biases and norms: copying each on demand costs more than its bytes
+        return max((p.numel for p in self.architecture.parameters if len(p.shape) == 1), default=0)
+
+    @property
+    def swap_block_bytes(self) -> int:
+        """Block size of asynchronous I/O."""
+        reference = 16 * MIN_SWAP_BYTES
+        default = reference if self.run.engine.profile is Profile.reference else MIN_SWAP_BYTES
+        return self.run.offload.aio.block_size or default
+
+    def swapped(self) -> list[Parameter]:
+        """The parameters that DeepSpeed puts on disk: those whose partition is at least a block and 1 MiB."""
+        if self.run.offload.device is not OffloadDevice.nvme:
+            return []
+        least = max(MIN_SWAP_BYTES, self.swap_block_bytes)
+        ranks = self.run.hardware.num_gpus
+        return [
+            p for p in self.architecture.parameters if ceil(self.stored_numel(p) / ranks) * ELEMENT_BYTES >= least
+        ]
+
+    @cached_property
+    def placement(self) -> Placement:
+        everything = self.weight_bytes
+        if self.run.offload.device is OffloadDevice.none:
+            on_cpu = self.machine.device == "cpu"
+            return Placement(gpu_bytes=0 if on_cpu else everything, cpu_bytes=everything if on_cpu else 0, nvme_bytes=0)
+        nvme = ELEMENT_BYTES * sum(self.stored_numel(p) for p in self.swapped())
+        gpu = everything - nvme - self._host_bytes()
+        return Placement(gpu_bytes=gpu, cpu_bytes=everything - nvme - gpu, nvme_bytes=nvme)
+
+    @cached_property
+    def streamed_bytes_per_pass(self) -> int:
+        """Bytes that cross from host memory to the device in one forward pass, over all ranks."""
+        if self.run.offload.device is OffloadDevice.none:
+            return 0
+        return self.placement.cpu_bytes + self.placement.nvme_bytes
+
+    def _host_bytes(self) -> int:
+        swapped = {p.name for p in self.swapped()}
+        return ELEMENT_BYTES * sum(
+            self.stored_numel(p)
+            for p in self.architecture.parameters
+            if p.name not in swapped and self.stored_numel(p) > self.persistence_numel
+        )
+
+    @cached_property
+    def buffer_numel(self) -> int:
+        """Elements of one NVMe buffer: the largest partition on disk."""
+        if self.run.offload.buffer_size is not None:
+            return self.run.offload.buffer_size
+        if self.run.engine.profile is Profile.reference:
+            return self._reference_buffers[1]
+        ranks = self.run.hardware.num_gpus
+        return max((ceil(self.stored_numel(p) / ranks) for p in self.swapped()), default=MIN_SWAP_BYTES)
+
+    @cached_property
+    def buffer_count(self) -> int:
+        """NVMe buffers: two layers' parameters, so that one is read while the other is used, and the rest of the model."""
+        if self.run.offload.buffer_count is not None:
+            return self.run.offload.buffer_count
+        if self.run.engine.profile is Profile.reference:
+            return self._reference_buffers[0]
+        in_layers = sum(p.in_layers for p in self.swapped())
+        outside = len(self.swapped()) - in_layers
+        return 2 * ceil(in_layers / self.architecture.num_layers) + outside + 1
+
+    @property
+    def _reference_buffers(self) -> tuple[int, int]:
+        """Count and size, in elements, that the reference script uses."""
+        if self.architecture.model_type == "bloom":
+            return (3, 8 << 30) if self.run.offload.use_gds else (5, 9 << 30)
+        if self.architecture.model_type == "mixtral":
+            return (10, 1 << 30)
+        return (5, 2 << 30)
+
+    def buffer_bytes_host(self) -> int:
+        """Host memory of the NVMe buffers, over all ranks; with GPUDirect Storage they are on the GPU."""
+        if not self.swapped() or self.run.offload.use_gds:
+            return 0
+        return self.buffer_numel * self.buffer_count * ELEMENT_BYTES * self.run.hardware.num_gpus
+
+    @cached_property
+    def live_layers(self) -> int:
+        """Decoder layers that may be on the GPU at once: the one that computes and those on their way."""
+        layer = self.layer_numel * ELEMENT_BYTES
+        memory = self.machine.gpu_memory_bytes
+        if memory is None:
+            return 4
+        room = memory - self.kv_cache_bytes - self.outside_numel * ELEMENT_BYTES
+        return max(2, min(4, room // (2 * layer)))
+
+    @cached_property
+    def bound(self) -> Bound:
+        """The plan's lower bound on time. Sources: the roofline model, with a link and a disk beside memory and arithmetic.
+
+        A pass takes at least streamed bytes / link, disk bytes / disk rate, and weights + keys and values / HBM;
+        arithmetic takes 2 · parameters · tokens, plus 2 · B · P² · h · L for causal attention in prefill.
+        """
+        work, ranks, rates = self.run.workload, self.run.hardware.num_gpus, self.machine.ceilings
+        arch = self.architecture
+        traffic = {
+            "link": _over(self.streamed_bytes_per_pass, rates.link_bytes_per_s, ranks),
+            "disk": _over(self.placement.nvme_bytes, rates.disk_bytes_per_s, 1),
+        }
+        kv = self.kv_cache_bytes * work.prompt_len // (work.prompt_len + work.gen_len)
+        flops_per_token = 2 * self._active_numel()
+        decode = traffic | {
+            "hbm": _over(self.weight_bytes + kv, rates.hbm_bytes_per_s, ranks),
+            "flops": _over(flops_per_token * work.batch_size, rates.flops, ranks),
+        }
+        attention = 2 * work.batch_size * work.prompt_len**2 * arch.hidden_size * arch.num_layers
+        tokens = work.batch_size * work.prompt_len
+        prefill = traffic | {"flops": _over(flops_per_token * tokens + attention, rates.flops, ranks)}
+        known = {name: seconds for name, seconds in decode.items() if seconds}
+        return Bound(
+            prefill_s=max((seconds for seconds in prefill.values() if seconds), default=None),
+            decode_step_s=max(known.values(), default=None),
+            limited_by=max(known, key=lambda name: known[name], default=None),
+        )
+
+    def _active_numel(self) -> int:
+        """Weights of the decoder layers that one token is multiplied with; of experts, those it is routed to."""
+        routed = getattr(self.architecture.config.get_text_config(), "num_experts_per_tok", None)
+        total = 0
+        for p in self.architecture.parameters:
+            if p.in_layers and len(p.shape) == 3 and routed:
+                total += p.numel // p.shape[0] * routed
+            elif p.in_layers and len(p.shape) > 1:
+                total += p.numel
+        return total
+
+
+def _over(amount: float, rate: float | None, devices: int) -> float | None:
+    return amount / (rate * devices) if rate else None
+
+
+def build(run: Run, architecture: Architecture, machine: Machine) -> Plan:
+    """The plan of a run. Raises `ConfigError`, with numbers and a way out, when it cannot work or fit."""
+    _check_lengths(run, architecture)
+    _check_groups(run, architecture)
+    plan = Plan(
+        run=run,
+        architecture=architecture,
+        machine=machine,
+        dtype=choose_dtype(architecture, machine),
+        pin_memory=False,
+    )
+    _check_fit(plan)
+    return Plan(run=run, architecture=architecture, machine=machine, dtype=plan.dtype, pin_memory=_pin(plan))
+
+
+def choose_dtype(architecture: Architecture, machine: Machine) -> str:
+    """The configuration's 16-bit type where the device computes it, else the device's best."""
+    return architecture.dtype if architecture.dtype in machine.dtypes else machine.dtypes[0]
+
+
+def _pin(plan: Plan) -> bool:
+    """Whether weights in host memory are pinned: as asked, or (tuned) when they leave a tenth of it free."""
+    offload = plan.run.offload
+    if plan.machine.device != "cuda" or offload.device is OffloadDevice.none:
+        return False
+    if offload.pin_memory is not None:
+        return offload.pin_memory
+    if plan.run.engine.profile is Profile.reference:
+        return False
+    return plan.placement.cpu_bytes < 0.9 * plan.machine.host_memory_bytes
+
+
+def _check_lengths(run: Run, architecture: Architecture) -> None:
+    work, longest = run.workload, architecture.max_positions
+    if longest is not None and work.prompt_len + work.gen_len > longest:
+        raise ConfigError(
+            f"workload.prompt_len={work.prompt_len} and workload.gen_len={work.gen_len} exceed the {longest} positions of "
+            f"{run.model.name}: pass workload.prompt_len={max(1, longest - work.gen_len)} or less"
+        )
+
+
+def _check_groups(run: Run, architecture: Architecture) -> None:
+    quant = run.quant
+    if quant.bits == 16:
+        return
+    assert quant.group_size is not None
+    assert quant.group_dim is not None
+    sizes = {p.shape[quant.group_dim] for p in architecture.parameters if p.quantizable}
+    for p in architecture.parameters:
+        if p.quantizable and (p.shape[quant.group_dim] % quant.group_size or p.shape[-1] % 2):
+            working = [g for g in (256, 128, 64, 32, 16, 8) if all(size % g == 0 for size in sizes)]
+            advice = f"pass quant.group_size={working[0]}" if working else "pass quant=fp16"
+            raise ConfigError(
+                f"quant.group_size={quant.group_size} does not divide dimension {quant.group_dim} of {p.name} "
+                f"{list(p.shape)}: {advice}"
+            )
+
+
+def _check_fit(plan: Plan) -> None:
+    run, machine, placement = plan.run, plan.machine, plan.placement
+    host_needed = placement.cpu_bytes + plan.buffer_bytes_host()
+    if host_needed > machine.host_memory_bytes:
+        smaller = "" if run.quant.bits == 4 else " or quant=int4"
+        elsewhere = "offload=nvme" if run.offload.device is OffloadDevice.cpu else "a smaller model"
+        raise ConfigError(
+            f"{run.model.name} needs {_gb(host_needed)} of host memory and {_gb(machine.host_memory_bytes)} are available: "
+            f"pass {elsewhere}{smaller}"
+        )
+    memory = machine.gpu_memory_bytes
+    if memory is None:
+        return
+    ranks = run.hardware.num_gpus
+    kv = plan.kv_cache_bytes // ranks if run.kv_cache.device.value == "gpu" else 0
+    live = 0 if run.offload.device is OffloadDevice.none else 2 * plan.layer_numel * ELEMENT_BYTES
+    weights = placement.gpu_bytes // ranks
+    if weights + live > memory:
+        raise ConfigError(
+            f"{run.model.name} needs {_gb(weights + live)} on each GPU for weights and each has {_gb(memory)}: "
+            "pass offload=cpu" + ("" if run.quant.bits == 4 else " or quant=int4")
+        )
+    if weights + live + kv > memory:
+        batch = max(1, int((memory - weights - live) / (kv / run.workload.batch_size)) // ranks * ranks)
+        raise ConfigError(
+            f"keys and values of {run.workload.batch_size} sequences take {_gb(kv)} on each GPU, beside {_gb(weights + live)} "
+            f"of weights, and each has {_gb(memory)}: pass workload.batch_size={batch}, or kv_cache=cpu"
+        )
+
+
+def _gb(amount: int) -> str:
+    return f"{amount / 1e9:.1f} GB"

@@ -1,0 +1,168 @@
+"""What a worker is doing, told to the launcher, and what the launcher shows of it: bars in a terminal, lines in a log."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bars
+
+_EVENT_INTERVAL_S = 0.1
+_LINE_INTERVAL_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A phase that began, advanced or ended."""
+
+    phase: str
+    completed: int
+    total: int
+    unit: str  # "bytes", or a plural noun
+    ended: bool = False
+
+
+class Channel(Protocol):
+    def put(self, item: Any) -> None: ...
+    def get(self) -> Any: ...
+
+
+class Progress:
+    """The worker's side. Events go out at most ten times a second, but for the first and last of a phase."""
+
+    def __init__(self, send: Callable[[Event], None]) -> None:
+        self._send = send
+        self._phase = Event("", 0, 0, "")
+        self._sent_at = 0.0
+
+    def begin(self, phase: str, total: int, unit: str) -> None:
+        self.end()
+        self._set(Event(phase, 0, total, unit), force=True)
+
+    def advance(self, amount: int = 1) -> None:
+        now = self._phase
+        self._set(Event(now.phase, min(now.total, now.completed + amount), now.total, now.unit))
+
+    def end(self) -> None:
+        now = self._phase
+        if now.phase:
+            self._set(Event(now.phase, now.total, now.total, now.unit, ended=True), force=True)
+        self._phase = Event("", 0, 0, "")
+
+    def _set(self, event: Event, force: bool = False) -> None:
+        self._phase = event
+        if force or time.monotonic() - self._sent_at > _EVENT_INTERVAL_S:
+            self._sent_at = time.monotonic()
+            self._send(event)
+
+
+def silent() -> Progress:
+    """A progress that tells nobody: for ranks other than the first, and for use as a library."""
+    return Progress(lambda event: None)
+
+
+class Display:
+    """The launcher's side: shows events from a channel until it is closed. Use as a context manager."""
+
+    def __init__(self, channel: Channel, console: Console) -> None:
+        self._channel = channel
+        self._show: _Bars | _Lines = _Bars(console) if console.is_terminal else _Lines(console)
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self.last: Event | None = None
+
+    def __enter__(self) -> "Display":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._channel.put(None)
+        # a worker killed in the middle of a message can leave the reader waiting for its end
+        self._thread.join(timeout=1.0)
+        self._show.close()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                event = self._channel.get()
+            except (EOFError, OSError, queue.Empty):
+                return
+            if event is None:
+                return
+            self.last = event
+            self._show.event(event)
+
+
+class _Bars:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Bars | None = None
+        self._phase = ""
+
+    def event(self, event: Event) -> None:
+        if event.phase != self._phase or self._bars is None:
+            self.close()
+            self._phase = event.phase
+            amount: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn(event.unit)]
+            if event.unit == "bytes":
+                amount = [DownloadColumn(), TransferSpeedColumn()]
+            self._bars = Bars(
+                TextColumn("{task.description:<12}"),
+                BarColumn(),
+                *amount,
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bars.add_task(event.phase, total=event.total)
+            self._bars.start()
+        self._bars.update(self._bars.task_ids[0], completed=event.completed)
+
+    def close(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+
+class _Lines:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._phase = ""
+        self._began = self._printed = 0.0
+
+    def event(self, event: Event) -> None:
+        now = time.monotonic()
+        if event.phase != self._phase:
+            self._phase, self._began, self._printed = event.phase, now, now
+            self._console.print(f"{event.phase}: {_amount(event.total, event.unit)}", highlight=False)
+            return
+        elapsed = now - self._began
+        if event.ended:
+            self._console.print(f"{event.phase}: done in {elapsed:.1f} s", highlight=False)
+        elif now - self._printed > _LINE_INTERVAL_S:
+            self._printed = now
+            left = elapsed * (event.total - event.completed) / max(1, event.completed)
+            rate = _amount(round(event.completed / elapsed), event.unit)
+            done = f"{100 * event.completed / event.total:.0f} %"
+            self._console.print(f"{event.phase}: {done}, {rate}/s, {left:.0f} s left", highlight=False)
+
+    def close(self) -> None:
+        pass
+
+
+def _amount(amount: int, unit: str) -> str:
+    if unit != "bytes":
+        return f"{amount} {unit}"
+    return f"{amount / 1e9:.1f} GB" if amount >= 1e8 else f"{amount / 1e6:.1f} MB"

@@ -1,0 +1,87 @@
+"""The record of a run: what was asked, what was planned, what was measured or what went wrong. One JSON form."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from zi_experiments.measure import Samples
+from zi_experiments.metrics import Metrics
+from zi_experiments.plan import Plan
+
+SCHEMA_VERSION = 1
+
+Status = Literal["ok", "refused", "oom", "killed", "error"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """Why a run did not end well."""
+
+    type: str
+    message: str
+    hint: str | None = None
+    traceback: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunInfo:
+    id: str
+    name: str
+    group: str | None
+    started_at: str  # ISO 8601, UTC
+    finished_at: str | None
+    command: str
+    git_revision: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One run. Frozen: a later stage makes a new one with `dataclasses.replace`."""
+
+    run: RunInfo
+    folder: str
+    choices: dict[str, str | None]
+    config: dict[str, Any]
+    status: Status = "error"
+    error: Failure | None = None
+    ds_config: dict[str, Any] | None = None
+    plan: Plan | None = None
+    environment: dict[str, Any] | None = None
+    samples: Samples | None = None
+    metrics: Metrics | None = None
+    verification: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: `result.json`, schema version 1. Bytes are bytes and seconds are seconds; nothing is rounded."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "status": self.status,
+            "error": asdict(self.error) if self.error else None,
+            "run": asdict(self.run),
+            "choices": self.choices,
+            "config": self.config,
+            "ds_config": self.ds_config,
+            "plan": describe_plan(self.plan) if self.plan else None,
+            "environment": self.environment,
+            "samples": self.samples.to_dict() if self.samples else None,
+            "metrics": asdict(self.metrics) if self.metrics and self.status == "ok" else None,
+            "verification": self.verification,
+        }
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """The JSON form of a plan."""
+    arch = plan.architecture
+    return {
+        "device": plan.machine.device,
+        "dtype": plan.dtype,
+        "pin_memory": plan.pin_memory,
+        "num_parameters": arch.num_parameters,
+        "num_layers": arch.num_layers,
+        "layer_class": arch.layer_class,
+        "quantized_fraction": plan.quantized_fraction,
+        "weight_bytes": plan.weight_bytes,
+        "kv_cache_bytes": plan.kv_cache_bytes,
+        "placement": asdict(plan.placement),
+        "streamed_bytes_per_pass": plan.streamed_bytes_per_pass,
+        "bound": asdict(plan.bound) | {"source": plan.machine.ceilings.source},
+    }

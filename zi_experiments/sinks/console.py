@@ -1,0 +1,104 @@
+"""What people read: the plan before a run, and a table after it."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from zi_experiments.plan import Plan
+from zi_experiments.record import Record
+from zi_experiments.sinks.result_file import NAME
+
+
+class ConsoleSink:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def open(self, record: Record) -> None:
+        assert record.plan is not None
+        show_plan(record.run.name, record.plan, self._console)
+
+    def write(self, record: Record) -> None:
+        if record.status == "ok":
+            self._table(record)
+        elif record.error is not None:
+            self._console.print(f"[bold red]{record.status}[/]", end=" ")
+            self._console.print(f"{record.run.name}: {record.error.message}", markup=False, highlight=False)
+            if record.error.traceback and record.status == "error":
+                self._console.print(record.error.traceback.rstrip(), style="dim", markup=False, highlight=False)
+            if record.error.hint:
+                self._console.print(record.error.hint, markup=False, highlight=False)
+        self._console.print(f"record: {display_path(Path(record.folder) / NAME)}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+    def _table(self, record: Record) -> None:
+        metrics, plan = record.metrics, record.plan
+        assert metrics is not None
+        assert plan is not None
+        work = plan.run.workload
+        shape = f"{work.batch_size} × ({work.prompt_len} + {work.gen_len}) tokens"
+        table = Table(title=f"{record.run.name}: {shape}, {plan.dtype} on {plan.machine.gpu_name or 'CPU'}")
+        table.add_column("")
+        table.add_column("value", justify="right")
+        table.add_column("smallest to largest pass", justify="right")
+        for label, name in (("prefill", "prefill_tok_per_s"), ("decode", "decode_tok_per_s")):
+            value = getattr(metrics, name)
+            if value is not None:
+                low, high = metrics.spread[name]
+                table.add_row(label, f"{value:,.2f} tok/s", f"{low:,.2f} to {high:,.2f}")
+        table.add_row("time to first token", _seconds(metrics.ttft_s))
+        if metrics.tpot_p50_s is not None and metrics.tpot_p99_s is not None:
+            table.add_row("time per token, p50 / p99", f"{_seconds(metrics.tpot_p50_s)} / {_seconds(metrics.tpot_p99_s)}")
+        if metrics.link_bytes_per_s:
+            table.add_row("weights over the link", f"{metrics.link_bytes_per_s / 1e9:.1f} GB/s")
+        if metrics.fraction_of_bound is not None:
+            table.add_row(f"of the bound ({plan.bound.limited_by})", f"{100 * metrics.fraction_of_bound:.0f} %")
+        for label, peak in (
+            ("GPU peak", metrics.gpu_peak_bytes),
+            ("host peak", metrics.host_peak_bytes),
+            ("disk peak", metrics.disk_peak_bytes),
+        ):
+            if peak:
+                table.add_row(label, gigabytes(peak))
+        table.add_row("loaded in", _seconds(metrics.load_s))
+        self._console.print(table)
+
+
+def show_plan(name: str, plan: Plan, console: Console) -> None:
+    """Say in a few lines what a run is about to do."""
+    arch, place = plan.architecture, plan.placement
+    where = [("GPU", place.gpu_bytes), ("host", place.cpu_bytes), ("disk", place.nvme_bytes)]
+    split = ", ".join(f"{gigabytes(amount)} {label}" for label, amount in where if amount)
+    pinned = " (pinned)" if plan.pin_memory else ""
+    lines = [
+        f"[bold]{name}[/]: {arch.num_parameters / 1e9:.2f} B parameters, {arch.num_layers} layers of "
+        f"{arch.layer_class.rpartition('.')[2]}, {plan.dtype} on {plan.machine.gpu_name or plan.machine.device}",
+        f"weights {gigabytes(plan.weight_bytes)} ({split}{pinned}), keys and values {gigabytes(plan.kv_cache_bytes)}",
+    ]
+    if plan.run.quant.bits < 16:
+        share = f"{100 * plan.quantized_fraction:.0f} % of the parameters quantized to {plan.run.quant.bits} bits"
+        lines.append(share if plan.quantized_fraction >= 0.9 else f"[yellow]only {share}: the rest stays 16-bit[/]")
+    if plan.bound.decode_step_s:
+        lines.append(
+            f"a decode step takes at least {_seconds(plan.bound.decode_step_s)}, limited by the {plan.bound.limited_by}"
+        )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def display_path(path: Path) -> str:
+    """A path as one would type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def gigabytes(amount: int) -> str:
+    return f"{amount / 1e9:.2f} GB" if amount >= 1e8 else f"{amount / 1e6:.1f} MB"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"

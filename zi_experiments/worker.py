@@ -1,0 +1,95 @@
+"""What one worker process does: load, warm up, measure. The only part of a run that touches devices."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from zi_experiments import distributed, engines, workload
+from zi_experiments.measure import Samples, measure_passes
+from zi_experiments.plan import Plan
+from zi_experiments.progress import Channel, Progress, silent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """What a worker brings back."""
+
+    samples: Samples
+    gpu_peak_bytes: int  # of this rank's GPU while measuring; 0 without one
+
+
+@record
+def main(plan: Plan, config: dict[str, Any], channel: Channel) -> Measurement:
+    """Entry point of a worker process, started by torch's elastic launcher with its variables set."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    first = distributed.launched_rank() == 0
+    progress = Progress(channel.put) if first else silent()
+    _limit_gpu_memory(plan)
+    engine = engines.get(plan.run.engine.name)
+    engine.prepare(plan, progress)
+    began = time.perf_counter()
+    session = engine.load(plan, config, progress)
+    load_s = time.perf_counter() - began
+    try:
+        return _measure(plan, session, load_s, progress)
+    finally:
+        session.close()
+
+
+def _measure(plan: Plan, session: engines.Session, load_s: float, progress: Progress) -> Measurement:
+    work = plan.run.workload
+    ids = workload.prompts(
+        batch_size=work.batch_size,
+        prompt_len=work.prompt_len,
+        vocab_size=plan.architecture.config.get_text_config().vocab_size,
+        seed=work.seed,
+        rank=distributed.rank(),
+        ranks=plan.run.hardware.num_gpus,
+    )
+    warmup = measure_passes(
+        session,
+        ids,
+        work.gen_len,
+        count=work.warmup,
+        phase="warm-up",
+        progress=progress,
+        before_each=distributed.barrier,
+    )
+    _reset_gpu_peak(plan)
+    measured = measure_passes(
+        session,
+        ids,
+        work.gen_len,
+        count=work.repeats,
+        phase="measure",
+        progress=progress,
+        before_each=distributed.barrier,
+    )
+    samples = Samples(load_s=load_s, warmup=warmup, measured=measured)
+    return Measurement(samples=samples, gpu_peak_bytes=_gpu_peak(plan))
+
+
+def _limit_gpu_memory(plan: Plan) -> None:
+    import torch
+
+    machine = plan.machine
+    if machine.gpu_memory_is_capped and machine.gpu_memory_bytes is not None:
+        device = distributed.launched_local_rank()
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, machine.gpu_memory_bytes / total), device)
+
+
+def _reset_gpu_peak(plan: Plan) -> None:
+    import torch
+
+    if plan.machine.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _gpu_peak(plan: Plan) -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if plan.machine.device == "cuda" else 0
