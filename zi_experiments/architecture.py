@@ -41,6 +41,7 @@ class Architecture:
     max_positions: int | None
     layer_class: str  # dotted path of the decoder layer's class
     parameters: tuple[Parameter, ...] = field(repr=False)
+    tied: tuple[Parameter, ...] = field(repr=False)  # made like the others, then replaced by the one they are tied to
 
     @property
     def num_parameters(self) -> int:
@@ -127,15 +128,16 @@ def describe(config: Any) -> Architecture:
     quantizable = {
         f"{name}.weight" for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)
     }
-    parameters = tuple(
-        Parameter(
+    everything = {
+        name: Parameter(
             name=name,
             shape=tuple(parameter.shape),
             quantizable=name in quantizable,
             in_layers=name.startswith(f"{layers_name}."),
         )
-        for name, parameter in model.named_parameters()
-    )
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    unique = {name for name, _ in model.named_parameters()}
     layer = type(layers[0])
     heads = text.num_attention_heads
     return Architecture(
@@ -149,7 +151,8 @@ def describe(config: Any) -> Architecture:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         max_positions=getattr(text, "max_position_embeddings", None),
         layer_class=f"{layer.__module__}.{layer.__qualname__}",
-        parameters=parameters,
+        parameters=tuple(parameter for name, parameter in everything.items() if name in unique),
+        tied=tuple(parameter for name, parameter in everything.items() if name not in unique),
     )
 
 
@@ -166,7 +169,9 @@ def decoder_layers(model: Any) -> tuple[str, Any]:
         if isinstance(module, nn.ModuleList) and len(module) and len({type(child) for child in module}) == 1
     ]
     if not lists:
-        raise ConfigError(f"{type(model).__name__} has no list of decoder layers: it cannot be offloaded layer by layer")
+        raise ConfigError(
+            f"{type(model).__name__} has no list of decoder layers: it cannot be offloaded layer by layer"
+        )
     return max(lists, key=lambda item: weight(item[1]))
 
 

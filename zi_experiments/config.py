@@ -6,7 +6,7 @@ Types live here, values in `conf/`: no field below has a default.
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
@@ -55,29 +55,29 @@ class TrackingMode(Enum):
 @dataclass
 class Model:
     name: str
-    path: Optional[str]  # a Hugging Face folder or hub name
-    architecture: Optional[dict[str, Any]]  # the numbers of its config.json; null: read them from path
+    path: str | None  # a Hugging Face folder or hub name
+    architecture: dict[str, Any] | None  # the numbers of its config.json; null: read them from path
 
 
 @dataclass
 class Aio:
     """DeepSpeed's asynchronous I/O. A null takes the profile's value."""
 
-    block_size: Optional[int]
-    queue_depth: Optional[int]
-    intra_op_parallelism: Optional[int]
-    single_submit: Optional[bool]
-    overlap_events: Optional[bool]
+    block_size: int | None
+    queue_depth: int | None
+    intra_op_parallelism: int | None
+    single_submit: bool | None
+    overlap_events: bool | None
 
 
 @dataclass
 class Offload:
     name: str
     device: OffloadDevice
-    path: Optional[str]  # null: inside the run's output folder
-    pin_memory: Optional[bool]  # null: whenever host memory allows it
-    buffer_count: Optional[int]
-    buffer_size: Optional[int]  # elements, not bytes
+    path: str | None  # null: inside the run's output folder
+    pin_memory: bool | None  # null: whenever host memory allows it
+    buffer_count: int | None
+    buffer_size: int | None  # elements, not bytes
     use_gds: bool
     aio: Aio
 
@@ -86,8 +86,8 @@ class Offload:
 class Quant:
     name: str
     bits: int
-    group_size: Optional[int]
-    group_dim: Optional[int]
+    group_size: int | None
+    group_dim: int | None
 
 
 @dataclass
@@ -99,22 +99,22 @@ class KVCache:
 class Ceilings:
     """What the machine can do at best; null: unknown."""
 
-    link_bytes_per_s: Optional[float]
-    hbm_bytes_per_s: Optional[float]
-    flops: Optional[float]
-    disk_bytes_per_s: Optional[float]
-    source: Optional[str]
+    link_bytes_per_s: float | None
+    hbm_bytes_per_s: float | None
+    flops: float | None
+    disk_bytes_per_s: float | None
+    source: str | None
 
 
 @dataclass
 class Hardware:
     name: str
     device: DeviceType
-    gpu: Optional[str]  # what the driver calls it, as a substring
+    gpu: str | None  # what the driver calls it, as a substring
     num_gpus: int
-    memory_gib: Optional[float]  # GPU memory a run may use; null: all of it
-    host_memory_gib: Optional[float]  # host memory a run may use; null: what is available
-    dtypes: Optional[list[str]]  # 16-bit types it computes, best first; null: ask the device
+    memory_gib: float | None  # GPU memory a run may use; null: all of it
+    host_memory_gib: float | None  # host memory a run may use; null: what is available
+    dtypes: list[str] | None  # 16-bit types it computes, best first; null: ask the device
     ceilings: Ceilings
 
 
@@ -128,7 +128,7 @@ class Engine:
 class Weights:
     source: WeightSource
     seed: int
-    path: Optional[str]
+    path: str | None
 
 
 @dataclass
@@ -145,8 +145,8 @@ class Workload:
 class Tracking:
     mode: TrackingMode
     project: str
-    entity: Optional[str]
-    group: Optional[str]
+    entity: str | None
+    group: str | None
     tags: list[str]
 
 
@@ -199,11 +199,11 @@ def to_run(cfg: DictConfig) -> Run:
 def _refuse_stray_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
     hints = get_type_hints(schema)
     known = {field.name for field in fields(schema)}
-    for key in cfg:
+    for key in map(str, cfg):
         if key not in known:
             choices = ", ".join(f"{prefix}{name}" for name in sorted(known))
             raise ConfigError(f"{prefix}{key} is not a setting (it was added with '+'). Known here: {choices}")
-        kind = hints[str(key)]
+        kind = hints[key]
         if get_origin(kind) is Union:
             kind = get_args(kind)[0]
         if is_dataclass(kind) and isinstance(kind, type) and not OmegaConf.is_missing(cfg, key):
@@ -252,9 +252,7 @@ def _offload(run: Run) -> str | None:
     if offload.device is not OffloadDevice.nvme:
         for key in ("path", "buffer_count", "buffer_size"):
             if getattr(offload, key) is not None:
-                return (
-                    f"offload.{key} is only used with offload=nvme, not offload={offload.device.value}: pass offload=nvme"
-                )
+                return f"offload.{key} is only used with offload=nvme, not offload={offload.device.value}: pass offload=nvme"
         if offload.use_gds:
             return "offload.use_gds=true is only used with offload=nvme: pass offload=nvme"
     if offload.device is OffloadDevice.none and offload.pin_memory is not None:

@@ -79,11 +79,8 @@ def first_visible_gpu() -> str | int:
 
 def worker_environment(cuda: bool) -> dict[str, str]:
     """Variables that a worker needs and that the user has not set."""
-    wanted = {"DS_SKIP_CUDA_CHECK": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    if cuda:
-        # without it every pinned block is rounded up to a power of two: up to twice the host memory
-        wanted["PYTORCH_ALLOC_CONF"] = "pinned_max_round_threshold_mb:1"
-    else:
+    wanted = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if not cuda:
         wanted["DS_ACCELERATOR"] = "cpu"
     return {name: value for name, value in wanted.items() if name not in os.environ}
 

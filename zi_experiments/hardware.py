@@ -40,10 +40,9 @@ def detect(hardware: Hardware) -> Machine:
     `auto` takes what is there and, for a GPU that has a file in `conf/hardware`, the ceilings of that file.
     """
     gpus = _gpu_count()
+    device = hardware.device.value
     if hardware.device is DeviceType.auto:
         device = "cuda" if gpus else "cpu"
-    else:
-        device = hardware.device.value
     gpu = _first_gpu() if device == "cuda" and gpus else None
     ceilings = hardware.ceilings
     if hardware.name == "auto" and gpu is not None:

@@ -24,6 +24,7 @@ from zi_experiments.sinks import Guarded, Sink
 from zi_experiments.sinks.console import ConsoleSink, display_path, gigabytes, show_plan
 from zi_experiments.sinks.result_file import ResultFile
 
+
 class RunFailed(CompactHydraException):
     """A run ended with a status other than ok; its record says why."""
 
@@ -83,8 +84,8 @@ class _Job:
         for sink in self._sinks:
             sink.open(self._record)
         if scratch is not None:
-            needed = gigabytes(plan.placement.nvme_bytes)
-            self._console.print(f"disk: {needed} in {display_path(scratch)}", highlight=False, soft_wrap=True)
+            needed = gigabytes(plan.disk_bytes)
+            self._console.print(f"disk: needs {needed} in {display_path(scratch)}", highlight=False, soft_wrap=True)
         try:
             with memory.Monitor(scratch) as peaks:
                 measured = launch.launch(plan, config, self._folder / "logs", self._console)

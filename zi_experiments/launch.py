@@ -1,5 +1,6 @@
 """Start the worker processes, wait, and say what became of them."""
 
+import logging
 import multiprocessing
 import signal
 import uuid
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from zi_experiments import environment
 from zi_experiments.plan import Plan
-from zi_experiments.progress import Display
+from zi_experiments.progress import Display, Event
 from zi_experiments.record import Failure, Status
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def launch(plan: Plan, config: dict[str, Any], logs: Path, console: Console) -> 
 
     from zi_experiments import worker
 
+    # it reports each failure with its own traceback, which the record has too
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logs.mkdir(parents=True, exist_ok=True)
     launch_config = LaunchConfig(
         min_nodes=1,
@@ -67,25 +70,33 @@ def launch(plan: Plan, config: dict[str, Any], logs: Path, console: Console) -> 
             with display:
                 results = elastic_launch(launch_config, worker.main)(plan, config, channel)
         except ChildFailedError as error:
-            phase = display.last.phase if display.last else "start"
-            raise _explain(error, phase, _oom_kills() > kills_before, logs) from None
+            when = _when(display.last)
+            raise _explain(error, when, _oom_kills() > kills_before, logs) from None
         except SignalException as error:
             raise Interrupted(signal.Signals(error.sigval).name) from None
     peak = max(result.gpu_peak_bytes for result in results.values())
-    return replace(results[0], gpu_peak_bytes=peak)
+    measurement: Measurement = results[0]
+    return replace(measurement, gpu_peak_bytes=peak)
 
 
-def _explain(error: Any, phase: str, oom_killed: bool, logs: Path) -> WorkerError:
+def _when(last: Event | None) -> str:
+    """Where in a run its workers were last heard of."""
+    if last is None:
+        return "at the start"
+    return f"{'after' if last.ended else 'during'} {last.phase}"
+
+
+def _explain(error: Any, when: str, oom_killed: bool, logs: Path) -> WorkerError:
     """What the first failed worker says about itself, or what the kernel says about it."""
     rank, first = error.get_first_failure()
     where = f"the logs are in {logs}"
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
         if oom_killed and name == "SIGKILL":
-            message = f"rank {rank} was killed by the kernel during {phase}: the host ran out of memory"
+            message = f"rank {rank} was killed by the kernel {when}: the host ran out of memory"
             hint = "pass quant=int4, offload=nvme or a smaller hardware.host_memory_gib"
             return WorkerError("oom", Failure(type="OutOfMemory", message=message, hint=f"{hint}; {where}"))
-        message = f"rank {rank} was ended by {name} during {phase}"
+        message = f"rank {rank} was ended by {name} {when}"
         status: Status = "killed" if name in ("SIGKILL", "SIGTERM", "SIGINT") else "error"
         return WorkerError(status, Failure(type=name, message=message, hint=where, traceback=_log_tail(logs, rank)))
     data = first.error_file_data.get("message", {})
@@ -94,7 +105,7 @@ def _explain(error: Any, phase: str, oom_killed: bool, logs: Path) -> WorkerErro
     kind, _, message = text.partition(": ")
     failure = Failure(
         type=kind,
-        message=f"{message.strip() or kind} (rank {rank}, during {phase})",
+        message=f"{message.strip() or kind} (rank {rank}, {when})",
         hint=_memory_hint(kind, text) or where,
         traceback=trace or _log_tail(logs, rank),
     )
@@ -129,7 +140,9 @@ def _oom_kills() -> int:
 @contextmanager
 def _signals_restored() -> Iterator[None]:
     """torch's elastic launcher leaves its own signal handlers behind."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+    kept = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    }
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from zi_experiments.engines import Session
@@ -71,7 +72,7 @@ def measure_pass(session: Session, input_ids: Any, gen_len: int, progress: Progr
     return Pass(
         ttft_s=times[0] - began,
         total_s=times[-1] - began,
-        step_s=[after - before for before, after in zip(times, times[1:], strict=False)],
+        step_s=[after - before for before, after in pairwise(times)],
     )
 
 

@@ -28,9 +28,7 @@ class Metrics:
     spread: dict[str, tuple[float, float]]  # smallest and largest pass of each rate
 
 
-def derive(
-    samples: Samples, plan: Plan, *, gpu_peak_bytes: int, host_peak_bytes: int, disk_peak_bytes: int
-) -> Metrics:
+def derive(samples: Samples, plan: Plan, *, gpu_peak_bytes: int, host_peak_bytes: int, disk_peak_bytes: int) -> Metrics:
     """The metrics of a run."""
     work, passes = plan.run.workload, samples.measured
     batch, bound = work.batch_size, plan.bound

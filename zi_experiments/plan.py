@@ -99,13 +99,18 @@ class Plan:
 
     def swapped(self) -> list[Parameter]:
         """The parameters that DeepSpeed puts on disk: those whose partition is at least a block and 1 MiB."""
-        if self.run.offload.device is not OffloadDevice.nvme:
-            return []
-        least = max(MIN_SWAP_BYTES, self.swap_block_bytes)
-        ranks = self.run.hardware.num_gpus
-        return [
-            p for p in self.architecture.parameters if ceil(self.stored_numel(p) / ranks) * ELEMENT_BYTES >= least
-        ]
+        return [p for p in self.architecture.parameters if self._is_swapped(p)]
+
+    def _is_swapped(self, parameter: Parameter) -> bool:
+        partition = ceil(self.stored_numel(parameter) / self.run.hardware.num_gpus) * ELEMENT_BYTES
+        large = partition >= max(MIN_SWAP_BYTES, self.swap_block_bytes)
+        return self.run.offload.device is OffloadDevice.nvme and large
+
+    @cached_property
+    def disk_bytes(self) -> int:
+        """Space that loading takes on disk: the weights there, and tied ones, which are written before they are tied."""
+        tied = sum(self.stored_numel(p) for p in self.architecture.tied if self._is_swapped(p))
+        return self.placement.nvme_bytes + tied * ELEMENT_BYTES
 
     @cached_property
     def placement(self) -> Placement:

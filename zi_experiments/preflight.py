@@ -71,7 +71,7 @@ def _disk(plan: Plan, scratch: Path) -> Iterator[str]:
         return
     if refused:
         yield f"offload.path={base} is on a filesystem without O_DIRECT ({refused}): pass a folder on ext4, xfs or NVMe"
-    needed, free = plan.placement.nvme_bytes, shutil.disk_usage(base).free
+    needed, free = plan.disk_bytes, shutil.disk_usage(base).free
     if needed > free:
         yield (
             f"offload.path={base} has {free / 1e9:.1f} GB free and {plan.run.model.name} needs {needed / 1e9:.1f} GB there: "

@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO-Inference: ZeRO stage 3 with parameters on the GPU, in host memory or on disk, quantized or not."""
 
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -65,8 +66,10 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> DeepSpeedSes
     hf_config = HfDeepSpeedConfig(config)
     get_accelerator().empty_cache()
     progress.begin("load", plan.weight_bytes, "bytes")
-    with torch.no_grad():
+    with torch.no_grad(), _pinning_exactly() if plan.pin_memory else nullcontext():
         model = _from_checkpoint(plan, progress) if _is_pretrained(plan) else _from_nothing(plan, progress)
+        if plan.pin_memory:
+            _register_swap_buffers(model)
     engine = deepspeed.initialize(model=model.eval(), config=config)[0]
     engine.module.eval()
     progress.end()
@@ -222,6 +225,70 @@ def _quantizing_in(dtype: Any) -> Any:
         return quantize
 
     return _replaced(Quantizer, "quantize", wrap)
+
+
+def _pinning_exactly() -> Any:
+    """Pin each partition at its own size.
+
+    torch's allocator copies into a block rounded up to a power of two: OPT-175B in INT4 would take 155 GB, not 98.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    def wrap(original: Any) -> Any:
+        def pin_memory(self: Any, tensor: Any, align_bytes: int = 1) -> Any:
+            return _pinned_empty(tensor.numel(), tensor.dtype)
+
+        return pin_memory
+
+    return _replaced(type(get_accelerator()), "pin_memory", wrap)
+
+
+class _PinnedPages(mmap.mmap):
+    """Anonymous pages that CUDA knows: `cudaHostRegister` wants pages of their own, told before they are unmapped."""
+
+    def __init__(self, *args: Any) -> None:
+        self._address: int | None = None
+
+    def register(self, address: int) -> None:
+        self._address = address
+        _register(address, len(self))
+
+    def __del__(self) -> None:
+        if self._address is not None:
+            _cudart().cudaHostUnregister(self._address)
+
+
+def _pinned_empty(numel: int, dtype: Any) -> Any:
+    """An uninitialised pinned tensor."""
+    import torch
+
+    pages = _PinnedPages(-1, numel * dtype.itemsize)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    tensor = torch.frombuffer(pages, dtype=dtype, count=numel)
+    pages.register(tensor.data_ptr())
+    return tensor
+
+
+def _cudart() -> Any:
+    import torch
+
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _register(address: int, size: int) -> None:
+    import torch
+
+    torch.cuda.check_error(int(_cudart().cudaHostRegister(address, size, 0)))
+
+
+def _register_swap_buffers(model: Any) -> None:
+    """DeepSpeed locks its NVMe buffers in memory but does not tell CUDA, so copies from them are pageable ones."""
+    from deepspeed.inference.quantization.utils import get_AsyncPartitionedParameterSwapper
+
+    swapper = get_AsyncPartitionedParameterSwapper(model)
+    if swapper is not None and not swapper.use_gds:
+        buffers = swapper.buffers
+        _register(buffers.data_ptr(), buffers.numel() * buffers.element_size())
 
 
 @contextmanager

@@ -23,11 +23,14 @@ class ConsoleSink:
             self._table(record)
         elif record.error is not None:
             self._console.print(f"[bold red]{record.status}[/]", end=" ")
-            self._console.print(f"{record.run.name}: {record.error.message}", markup=False, highlight=False)
+            self._console.print(
+                f"{record.run.name}: {record.error.message}", markup=False, highlight=False, soft_wrap=True
+            )
             if record.error.traceback and record.status == "error":
-                self._console.print(record.error.traceback.rstrip(), style="dim", markup=False, highlight=False)
+                trace = record.error.traceback.rstrip()
+                self._console.print(trace, style="dim", markup=False, highlight=False, soft_wrap=True)
             if record.error.hint:
-                self._console.print(record.error.hint, markup=False, highlight=False)
+                self._console.print(record.error.hint, markup=False, highlight=False, soft_wrap=True)
         self._console.print(f"record: {display_path(Path(record.folder) / NAME)}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -50,7 +53,9 @@ class ConsoleSink:
                 table.add_row(label, f"{value:,.2f} tok/s", f"{low:,.2f} to {high:,.2f}")
         table.add_row("time to first token", _seconds(metrics.ttft_s))
         if metrics.tpot_p50_s is not None and metrics.tpot_p99_s is not None:
-            table.add_row("time per token, p50 / p99", f"{_seconds(metrics.tpot_p50_s)} / {_seconds(metrics.tpot_p99_s)}")
+            table.add_row(
+                "time per token, p50 / p99", f"{_seconds(metrics.tpot_p50_s)} / {_seconds(metrics.tpot_p99_s)}"
+            )
         if metrics.link_bytes_per_s:
             table.add_row("weights over the link", f"{metrics.link_bytes_per_s / 1e9:.1f} GB/s")
         if metrics.fraction_of_bound is not None:
