@@ -4,6 +4,8 @@ import signal
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from zi_experiments import config
@@ -21,9 +23,14 @@ def main() -> None:
 
 
 def _run(cfg: DictConfig) -> None:
-    from zi_experiments.job import run_job  # imports torch, which --help and --cfg do without
+    from zi_experiments.job import RunFailed, run_job  # imports torch, which --help and --cfg do without
 
-    run_job(cfg)
+    try:
+        run_job(cfg)
+    except RunFailed:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise  # Hydra goes on with the sweep and exits with 1 at its end
+        sys.exit(1)  # what was wrong has been said
 
 
 if __name__ == "__main__":

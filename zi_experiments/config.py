@@ -6,7 +6,7 @@ Types live here, values in `conf/`: no field below has a default.
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
@@ -204,8 +204,6 @@ def _refuse_stray_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
             choices = ", ".join(f"{prefix}{name}" for name in sorted(known))
             raise ConfigError(f"{prefix}{key} is not a setting (it was added with '+'). Known here: {choices}")
         kind = hints[key]
-        if get_origin(kind) is Union:
-            kind = get_args(kind)[0]
         if is_dataclass(kind) and isinstance(kind, type) and not OmegaConf.is_missing(cfg, key):
             _refuse_stray_keys(cfg._get_node(key), kind, f"{prefix}{key}.")  # type: ignore[arg-type]
 

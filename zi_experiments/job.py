@@ -37,12 +37,20 @@ def run_job(cfg: DictConfig) -> None:
     """
     console = Console()
     if cfg.plan_only:
-        run = to_run(cfg)
-        show_plan(run.name, _make_plan(run), console)
+        _only_plan(cfg, console)
         return
     record = _Job(cfg, console).carry_out(cfg)
     if record.status != "ok":
         raise RunFailed(f"{record.run.name}: {record.status}")
+
+
+def _only_plan(cfg: DictConfig, console: Console) -> None:
+    try:
+        run = to_run(cfg)
+        show_plan(run.name, _make_plan(run), console)
+    except ConfigError as error:
+        console.print(f"refused {error}", markup=False, highlight=False, soft_wrap=True)
+        raise RunFailed(f"{cfg.name}: refused") from error
 
 
 class _Job:
