@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from zi_experiments import architecture, engines, environment, hardware, launch, memory, metrics, preflight
@@ -153,8 +154,16 @@ def _begin(cfg: DictConfig) -> Record:
         ),
         folder=str(folder),
         choices={group: choice for group, choice in hydra.runtime.choices.items() if not group.startswith("hydra/")},
-        config=OmegaConf.to_container(cfg, resolve=True, enum_to_str=True),  # type: ignore[arg-type]
+        config=_plain(cfg),
     )
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain data; unresolved where it cannot be resolved, since the record must exist all the same."""
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[return-value]
+    except OmegaConfBaseException:
+        return OmegaConf.to_container(cfg, enum_to_str=True)  # type: ignore[return-value]
 
 
 def _wandb(run: Run, console: Console) -> Sink:

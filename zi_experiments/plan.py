@@ -278,7 +278,7 @@ def _check_groups(run: Run, architecture: Architecture) -> None:
     sizes = {p.shape[quant.group_dim] for p in architecture.parameters if p.quantizable}
     for p in architecture.parameters:
         if p.quantizable and (p.shape[quant.group_dim] % quant.group_size or p.shape[-1] % 2):
-            working = [g for g in (256, 128, 64, 32, 16, 8) if all(size % g == 0 for size in sizes)]
+            working = [g for g in (64, 128, 32, 16, 8) if all(size % g == 0 for size in sizes)]
             advice = f"pass quant.group_size={working[0]}" if working else "pass quant=fp16"
             raise ConfigError(
                 f"quant.group_size={quant.group_size} does not divide dimension {quant.group_dim} of {p.name} "
