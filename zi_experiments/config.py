@@ -196,6 +196,26 @@ def to_run(cfg: DictConfig) -> Run:
     return run
 
 
+def from_choices(choices: dict[str, str], settings: dict[str, Any]) -> Run:
+    """A run outside Hydra: the defaults of `conf/config.yaml`, other choices, then settings by their dotted names."""
+    register()
+    main: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "config.yaml"))
+    defaults = {
+        group: choice for entry in main["defaults"] if isinstance(entry, dict) for group, choice in entry.items()
+    }
+    parts = {
+        str(group): OmegaConf.load(conf_dir() / str(group) / f"{choice}.yaml")
+        for group, choice in (defaults | choices).items()
+        if group in {field.name for field in fields(Run)}
+    }
+    root = {"name": main["name"], "plan_only": main["plan_only"]}
+    cfg = OmegaConf.merge(OmegaConf.structured(Run), root, parts)
+    assert isinstance(cfg, DictConfig)
+    for key, value in settings.items():
+        OmegaConf.update(cfg, key, value)
+    return to_run(cfg)
+
+
 def _refuse_stray_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
     hints = get_type_hints(schema)
     known = {field.name for field in fields(schema)}

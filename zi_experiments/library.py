@@ -1,0 +1,103 @@
+"""`get_ds_model`: the reference script's function, for use in a process of one's own."""
+
+import shutil
+import uuid
+import weakref
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from zi_experiments import architecture, engines, hardware, plan, preflight, progress
+from zi_experiments.config import OffloadDevice, Run, conf_dir, from_choices
+
+
+def get_ds_model(
+    model_name: str,
+    cpu_offload: bool,
+    disk_offload: bool,
+    offload_dir: str,
+    dummy_weights: str | None,
+    bits: int,
+    group_size: int,
+    *,
+    batch_size: int = 1,
+    pin_memory: bool | None = None,
+    use_gds: bool = False,
+    profile: str = "tuned",
+) -> Any:
+    """A causal language model wrapped by DeepSpeed ZeRO stage 3, in eval mode, ready for `generate`.
+
+    Args:
+        model_name: hub name ("facebook/opt-66b"), folder, or the name of a shipped shape ("opt-66b").
+        cpu_offload: keep the weights in host memory.
+        disk_offload: keep them on disk, in a folder of their own under `offload_dir`; wins over `cpu_offload`.
+        offload_dir: used with `disk_offload` only. What is written there goes with the model or the process.
+        dummy_weights: None for the checkpoint `model_name`, "random" for random weights of its shape, or the folder
+            of another checkpoint.
+        bits: 16, 8 or 4.
+        group_size: weights that share a scale and a minimum; used below 16 bits.
+        batch_size: sequences over all ranks that `generate` will be given.
+        pin_memory: pin weights in host memory; None pins whenever it has room.
+        use_gds: read from disk by GPUDirect Storage.
+        profile: "tuned", or "reference" for the DeepSpeedExamples script's configuration, key for key.
+
+    Without a launcher this process is the only rank; under torchrun the model is partitioned over its ranks. One model
+    per process: DeepSpeed does not give everything back.
+
+    Raises:
+        ConfigError: what is asked for cannot work or fit on this machine; the message says what can.
+    """
+    offload = "nvme" if disk_offload else "cpu" if cpu_offload else "none"
+    settings: dict[str, Any] = {
+        "engine.profile": profile,
+        "workload.batch_size": batch_size,
+        "offload.use_gds": use_gds,
+        "offload.path": offload_dir if disk_offload else None,
+        "offload.pin_memory": None if offload == "none" else pin_memory,
+    }
+    if bits < 16:
+        settings |= {"quant.group_size": group_size}
+    if dummy_weights != "random":
+        settings |= {"weights.path": dummy_weights or model_name}
+    model = _known_model(model_name)
+    if model == "local":
+        settings |= {"model.path": model_name}
+    choices = {
+        "model": model,
+        "offload": offload,
+        "quant": f"int{bits}" if bits < 16 else "fp16",
+        "weights": "random" if dummy_weights == "random" else "pretrained",
+        "tracking": "none",
+    }
+    return _load(from_choices(choices, settings))
+
+
+def _load(run: Run) -> Any:
+    planned = plan.build(run, architecture.load(run), hardware.detect(run.hardware))
+    scratch = _scratch(run)
+    preflight.check(planned, scratch)
+    engine = engines.get(run.engine.name)
+    config = engine.config(planned, str(scratch) if scratch else None)
+    engine.prepare(planned, progress.silent())
+    session = engine.load(planned, config, progress.silent())
+    # its destructor would take the hooks off that bring the weights in
+    session.model.zi_session = session
+    if scratch is not None:
+        weakref.finalize(session.model, shutil.rmtree, scratch, ignore_errors=True)
+    return session.model
+
+
+def _known_model(name: str) -> str:
+    """The shipped shape of that name or hub name, else `local`."""
+    for path in sorted((conf_dir() / "model").glob("*.yaml")):
+        if path.stem != "local" and name in (path.stem, OmegaConf.load(path).path):
+            return path.stem
+    return "local"
+
+
+def _scratch(run: Run) -> Path | None:
+    if run.offload.device is not OffloadDevice.nvme:
+        return None
+    assert run.offload.path is not None
+    return Path(run.offload.path).expanduser().resolve() / f"zi-{uuid.uuid4().hex[:12]}"
