@@ -141,7 +141,8 @@ def _begin(cfg: DictConfig) -> Record:
     folder = Path(hydra.runtime.output_dir)
     group = OmegaConf.select(cfg, "tracking.group")
     if group is None and hydra.mode is RunMode.MULTIRUN:
-        group = Path(hydra.sweep.dir).name
+        sweep = Path(hydra.sweep.dir)
+        group = f"{sweep.parent.name}/{sweep.name}"
     return Record(
         run=RunInfo(
             id=uuid.uuid4().hex[:12],

@@ -1,0 +1,209 @@
+"""Whole runs through the command line: real DeepSpeed on the CPU, real disk, real W&B files, real signals."""
+
+import json
+import resource
+import signal
+
+import psutil
+import pytest
+import wandb_file
+from cli import Cli, all_gone, wait_for, workers
+
+
+@pytest.fixture
+def cli(tmp_path):
+    return Cli(tmp_path)
+
+
+def test_a_sweep_leaves_a_record_and_a_wandb_run_for_each_job(cli):
+    done = cli.run("-m", "offload=none,cpu,nvme", "quant=fp16,int4", "workload.gen_len=4", "workload.repeats=2")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = cli.results()
+    assert len(results) == 6
+    assert {(r["choices"]["offload"], r["choices"]["quant"]) for r in results} == {
+        (offload, quant) for offload in ("none", "cpu", "nvme") for quant in ("fp16", "int4")
+    }
+    groups = set()
+    for result in results:
+        assert result["status"] == "ok"
+        assert result["error"] is None
+        check_figures(result, batch=2, prompt=8, gen=4, repeats=2)
+        check_wandb(result, wandb_file.read(result["folder"]))
+        groups.add(result["run"]["group"])
+    assert len(groups) == 1
+    by_choice = {(r["choices"]["offload"], r["choices"]["quant"]): r for r in results}
+    for quant in ("fp16", "int4"):
+        on_disk = by_choice["nvme", quant]
+        assert on_disk["metrics"]["disk_peak_bytes"] >= on_disk["plan"]["placement"]["nvme_bytes"] > 0
+        assert by_choice["cpu", quant]["metrics"]["disk_peak_bytes"] == 0
+        assert not (on_disk["folder"] / "offload").exists() or not list((on_disk["folder"] / "offload").iterdir())
+    assert by_choice["cpu", "int4"]["plan"]["weight_bytes"] < 0.4 * by_choice["cpu", "fp16"]["plan"]["weight_bytes"]
+
+
+def check_figures(result, *, batch, prompt, gen, repeats):
+    samples, metrics = result["samples"], result["metrics"]
+    assert len(samples["ttft_s"]) == len(samples["total_s"]) == len(samples["step_s"]) == repeats
+    assert len(samples["warmup"]) == 1
+    assert all(len(steps) == gen - 1 for steps in samples["step_s"])
+    for ttft, total, steps in zip(samples["ttft_s"], samples["total_s"], samples["step_s"], strict=True):
+        assert total == pytest.approx(ttft + sum(steps))
+    rates = sorted(batch * (gen - 1) / sum(steps) for steps in samples["step_s"])
+    assert rates[0] <= metrics["decode_tok_per_s"] <= rates[-1]
+    assert metrics["prefill_tok_per_s"] == pytest.approx(batch * prompt / metrics["ttft_s"], rel=0.2)
+    assert metrics["host_peak_bytes"] > 200e6
+    assert metrics["load_s"] == samples["load_s"] > 0
+    placement = result["plan"]["placement"]
+    assert sum(placement.values()) == result["plan"]["weight_bytes"]
+
+
+def check_wandb(result, run):
+    assert run["name"] == result["run"]["name"]
+    assert run["group"] == result["run"]["group"]
+    assert run["job_type"] == "benchmark"
+    assert run["exit_code"] == 0
+    assert run["config"]["workload"]["gen_len"] == 4
+    assert run["config"]["choices"] == result["choices"]
+    for name in ("decode_tok_per_s", "prefill_tok_per_s", "ttft_s", "tpot_p50_s", "load_s", "host_peak_bytes"):
+        assert run["summary"][name] == result["metrics"][name]
+    steps = [row["step/tpot_s"] for row in run["history"] if "step/tpot_s" in row]
+    assert steps == [step for one in result["samples"]["step_s"] for step in one]
+    passes = [row["pass/ttft_s"] for row in run["history"] if "pass/ttft_s" in row]
+    assert passes == [one["ttft_s"] for one in result["samples"]["warmup"]] + result["samples"]["ttft_s"]
+    assert run["metrics"]["step/*"] == "step/index"
+    assert run["metrics"]["pass/*"] == "pass/index"
+    assert ["config.yaml", "ds_config.json", "result.json"] in run["artifacts"]
+
+
+def test_console_says_what_ran_and_where_the_files_are(cli):
+    done = cli.run("offload=nvme", f"offload.path={cli.folder / 'disk'}")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = cli.results()
+    for text in (
+        "tiny-nvme-int4",
+        "quantized to 4 bits",
+        "wandb sync",
+        "disk: needs",
+        "load: done in",
+        "measure: done in",
+    ):
+        assert text in done.stdout
+    for text in ("prefill", "decode", "time to first token", "host peak", "disk peak", "loaded in"):
+        assert text in done.stdout
+    assert f"record: {result['folder'].relative_to(cli.folder)}/result.json" in done.stdout
+    assert not list((cli.folder / "disk").iterdir())
+    assert json.loads((result["folder"] / "ds_config.json").read_text()) == result["ds_config"]
+
+
+def test_two_ranks_share_the_batch(cli):
+    done = cli.run("hardware.num_gpus=2", "tracking=none", "quant=fp16")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = cli.results()
+    check_figures(result, batch=2, prompt=8, gen=3, repeats=1)
+    assert done.stdout.count("measure: done") == 1, "only rank 0 speaks"
+
+
+def test_the_reference_profile_runs(cli):
+    done = cli.run("engine.profile=reference", "tracking=none")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "leaf_module" not in cli.results()[0]["ds_config"]["zero_optimization"]
+
+
+def test_a_refused_run_is_a_record_with_one_line(cli):
+    done = cli.run("workload.prompt_len=600")
+
+    assert done.returncode == 1
+    (result,) = cli.results()
+    assert result["status"] == "refused"
+    assert result["metrics"] is None
+    assert "512 positions" in result["error"]["message"]
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "pass workload.prompt_len=509" in done.stdout
+
+
+def test_a_wandb_failure_costs_a_warning_and_nothing_else(cli):
+    done = cli.run(
+        "tracking.mode=online", "tracking.project=a/b/c", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9"
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert cli.results()[0]["status"] == "ok"
+    assert "WandbSink failed" in done.stderr
+
+
+def test_plan_only_measures_nothing(cli):
+    done = cli.run("plan_only=true", "model=opt-175b", "offload=nvme", "quant=int4", "hardware=h200")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "98.2" in done.stdout
+    assert cli.results() == []
+
+
+def test_an_error_in_a_worker_is_recorded_with_its_traceback(cli):
+    broken = cli.folder / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text(
+        json.dumps({"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4})
+    )
+    (broken / "model.safetensors").write_bytes(b"\x10" + b"\0" * 40)
+
+    done = cli.run("model=local", f"model.path={broken}", "weights=pretrained", "tracking=none")
+
+    assert done.returncode == 1
+    (result,) = cli.results()
+    assert result["status"] == "error"
+    assert "during load" in result["error"]["message"]
+    assert "Traceback" in result["error"]["traceback"]
+    assert "from_pretrained" in result["error"]["traceback"]
+
+
+def test_a_killed_worker_is_recorded_and_leaves_nothing(cli):
+    process = cli.start("model=deep", "offload=nvme", "tracking=none", "workload.repeats=500", "quant=fp16")
+    wait_for(process, "measure:")
+    (worker,) = workers(process)
+    worker.kill()
+    process.communicate()
+
+    assert process.returncode == 1
+    (result,) = cli.results()
+    assert result["status"] == "killed"
+    assert "SIGKILL during measure" in result["error"]["message"]
+    assert not list(cli.folder.glob("outputs/**/*.swp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_is_recorded_and_leaves_nothing(cli, number):
+    process = cli.start("model=deep", "offload=nvme", "tracking=none", "workload.repeats=500", "quant=fp16")
+    wait_for(process, "measure:")
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    process.send_signal(number)
+    process.communicate()
+
+    assert process.returncode == 130
+    (result,) = cli.results()
+    assert result["status"] == "killed"
+    assert number.name in result["error"]["message"]
+    assert all_gone(family)
+    assert not list(cli.folder.glob("outputs/**/*.swp"))
+
+
+def test_a_sweep_goes_on_after_a_failed_job(cli):
+    done = cli.run("-m", "quant.group_size=64,100,32", "tracking=none")
+
+    assert done.returncode == 1
+    assert [result["status"] for result in cli.results()] == ["ok", "refused", "ok"]
+
+
+def test_out_of_host_memory_is_recorded_as_such(cli):
+    def little_memory():
+        resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
+
+    done = cli.run("model=opt-1.3b", "quant=fp16", "tracking=none", preexec_fn=little_memory)
+
+    assert done.returncode == 1
+    (result,) = cli.results()
+    assert result["status"] == "oom", result["error"]
+    assert "host ran out of memory" in result["error"]["hint"]
