@@ -55,7 +55,7 @@ class Architecture:
 
 def load(run: Run) -> Architecture:
     """The architecture behind `model=…`. Raises `ConfigError` when it is not a causal language model."""
-    return describe(read_config(run))
+    return describe(read_config(run), run.model.name)
 
 
 def read_config(run: Run) -> Any:
@@ -114,15 +114,22 @@ def model_class(config: Any) -> Any:
     return mapping[type(config)]
 
 
-def describe(config: Any) -> Architecture:
-    """The architecture of a transformers configuration. Raises `ConfigError` when it is not a causal language model."""
+def describe(config: Any, name: str) -> Architecture:
+    """The architecture of a transformers configuration; `name` is what errors call it.
+
+    Raises `ConfigError` when it is not a causal language model, or when its numbers do not make one.
+    """
     import torch
     from torch import nn
 
     config_class = model_class(config)
-    with torch.device("meta"), _quietly():
-        model = config_class(config)
-        model.tie_weights()
+    try:
+        with torch.device("meta"), _quietly():
+            model = config_class(config)
+            model.tie_weights()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model={name}: {config.model_type} cannot be built from these numbers: {reason}") from error
     text = config.get_text_config()
     layers_name, layers = decoder_layers(model)
     quantizable = {

@@ -5,6 +5,7 @@ Types live here, values in `conf/`: no field below has a default.
 
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from math import inf
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -271,6 +272,8 @@ def _offload(run: Run) -> str | None:
         for key in ("path", "buffer_count", "buffer_size"):
             if getattr(offload, key) is not None:
                 return f"offload.{key} is only used with offload=nvme, not offload={offload.device.value}: pass offload=nvme"
+        if any(value is not None for value in vars(offload.aio).values()):
+            return f"offload.aio is only used with offload=nvme, not offload={offload.device.value}: pass offload=nvme"
         if offload.use_gds:
             return "offload.use_gds=true is only used with offload=nvme: pass offload=nvme"
     if offload.device is OffloadDevice.none and offload.pin_memory is not None:
@@ -280,13 +283,13 @@ def _offload(run: Run) -> str | None:
     for key in ("block_size", "queue_depth", "intra_op_parallelism"):
         value = getattr(offload.aio, key)
         if value is not None and value < 1:
-            return f"offload.aio.{key} must be at least 1, not {value}"
+            return f"offload.aio.{key} must be at least 1, not {value}: pass offload.aio.{key}=null for the profile's"
     if offload.aio.block_size is not None and offload.aio.block_size % 4096:
         return f"offload.aio.block_size={offload.aio.block_size} is not a multiple of 4096 bytes: pass 1048576"
     for key in ("buffer_count", "buffer_size"):
         value = getattr(offload, key)
         if value is not None and value < 1:
-            return f"offload.{key} must be at least 1, not {value}"
+            return f"offload.{key} must be at least 1, not {value}: pass offload.{key}=null to have it computed"
     return None
 
 
@@ -307,8 +310,16 @@ def _hardware(run: Run) -> str | None:
     hardware = run.hardware
     for key in ("memory_gib", "host_memory_gib"):
         value = getattr(hardware, key)
-        if value is not None and value <= 0:
-            return f"hardware.{key} must be positive, not {value}"
+        if value is not None and not 0 < value < inf:
+            return (
+                f"hardware.{key} must be positive and finite, not {value}: pass hardware.{key}=null for what is there"
+            )
+    for key in ("link_bytes_per_s", "hbm_bytes_per_s", "flops", "disk_bytes_per_s"):
+        value = getattr(hardware.ceilings, key)
+        if value is not None and not 0 < value < inf:
+            return (
+                f"hardware.ceilings.{key} must be positive and finite, not {value}: pass hardware.ceilings.{key}=null"
+            )
     for dtype in hardware.dtypes or []:
         if dtype not in ("float16", "bfloat16"):
             return f"hardware.dtypes={hardware.dtypes}: {dtype} is not a 16-bit type: pass [float16] or [bfloat16]"

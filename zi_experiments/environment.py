@@ -78,11 +78,13 @@ def first_visible_gpu() -> str | int:
 
 
 def worker_environment(cuda: bool) -> dict[str, str]:
-    """Variables that a worker needs and that the user has not set."""
+    """Variables that a worker needs: PATH with this Python's programs, and what the user has not set."""
     wanted = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if not cuda:
         wanted["DS_ACCELERATOR"] = "cpu"
-    return {name: value for name, value in wanted.items() if name not in os.environ}
+    unset = {name: value for name, value in wanted.items() if name not in os.environ}
+    # torch looks for the ninja program, which pip puts beside python, also when the environment is not activated
+    return unset | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])}
 
 
 def distributed_variables() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What this machine is, and what it can do at best. It decides nothing."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ def detect(hardware: Hardware) -> Machine:
     )
 
 
+def is_gpu(name: str | None, model: str) -> bool:
+    """Whether the driver's name of a GPU is of that model: as whole words, since an L40S is no L4."""
+    return name is not None and re.search(rf"\b{re.escape(model)}\b", name) is not None
+
+
 def host_memory_available() -> int:
     """Bytes of host memory that new allocations can have: the kernel's estimate, or the cgroup's limit if lower."""
     import psutil
@@ -116,6 +122,6 @@ def _known_ceilings(gpu_name: str) -> Ceilings | None:
 
     for path in sorted((conf_dir() / "hardware").glob("*.yaml")):
         choice: Any = OmegaConf.load(path)
-        if choice.gpu and choice.gpu in gpu_name:
+        if choice.gpu and is_gpu(gpu_name, choice.gpu):
             return Ceilings(**choice.ceilings)
     return None

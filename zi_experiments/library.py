@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from zi_experiments import architecture, engines, hardware, plan, preflight, progress
+from zi_experiments import architecture, engines, environment, hardware, plan, preflight, progress
 from zi_experiments.config import OffloadDevice, Run, conf_dir, from_choices
 
 
@@ -77,6 +77,7 @@ def _load(run: Run) -> Any:
     planned = plan.build(run, architecture.load(run), hardware.detect(run.hardware))
     scratch = _scratch(run)
     preflight.check(planned, scratch)
+    environment.set_variables(environment.worker_environment(cuda=planned.machine.device == "cuda"))
     engine = engines.get(run.engine.name)
     config = engine.config(planned, str(scratch) if scratch else None)
     engine.prepare(planned, progress.silent())

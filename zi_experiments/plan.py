@@ -1,11 +1,12 @@
 """`Run + Architecture + Machine → Plan`: dtype, what is stored where, whether it fits, and the bound. Pure."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
 from zi_experiments.architecture import Architecture, Parameter
-from zi_experiments.config import ConfigError, OffloadDevice, Profile, Run
+from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Profile, Run
 from zi_experiments.hardware import Machine
 
 ELEMENT_BYTES = 2  # every run computes in a 16-bit type
@@ -82,7 +83,7 @@ class Plan:
         """Stored elements of embeddings, head and final norm."""
         return sum(self.stored_numel(p) for p in self.architecture.parameters if not p.in_layers)
 
-    @property
+    @cached_property
     def persistence_numel(self) -> int:
         """Parameters of at most this many stored elements stay on the GPU."""
         if self.run.engine.profile is Profile.reference:
@@ -90,13 +91,14 @@ class Plan:
         # biases and norms: copying each on demand costs more than its bytes
         return max((p.numel for p in self.architecture.parameters if len(p.shape) == 1), default=0)
 
-    @property
+    @cached_property
     def swap_block_bytes(self) -> int:
         """Block size of asynchronous I/O."""
         reference = 16 * MIN_SWAP_BYTES
         default = reference if self.run.engine.profile is Profile.reference else MIN_SWAP_BYTES
         return self.run.offload.aio.block_size or default
 
+    @cached_property
     def swapped(self) -> list[Parameter]:
         """The parameters that DeepSpeed puts on disk: those whose partition is at least a block and 1 MiB."""
         return [p for p in self.architecture.parameters if self._is_swapped(p)]
@@ -118,19 +120,19 @@ class Plan:
         if self.run.offload.device is OffloadDevice.none:
             on_cpu = self.machine.device == "cpu"
             return Placement(gpu_bytes=0 if on_cpu else everything, cpu_bytes=everything if on_cpu else 0, nvme_bytes=0)
-        nvme = ELEMENT_BYTES * sum(self.stored_numel(p) for p in self.swapped())
+        nvme = ELEMENT_BYTES * sum(self.stored_numel(p) for p in self.swapped)
         gpu = everything - nvme - self._host_bytes()
         return Placement(gpu_bytes=gpu, cpu_bytes=everything - nvme - gpu, nvme_bytes=nvme)
 
     @cached_property
     def streamed_bytes_per_pass(self) -> int:
         """Bytes that cross from host memory to the device in one forward pass, over all ranks."""
-        if self.run.offload.device is OffloadDevice.none:
-            return 0
+        if self.run.offload.device is OffloadDevice.none or self.machine.device == "cpu":
+            return 0  # on a CPU there is no link to cross
         return self.placement.cpu_bytes + self.placement.nvme_bytes
 
     def _host_bytes(self) -> int:
-        swapped = {p.name for p in self.swapped()}
+        swapped = {p.name for p in self.swapped}
         return ELEMENT_BYTES * sum(
             self.stored_numel(p)
             for p in self.architecture.parameters
@@ -145,7 +147,7 @@ class Plan:
         if self.run.engine.profile is Profile.reference:
             return self._reference_buffers[1]
         ranks = self.run.hardware.num_gpus
-        return max((ceil(self.stored_numel(p) / ranks) for p in self.swapped()), default=MIN_SWAP_BYTES)
+        return max((ceil(self.stored_numel(p) / ranks) for p in self.swapped), default=MIN_SWAP_BYTES)
 
     @cached_property
     def buffer_count(self) -> int:
@@ -154,8 +156,8 @@ class Plan:
             return self.run.offload.buffer_count
         if self.run.engine.profile is Profile.reference:
             return self._reference_buffers[0]
-        in_layers = sum(p.in_layers for p in self.swapped())
-        outside = len(self.swapped()) - in_layers
+        in_layers = sum(p.in_layers for p in self.swapped)
+        outside = len(self.swapped) - in_layers
         return 2 * ceil(in_layers / self.architecture.num_layers) + outside + 1
 
     @property
@@ -169,7 +171,7 @@ class Plan:
 
     def buffer_bytes_host(self) -> int:
         """Host memory of the NVMe buffers, over all ranks; with GPUDirect Storage they are on the GPU."""
-        if not self.swapped() or self.run.offload.use_gds:
+        if not self.swapped or self.run.offload.use_gds:
             return 0
         return self.buffer_numel * self.buffer_count * ELEMENT_BYTES * self.run.hardware.num_gpus
 
@@ -188,7 +190,8 @@ class Plan:
         """The plan's lower bound on time. Sources: the roofline model, with a link and a disk beside memory and arithmetic.
 
         A pass takes at least streamed bytes / link, disk bytes / disk rate, and weights + keys and values / HBM;
-        arithmetic takes 2 · parameters · tokens, plus 2 · B · P² · h · L for causal attention in prefill.
+        arithmetic takes 2 · parameters · tokens, plus 2 · B · P² · h · L for causal attention in prefill. Weights that
+        meet a token are those of the decoder layers, and of experts those that one token is routed to.
         """
         work, ranks, rates = self.run.workload, self.run.hardware.num_gpus, self.machine.ceilings
         arch = self.architecture
@@ -197,9 +200,10 @@ class Plan:
             "disk": _over(self.placement.nvme_bytes, rates.disk_bytes_per_s, 1),
         }
         kv = self.kv_cache_bytes * work.prompt_len // (work.prompt_len + work.gen_len)
-        flops_per_token = 2 * self._active_numel()
+        flops_per_token = 2 * self._active(lambda p: p.numel)
+        weights = ELEMENT_BYTES * self._active(self.stored_numel)
         decode = traffic | {
-            "hbm": _over(self.weight_bytes + kv, rates.hbm_bytes_per_s, ranks),
+            "hbm": _over(weights + kv, rates.hbm_bytes_per_s, ranks),
             "flops": _over(flops_per_token * work.batch_size, rates.flops, ranks),
         }
         attention = 2 * work.batch_size * work.prompt_len**2 * arch.hidden_size * arch.num_layers
@@ -212,15 +216,15 @@ class Plan:
             limited_by=max(known, key=lambda name: known[name], default=None),
         )
 
-    def _active_numel(self) -> int:
-        """Weights of the decoder layers that one token is multiplied with; of experts, those it is routed to."""
+    def _active(self, size: Callable[[Parameter], int]) -> int:
+        """Size of the decoder layers' weights that one token is multiplied with."""
         routed = getattr(self.architecture.config.get_text_config(), "num_experts_per_tok", None)
         total = 0
         for p in self.architecture.parameters:
             if p.in_layers and len(p.shape) == 3 and routed:
-                total += p.numel // p.shape[0] * routed
+                total += size(p) // p.shape[0] * routed
             elif p.in_layers and len(p.shape) > 1:
-                total += p.numel
+                total += size(p)
         return total
 
 
@@ -257,15 +261,18 @@ def _pin(plan: Plan) -> bool:
         return offload.pin_memory
     if plan.run.engine.profile is Profile.reference:
         return False
-    return plan.placement.cpu_bytes < 0.9 * plan.machine.host_memory_bytes
+    return plan.placement.cpu_bytes + plan.buffer_bytes_host() < 0.9 * plan.machine.host_memory_bytes
 
 
 def _check_lengths(run: Run, architecture: Architecture) -> None:
     work, longest = run.workload, architecture.max_positions
     if longest is not None and work.prompt_len + work.gen_len > longest:
+        fits = f"workload.prompt_len={longest - work.gen_len}"
+        if work.gen_len >= longest:
+            fits = f"workload.gen_len={max(1, longest // 2)} workload.prompt_len={longest - longest // 2 - 1}"
         raise ConfigError(
             f"workload.prompt_len={work.prompt_len} and workload.gen_len={work.gen_len} exceed the {longest} positions of "
-            f"{run.model.name}: pass workload.prompt_len={max(1, longest - work.gen_len)} or less"
+            f"{run.model.name}: pass {fits} or less"
         )
 
 
@@ -287,33 +294,82 @@ def _check_groups(run: Run, architecture: Architecture) -> None:
 
 
 def _check_fit(plan: Plan) -> None:
-    run, machine, placement = plan.run, plan.machine, plan.placement
-    host_needed = placement.cpu_bytes + plan.buffer_bytes_host()
-    if host_needed > machine.host_memory_bytes:
-        smaller = "" if run.quant.bits == 4 else " or quant=int4"
-        elsewhere = "offload=nvme" if run.offload.device is OffloadDevice.cpu else "a smaller model"
-        raise ConfigError(
-            f"{run.model.name} needs {_gb(host_needed)} of host memory and {_gb(machine.host_memory_bytes)} are available: "
-            f"pass {elsewhere}{smaller}"
-        )
-    memory = machine.gpu_memory_bytes
-    if memory is None:
+    _check_choices(plan)
+    _check_host(plan)
+    if plan.machine.gpu_memory_bytes is not None:
+        _check_gpu(plan, plan.machine.gpu_memory_bytes)
+
+
+def _check_choices(plan: Plan) -> None:
+    if plan.machine.device == "cuda":
         return
-    ranks = run.hardware.num_gpus
-    kv = plan.kv_cache_bytes // ranks if run.kv_cache.device.value == "gpu" else 0
+    if plan.run.offload.use_gds:
+        raise ConfigError(
+            "offload.use_gds=true needs a CUDA GPU and this run is on the CPU: pass offload.use_gds=false"
+        )
+    if plan.run.hardware.memory_gib is not None:
+        raise ConfigError(
+            "hardware.memory_gib is the memory of a GPU and this run is on the CPU: pass hardware.memory_gib=null, "
+            f"or hardware.host_memory_gib={plan.run.hardware.memory_gib} for the host's"
+        )
+
+
+def _check_host(plan: Plan) -> None:
+    run, machine, placement = plan.run, plan.machine, plan.placement
+    buffers = plan.buffer_bytes_host()
+    if buffers > machine.host_memory_bytes:
+        profile = (
+            "" if run.engine.profile is Profile.tuned else ", or engine.profile=tuned, which computes smaller ones"
+        )
+        raise ConfigError(
+            f"{plan.buffer_count} NVMe buffers of {plan.buffer_numel} elements take {_gb(buffers)} of host memory and "
+            f"{_gb(machine.host_memory_bytes)} are available: pass a smaller offload.buffer_count{profile}"
+        )
+    weights = placement.cpu_bytes + buffers
+    if weights > machine.host_memory_bytes:
+        ways = [] if run.offload.device is OffloadDevice.nvme else ["offload=nvme"]
+        ways += [] if run.quant.bits == 4 else ["quant=int4"]
+        raise ConfigError(
+            f"{run.model.name} needs {_gb(weights)} of host memory and {_gb(machine.host_memory_bytes)} are available: "
+            f"pass {' or '.join(ways or ['model=… of a smaller one'])}"
+        )
+    kv = plan.kv_cache_bytes if machine.device == "cpu" or run.kv_cache.device is CacheDevice.cpu else 0
+    if weights + kv > machine.host_memory_bytes:
+        room = machine.host_memory_bytes - weights
+        raise ConfigError(
+            f"keys and values of {run.workload.batch_size} sequences take {_gb(kv)} of host memory, beside {_gb(weights)} "
+            f"of weights, and {_gb(machine.host_memory_bytes)} are available: pass {_smaller_batch(plan, kv, room)}"
+        )
+
+
+def _check_gpu(plan: Plan, memory: int) -> None:
+    run, placement, ranks = plan.run, plan.placement, plan.run.hardware.num_gpus
+    kv = plan.kv_cache_bytes // ranks if run.kv_cache.device is CacheDevice.gpu else 0
     live = 0 if run.offload.device is OffloadDevice.none else 2 * plan.layer_numel * ELEMENT_BYTES
     weights = placement.gpu_bytes // ranks
     if weights + live > memory:
+        ways = ["offload=cpu"] if run.offload.device is OffloadDevice.none else ["a larger hardware.memory_gib"]
+        ways += [] if run.quant.bits == 4 else ["quant=int4"]
         raise ConfigError(
             f"{run.model.name} needs {_gb(weights + live)} on each GPU for weights and each has {_gb(memory)}: "
-            "pass offload=cpu" + ("" if run.quant.bits == 4 else " or quant=int4")
+            f"pass {' or '.join(ways)}"
         )
     if weights + live + kv > memory:
-        batch = max(1, int((memory - weights - live) / (kv / run.workload.batch_size)) // ranks * ranks)
+        room = memory - weights - live
         raise ConfigError(
             f"keys and values of {run.workload.batch_size} sequences take {_gb(kv)} on each GPU, beside {_gb(weights + live)} "
-            f"of weights, and each has {_gb(memory)}: pass workload.batch_size={batch}, or kv_cache=cpu"
+            f"of weights, and each has {_gb(memory)}: pass {_smaller_batch(plan, kv, room)}, or kv_cache=cpu"
         )
+
+
+def _smaller_batch(plan: Plan, kv_bytes: int, room_bytes: int) -> str:
+    """What to type so that keys and values fit: fewer sequences, or shorter ones when one is too long."""
+    work, ranks = plan.run.workload, plan.run.hardware.num_gpus
+    batch = work.batch_size * room_bytes // kv_bytes // ranks * ranks
+    if batch:
+        return f"workload.batch_size={batch}"
+    tokens = work.batch_size * (work.prompt_len + work.gen_len) * room_bytes // kv_bytes // ranks
+    return f"workload.prompt_len={max(1, tokens - work.gen_len)} workload.batch_size={ranks}"
 
 
 def _gb(amount: int) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from zi_experiments import environment
 from zi_experiments.config import ConfigError, OffloadDevice
+from zi_experiments.hardware import is_gpu
 from zi_experiments.plan import Plan
 
 
@@ -39,7 +40,7 @@ def _devices(plan: Plan) -> Iterator[str]:
             f"hardware.num_gpus={hardware.num_gpus} and {machine.gpus_visible} are visible: "
             f"pass hardware.num_gpus={machine.gpus_visible}"
         )
-    if hardware.gpu and hardware.gpu not in (machine.gpu_name or ""):
+    if hardware.gpu and not is_gpu(machine.gpu_name, hardware.gpu):
         yield (
             f"hardware={hardware.name} and this machine has {machine.gpu_name}: pass hardware=auto, "
             f"or hardware=auto hardware.memory_gib={hardware.memory_gib} to study a smaller card"

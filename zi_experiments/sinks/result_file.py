@@ -18,9 +18,9 @@ class ResultFile:
         folder = Path(record.folder)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{NAME}.tmp"
+        text = json.dumps(record.to_dict(), indent=2, allow_nan=False)
         with temporary.open("w") as file:
-            json.dump(record.to_dict(), file, indent=2, allow_nan=False)
-            file.write("\n")
+            file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(folder / NAME)

@@ -1,0 +1,59 @@
+# `make` lists the targets. Everything Python lives in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PY = $(or $(wildcard $(BIN)/python),$(PYTHON))
+IN_VENV = PATH="$(CURDIR)/$(BIN):$$PATH"
+.DEFAULT_GOAL := help
+.PHONY: help run test check format install system clean
+
+# DeepSpeed compiles its operators on first use: a C++ compiler, libaio's headers and Python's. Root, or sudo without a
+# password, installs what is missing; others are told what to type.
+define check_system
+@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+{ echo "$(PY) is not Python 3.11 or later: make clean, then make install PYTHON=python3.12" >&2; exit 1; }
+@name=$$($(PY) -c 'import sys; print("python%d.%d" % sys.version_info[:2])'); missing=; \
+command -v "$${CXX:-c++}" >/dev/null || missing="$$missing g++"; \
+echo '#include <libaio.h>' | $(CC) -E -x c - >/dev/null 2>&1 || missing="$$missing libaio-dev"; \
+[ -f "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || missing="$$missing $$name-dev"; \
+$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing $$name-venv"; \
+[ -n "$$missing" ] || exit 0; \
+sudo=; may=yes; [ "$$(id -u)" = 0 ] || { sudo="sudo "; sudo -n true 2>/dev/null || may=no; }; \
+apt="env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300"; \
+[ $$may = yes ] && echo "installing$$missing" && $$sudo$$apt update </dev/null && \
+  $$sudo$$apt install -y --no-install-recommends $$missing </dev/null >/dev/null || \
+{ echo "missing:$$missing. To install: $${sudo}apt-get update && $${sudo}apt-get install -y$$missing" >&2; exit 1; }
+endef
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(STAMP) ## one run or a sweep: make run ARGS="model=opt-30b offload=nvme quant=int4"
+	@$(IN_VENV) python -m zi_experiments $(ARGS)
+
+test: $(STAMP) ## the tests: make test ARGS="-k packaging"
+	@$(IN_VENV) python -m pytest $(ARGS)
+
+check: $(STAMP) ## lint, formatting and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: $(STAMP) ## rewrite the code as `make check` wants it
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+install: $(STAMP) ## create .venv with the project and its pinned dependencies (PYTHON=python3.12 picks another Python)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(check_system)
+	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --no-input --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+system: ## what DeepSpeed compiles its operators with: check, and install with apt-get when allowed to
+	$(check_system)
+
+clean: ## remove .venv and caches; outputs/ stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find conf tests zi_experiments -name __pycache__ -prune -exec rm -rf {} +

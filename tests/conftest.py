@@ -1,0 +1,117 @@
+"""What the tests share: runs composed from the real `conf/`, and machines written down by hand."""
+
+import os
+from dataclasses import replace
+from functools import cache
+
+import hydra
+import pytest
+
+from zi_experiments import architecture, config, plan
+from zi_experiments.config import Ceilings
+from zi_experiments.hardware import Machine
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test needs the network
+
+MACHINES = {
+    "h200": Machine(
+        name="h200",
+        device="cuda",
+        gpu_name="NVIDIA H200",
+        gpus_visible=8,
+        gpu_memory_bytes=150_000_000_000,
+        gpu_memory_is_capped=False,
+        host_memory_bytes=2_000_000_000_000,
+        dtypes=("float16", "bfloat16"),
+        ceilings=Ceilings(
+            link_bytes_per_s=63e9,
+            hbm_bytes_per_s=4.8e12,
+            flops=989e12,
+            disk_bytes_per_s=2.4e9,
+            source="by hand",
+        ),
+        driver="580.00",
+    ),
+    "cpu": Machine(
+        name="cpu",
+        device="cpu",
+        gpu_name=None,
+        gpus_visible=0,
+        gpu_memory_bytes=None,
+        gpu_memory_is_capped=False,
+        host_memory_bytes=2_000_000_000_000,
+        dtypes=("bfloat16",),
+        ceilings=Ceilings(link_bytes_per_s=None, hbm_bytes_per_s=None, flops=None, disk_bytes_per_s=None, source=None),
+        driver=None,
+    ),
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--update-golden", action="store_true", help="write tests/golden/ anew from what the code does now"
+    )
+
+
+@pytest.fixture(scope="session")
+def compose():
+    """`compose(*overrides)` → the DictConfig that this command line would give."""
+    config.register()
+
+    def compose(*overrides):
+        with hydra.initialize_config_dir(config_dir=str(config.conf_dir()), version_base="1.3"):
+            return hydra.compose("config", overrides=list(overrides))
+
+    return compose
+
+
+@pytest.fixture(scope="session")
+def compose_run(compose):
+    """`compose_run(*overrides)` → the typed Run; a new one at each call."""
+    composed = cache(compose)
+    return lambda *overrides: config.to_run(composed(*overrides))
+
+
+@pytest.fixture(scope="session")
+def machine():
+    """`machine("h200", host_memory_bytes=…)` → a machine, changed where told."""
+    return lambda name="h200", **changes: replace(MACHINES[name], **changes)
+
+
+@pytest.fixture(scope="session")
+def describe():
+    """`describe(run)` → its architecture; each model is built once, on the meta device."""
+    known = {}
+
+    def describe(run):
+        key = repr((run.model, run.weights))
+        if key not in known:
+            known[key] = architecture.load(run)
+        return known[key]
+
+    return describe
+
+
+@pytest.fixture(scope="session")
+def make_plan(compose_run, describe, machine):
+    """`make_plan(*overrides, on=machine)` → the plan, without a look at the machine that runs the tests."""
+
+    def make_plan(*overrides, on=None):
+        run = compose_run(*overrides)
+        return plan.build(run, describe(run), on or machine())
+
+    return make_plan
+
+
+@pytest.fixture(scope="session")
+def plan_of(compose_run, describe, machine):
+    """`plan_of(model, offload, quant, profile)` → the plan of one cell of that matrix, much faster than `make_plan`."""
+
+    def plan_of(model, offload="cpu", quant="int4", profile="tuned", *, ranks=1, on=None):
+        run = compose_run(f"model={model}", "workload=zero-inference", f"hardware.num_gpus={ranks}")
+        run.offload = compose_run(f"offload={offload}").offload
+        run.quant = compose_run(f"quant={quant}").quant
+        run.engine = compose_run(f"engine.profile={profile}").engine
+        return plan.build(run, describe(run), on or machine())
+
+    return plan_of

@@ -1,0 +1,240 @@
+import importlib
+
+import pytest
+from torch import nn
+from transformers import LlamaConfig, OPTConfig, T5Config
+
+from zi_experiments import architecture
+from zi_experiments.config import ConfigError, conf_dir
+
+MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml") if path.stem != "local")
+
+# Billions of parameters as published: the OPT paper and checkpoints, BigScience's and Qwen's model cards, and the sizes
+# of Meta's and Mistral's checkpoints. A head that is tied to the embedding counts once.
+PUBLISHED = {
+    "bloom-1b1": 1.065,
+    "bloom-1b7": 1.722,
+    "bloom-3b": 3.003,
+    "bloom-560m": 0.5592,
+    "bloom-7b1": 7.069,
+    "bloom-176b": 176.2,
+    "llama-2-7b": 6.738,
+    "llama-2-13b": 13.02,
+    "llama-2-70b": 68.98,
+    "llama-3.1-8b": 8.030,
+    "llama-3.1-70b": 70.55,
+    "mixtral-8x7b": 46.70,
+    "opt-125m": 0.1252,
+    "opt-350m": 0.3312,
+    "opt-1.3b": 1.316,
+    "opt-2.7b": 2.652,
+    "opt-6.7b": 6.658,
+    "opt-13b": 12.85,
+    "opt-30b": 29.97,
+    "opt-66b": 65.72,
+    "opt-175b": 174.6,
+    "qwen3-0.6b": 0.596,
+    "qwen3-1.7b": 1.72,
+    "qwen3-4b": 4.02,
+    "qwen3-8b": 8.19,
+    "qwen3-14b": 14.77,
+    "qwen3-32b": 32.76,
+    "qwen3-30b-a3b": 30.53,
+    "qwen3-235b-a22b": 235.1,
+}
+
+LAYER_CLASSES = {
+    "bloom": "transformers.models.bloom.modeling_bloom.BloomBlock",
+    "llama": "transformers.models.llama.modeling_llama.LlamaDecoderLayer",
+    "mixtral": "transformers.models.mixtral.modeling_mixtral.MixtralDecoderLayer",
+    "opt": "transformers.models.opt.modeling_opt.OPTDecoderLayer",
+    "qwen3": "transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer",
+    "qwen3_moe": "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeDecoderLayer",
+}
+
+
+@pytest.fixture
+def load(compose_run, describe):
+    return lambda *overrides: describe(compose_run(*overrides))
+
+
+@pytest.fixture
+def llama_folder(tmp_path):
+    """A model folder as transformers writes it; of its files only config.json matters here."""
+    LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=500,
+        max_position_embeddings=256,
+        dtype="bfloat16",
+    ).save_pretrained(tmp_path / "tiny-llama")
+    return tmp_path / "tiny-llama"
+
+
+def test_the_table_has_every_model():
+    assert sorted(PUBLISHED) == MODELS
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_parameters_are_as_many_as_published(load, model):
+    assert load(f"model={model}").num_parameters == pytest.approx(PUBLISHED[model] * 1e9, rel=1e-3)
+
+
+def test_opt_175b_has_the_published_shape(load):
+    opt = load("model=opt-175b")
+
+    assert opt.num_layers == 96
+    assert opt.hidden_size == 12288
+    assert opt.num_attention_heads == 96
+    assert opt.head_dim == 128
+    assert opt.config.ffn_dim == 49152
+    assert (49152, 12288) in {parameter.shape for parameter in opt.parameters}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_layer_class_is_that_of_the_family(load, model):
+    found = load(f"model={model}")
+
+    assert found.layer_class == LAYER_CLASSES[found.model_type]
+    module, _, name = found.layer_class.rpartition(".")
+    assert issubclass(getattr(importlib.import_module(module), name), nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("bloom-560m", "BloomForCausalLM"),
+        ("opt-125m", "OPTForCausalLM"),
+        ("llama-2-7b", "LlamaForCausalLM"),
+        ("mixtral-8x7b", "MixtralForCausalLM"),
+        ("qwen3-0.6b", "Qwen3ForCausalLM"),
+    ],
+)
+def test_each_family_has_its_causal_class(compose_run, model, expected):
+    config = architecture.read_config(compose_run(f"model={model}"))
+
+    assert architecture.model_class(config).__name__ == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "elements"),
+    [
+        ("opt-125m", 2 * 12 * 768),
+        ("bloom-176b", 2 * 70 * 14336),
+        ("llama-2-70b", 2 * 80 * 8 * 128),
+        ("qwen3-0.6b", 2 * 28 * 8 * 128),  # its heads are wider than hidden_size / heads
+    ],
+)
+def test_keys_and_values_of_a_token(load, model, elements):
+    assert load(f"model={model}").kv_elements_per_token() == elements
+
+
+def test_a_tied_head_counts_once(load):
+    opt = load("model=opt-125m")
+
+    assert [parameter.name for parameter in opt.tied] == ["lm_head.weight"]
+    assert "lm_head.weight" not in {parameter.name for parameter in opt.parameters}
+
+
+def test_an_untied_head_is_a_parameter(load):
+    llama = load("model=llama-2-7b")
+
+    assert llama.tied == ()
+    assert "lm_head.weight" in {parameter.name for parameter in llama.parameters}
+
+
+def test_layers_and_the_rest_are_told_apart(load):
+    llama = load("model=llama-2-7b")
+    outside = {parameter.name for parameter in llama.parameters if not parameter.in_layers}
+
+    assert outside == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+
+
+def test_linear_and_embedding_weights_are_quantizable(load):
+    opt = load("model=opt-125m")
+
+    for parameter in opt.parameters:
+        assert parameter.quantizable == (
+            len(parameter.shape) == 2 and parameter.name != "model.decoder.embed_positions.weight"
+        )
+
+
+def test_experts_are_not_quantizable(load):
+    """DeepSpeed quantizes modules of type nn.Linear; transformers keeps all experts of a layer in one 3-D parameter."""
+    experts = [parameter for parameter in load("model=mixtral-8x7b").parameters if len(parameter.shape) == 3]
+
+    assert len(experts) == 2 * 32
+    assert not any(parameter.quantizable for parameter in experts)
+
+
+def test_positions_are_limited_where_the_model_limits_them(load):
+    assert load("model=opt-125m").max_positions == 2048
+    assert load("model=bloom-560m").max_positions is None  # ALiBi
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("opt-125m", "float16"), ("bloom-176b", "bfloat16")])
+def test_the_dtype_is_the_one_the_configuration_names(load, model, dtype):
+    assert load(f"model={model}").dtype == dtype
+
+
+def test_a_folder_written_by_transformers(load, llama_folder):
+    found = load("model=local", f"model.path={llama_folder}")
+
+    assert found.model_type == "llama"
+    assert (found.num_layers, found.num_attention_heads, found.num_key_value_heads) == (3, 4, 2)
+    assert found.max_positions == 256
+    assert found.dtype == "bfloat16"
+    embeddings, attention, mlp, norms = 2 * 500 * 64, 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 128, 2 * 64
+    assert found.num_parameters == embeddings + 3 * (attention + mlp + norms) + 64
+
+
+def test_a_checkpoint_s_own_configuration_counts(load, llama_folder):
+    found = load("model=opt-125m", "weights=pretrained", f"weights.path={llama_folder}")
+
+    assert found.model_type == "llama"
+
+
+def test_random_weights_take_the_model_s_numbers(load):
+    assert load("model=opt-125m", "model.path=/nowhere").model_type == "opt"
+
+
+def test_a_model_that_is_not_causal_is_refused_by_name(compose_run, tmp_path):
+    T5Config(d_model=64, num_layers=2).save_pretrained(tmp_path)
+
+    with pytest.raises(ConfigError, match=r"t5 is not a causal language model: pass model="):
+        architecture.load(compose_run("model=local", f"model.path={tmp_path}"))
+
+
+def test_an_unknown_model_type_is_refused_by_name(compose_run):
+    with pytest.raises(ConfigError, match=r"model\.architecture\.model_type=oppt is not a model"):
+        architecture.load(compose_run("model.architecture.model_type=oppt"))
+
+
+def test_a_folder_without_a_configuration_is_refused(compose_run, tmp_path):
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        architecture.load(compose_run("model=local", f"model.path={tmp_path}"))
+
+
+def test_a_path_that_is_neither_folder_nor_hub_name_is_refused(compose_run):
+    with pytest.raises(ConfigError, match=r"/no/such/model is neither .* pass model\.path=") as refusal:
+        architecture.load(compose_run("model=local", "model.path=/no/such/model"))
+
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("number", ["num_attention_heads=7", "num_hidden_layers=many"])
+def test_numbers_that_make_no_model_are_refused(compose_run, number):
+    with pytest.raises(ConfigError, match="opt-125m"):
+        architecture.load(compose_run(f"model.architecture.{number}"))
+
+
+def test_describing_a_model_allocates_no_weights():
+    """These are 400 GB: anywhere but on the meta device this would fail."""
+    wide = OPTConfig(
+        hidden_size=65536, ffn_dim=262144, word_embed_proj_dim=65536, num_hidden_layers=4, num_attention_heads=64
+    )
+
+    assert architecture.describe(wide, "wide").num_parameters > 200e9

@@ -1,0 +1,313 @@
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from zi_experiments import config
+from zi_experiments.config import ConfigError, OffloadDevice, Run, TrackingMode, conf_dir, to_run
+
+YAMLS = sorted(path for path in conf_dir().glob("*/*.yaml") if path.parent.name != "hydra")
+GROUPS = sorted({path.parent.name for path in YAMLS})
+CHOICES = [(path.parent.name, path.stem) for path in YAMLS]
+SCHEMAS = [kind for kind in vars(config).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+
+
+def schema_nodes(schema=Run, prefix=""):
+    """The dotted prefix of every node of the schema: "" for the root, "offload.aio." for the deepest."""
+    yield prefix
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(field.type):
+            yield from schema_nodes(field.type, f"{prefix}{field.name}.")
+
+
+def cli(*arguments, cwd, python_options=()):
+    command = [sys.executable, *python_options, "-m", "zi_experiments", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_to_a_valid_run(compose_run, group, choice):
+    needed = ["model.path=/models/tiny"] if choice == "local" else []
+
+    run = compose_run(f"{group}={choice}", *needed)
+
+    assert isinstance(run, Run)
+    node = getattr(run, group, None)
+    if hasattr(node, "name"):
+        assert node.name == ("tiny" if choice == "local" else choice)
+
+
+def sweep(experiment):
+    """Every combination of what an experiment sweeps, as overrides; one empty one when it sweeps nothing."""
+    file = OmegaConf.load(conf_dir() / "experiment" / f"{experiment}.yaml")
+    swept = OmegaConf.select(file, "hydra.sweeper.params") or {}
+    return list(product(*([f"{key}={value}" for value in values.split(",")] for key, values in swept.items())))
+
+
+EXPERIMENTS = [(name, cell) for group, name in CHOICES if group == "experiment" for cell in sweep(name)]
+
+
+@pytest.mark.parametrize(("experiment", "cell"), EXPERIMENTS, ids=str)
+def test_every_cell_of_an_experiment_is_a_valid_run(compose_run, experiment, cell):
+    assert compose_run(f"experiment={experiment}", *cell).workload.repeats >= 1
+
+
+def test_the_promised_groups_exist():
+    groups = {"model", "offload", "quant", "kv_cache", "hardware", "engine", "weights", "workload", "tracking"}
+
+    assert groups <= set(GROUPS)
+
+
+def test_the_default_run(compose_run):
+    run = compose_run()
+
+    assert run.name == "opt-125m-cpu-int4"
+    assert run.engine.name == "deepspeed"
+    assert run.hardware.name == "auto"
+
+
+def test_nothing_is_left_without_a_value(compose):
+    assert OmegaConf.missing_keys(compose()) == set()
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
+def test_values_live_in_yaml_only(schema):
+    for field in dataclasses.fields(schema):
+        assert field.default is dataclasses.MISSING, field.name
+        assert field.default_factory is dataclasses.MISSING, field.name
+
+
+@pytest.mark.parametrize(
+    ("key", "typed", "value"),
+    [
+        ("workload.batch_size", "6", 6),
+        ("workload.prompt_len", "16", 16),
+        ("workload.gen_len", "2", 2),
+        ("workload.warmup", "0", 0),
+        ("workload.repeats", "5", 5),
+        ("workload.seed", "7", 7),
+        ("offload.device", "cpu", OffloadDevice.cpu),
+        ("offload.pin_memory", "false", False),
+        ("quant.bits", "8", 8),
+        ("quant.group_size", "32", 32),
+        ("quant.group_dim", "0", 0),
+        ("model.path", "/models/mine", "/models/mine"),
+        ("engine.profile", "reference", config.Profile.reference),
+        ("hardware.num_gpus", "2", 2),
+        ("hardware.memory_gib", "24", 24.0),
+        ("tracking.mode", "offline", TrackingMode.offline),
+        ("plan_only", "true", True),
+    ],
+)
+def test_promised_names_reach_the_run(compose_run, key, typed, value):
+    reached = compose_run(f"{key}={typed}")
+    for name in key.split("."):
+        reached = getattr(reached, name)
+
+    assert reached == value
+
+
+@pytest.mark.parametrize(("choice", "key"), [("offload=nvme", "offload.path"), ("weights=pretrained", "weights.path")])
+def test_promised_paths_reach_the_run(compose_run, choice, key):
+    group, name = key.split(".")
+
+    assert getattr(getattr(compose_run(choice, f"{key}=/mnt/x"), group), name) == "/mnt/x"
+
+
+RULES = [
+    # overrides that cannot be, the key that the message names, what it says to type
+    (["workload.batch_size=0"], "workload.batch_size", "workload.batch_size=1"),
+    (["workload.prompt_len=0"], "workload.prompt_len", "workload.prompt_len=1"),
+    (["workload.gen_len=-3"], "workload.gen_len", "workload.gen_len=1"),
+    (["workload.warmup=-1"], "workload.warmup", "workload.warmup=0"),
+    (["workload.repeats=0"], "workload.repeats", "workload.repeats=1"),
+    (["hardware.num_gpus=0"], "hardware.num_gpus", "hardware.num_gpus=1"),
+    (["hardware.num_gpus=2", "workload.batch_size=5"], "workload.batch_size", "workload.batch_size=4"),
+    (["hardware.num_gpus=4", "workload.batch_size=1"], "workload.batch_size", "workload.batch_size=4"),
+    (["quant=fp16", "quant.group_size=64"], "quant.group_size", "quant=int4"),
+    (["quant=fp16", "quant.group_dim=1"], "quant.group_dim", "quant=int4"),
+    (["quant.group_size=null"], "quant.group_size", "quant.group_size=64"),
+    (["quant.group_size=1"], "quant.group_size", "quant.group_size=64"),
+    (["quant.group_dim=null"], "quant.group_dim", "quant.group_dim=1"),
+    (["quant.group_dim=2"], "quant.group_dim", "quant.group_dim=1"),
+    (["offload=cpu", "offload.path=/mnt/x"], "offload.path", "offload=nvme"),
+    (["offload=none", "offload.buffer_count=5"], "offload.buffer_count", "offload=nvme"),
+    (["offload=cpu", "offload.buffer_size=1000"], "offload.buffer_size", "offload=nvme"),
+    (["offload=cpu", "offload.use_gds=true"], "offload.use_gds", "offload=nvme"),
+    (["offload=none", "offload.pin_memory=true"], "offload.pin_memory", "offload=cpu"),
+    (["offload=nvme", "hardware=cpu", "offload.use_gds=true"], "offload.use_gds", "offload.use_gds=false"),
+    (["offload=nvme", "offload.aio.block_size=5000"], "offload.aio.block_size", "1048576"),
+    (["model=local"], "model.path", "model.path=/models/my-model"),
+    (["weights=pretrained", "weights.path=null"], "weights.path", "weights.path=/models/my-model"),
+    (["weights.path=/models/x"], "weights.path", "weights=pretrained"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "advice"), RULES, ids=lambda value: str(value))
+def test_a_refusal_names_the_key_and_what_to_type(compose_run, overrides, key, advice):
+    with pytest.raises(ConfigError, match=rf"{re.escape(key)}.*: pass .*{re.escape(advice)}") as refusal:
+        compose_run(*overrides)
+
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("overrides", "key", "advice"), RULES, ids=lambda value: str(value))
+def test_the_advice_of_a_refusal_works(compose_run, overrides, key, advice):
+    compose_run(*overrides, advice if "=" in advice else f"{key}={advice}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["quant.bits=3"], "quant.bits"),
+        (["offload=nvme", "offload.aio.block_size=0"], "offload.aio.block_size"),
+        (["offload=nvme", "offload.aio.queue_depth=0"], "offload.aio.queue_depth"),
+        (["offload=nvme", "offload.aio.intra_op_parallelism=0"], "offload.aio.intra_op_parallelism"),
+        (["offload=nvme", "offload.buffer_count=0"], "offload.buffer_count"),
+        (["offload=nvme", "offload.buffer_size=-1"], "offload.buffer_size"),
+        (["~model.architecture.model_type"], "model.architecture.model_type"),
+        (["hardware.memory_gib=0"], "hardware.memory_gib"),
+        (["hardware.memory_gib=nan"], "hardware.memory_gib"),  # it could not be written as JSON either
+        (["hardware.host_memory_gib=inf"], "hardware.host_memory_gib"),
+        (["hardware.ceilings.link_bytes_per_s=nan"], "hardware.ceilings.link_bytes_per_s"),
+        (["hardware.ceilings.flops=-1"], "hardware.ceilings.flops"),
+        (["hardware.host_memory_gib=-1"], "hardware.host_memory_gib"),
+        (["hardware.dtypes=[float32]"], "hardware.dtypes"),
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_refused_by_name(compose_run, overrides, key):
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)}.*: pass ."):
+        compose_run(*overrides)
+
+
+@pytest.mark.parametrize("prefix", list(schema_nodes()))
+def test_a_key_added_with_plus_is_refused_by_name(compose_run, prefix):
+    """Hydra lets `+key` past the schema, where it would be ignored without a word."""
+    with pytest.raises(ConfigError, match=rf"^{re.escape(prefix)}stray is not a setting.*{re.escape(prefix)}\w+"):
+        compose_run(f"+{prefix}stray=1")
+
+
+def test_the_schema_is_as_deep_as_the_test_of_stray_keys_thinks():
+    assert {"", "workload.", "offload.aio.", "hardware.ceilings."} <= set(schema_nodes())
+
+
+def test_an_architecture_takes_any_number_of_a_hugging_face_configuration(compose_run):
+    run = compose_run("+model.architecture.attention_bias=true")
+
+    assert run.model.architecture["attention_bias"] is True
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "workload.batch_size=many",
+        "workload.batch_size=2.5",
+        "workload.batch_size=null",
+        "offload.device=tape",
+        "quant.bits=four",
+        "engine.profile=fast",
+        "plan_only=perhaps",
+        "tracking.mode=sometimes",
+        "hardware.ceilings.flops=fast",
+    ],
+)
+def test_a_wrong_type_fails_at_compose(compose, override):
+    with pytest.raises(ConfigCompositionException, match=re.escape(override)):
+        compose(override)
+
+
+@pytest.mark.parametrize("key", ["workload.batchsize", "batch_size", "offload.aio.thread_count", "quant.symmetric"])
+def test_an_unknown_key_fails_at_compose(compose, key):
+    with pytest.raises(ConfigCompositionException, match=re.escape(key)):
+        compose(f"{key}=1")
+
+
+def test_an_unknown_choice_lists_the_known_ones(compose):
+    with pytest.raises(ConfigCompositionException, match=r"opt-13b"):
+        compose("model=opt-13")
+
+
+def test_a_missing_value_is_refused_by_name(compose):
+    with pytest.raises(ConfigError, match=r"^workload.batch_size: .*pass workload.batch_size="):
+        to_run(compose("workload.batch_size=???"))
+
+
+def test_an_interpolation_to_nowhere_is_refused_by_name(compose):
+    with pytest.raises(ConfigError, match=r"^name: .*nowhere"):
+        to_run(compose("name='${nowhere}'"))
+
+
+def test_a_local_model_is_called_after_its_folder(compose_run):
+    assert compose_run("model=local", "model.path=/models/my-llama").name == "my-llama-cpu-int4"
+
+
+def test_a_pretrained_checkpoint_is_by_default_the_model_s_own(compose_run):
+    assert compose_run("model=opt-1.3b", "weights=pretrained").weights.path == "facebook/opt-1.3b"
+
+
+def test_a_choice_of_the_users_own(tmp_path):
+    own = tmp_path / "own" / "model" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("name: mine\npath: null\narchitecture: {model_type: opt, hidden_size: 64}\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    shown = cli("--config-dir", str(tmp_path / "own"), "model=mine", "--cfg", "job", "--resolve", cwd=elsewhere)
+
+    assert shown.returncode == 0, shown.stderr
+    composed = OmegaConf.create(shown.stdout)
+    assert composed.name == "mine-cpu-int4"
+    assert composed.model.architecture == {"model_type": "opt", "hidden_size": 64}
+    assert os.listdir(elsewhere) == []
+
+
+def test_help_shows_the_groups_and_three_examples(tmp_path):
+    shown = cli("--help", cwd=tmp_path)
+
+    assert shown.returncode == 0, shown.stderr
+    for group in GROUPS:
+        choices = ", ".join(choice for owner, choice in CHOICES if owner == group)
+        assert f"{group}: {choices}" in shown.stdout
+    examples = shown.stdout.partition("Examples")[2]
+    assert len(re.findall(r"^ +python -m zi_experiments", examples, re.MULTILINE)) == 3
+
+
+def test_the_examples_of_help_compose(compose_run, tmp_path):
+    examples = re.findall(r"^ +python -m zi_experiments(.*)$", cli("--help", cwd=tmp_path).stdout, re.MULTILINE)
+
+    for example in examples:
+        words = [word.split(",")[0] for word in example.split() if word != "-m"]
+        compose_run(*words)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job", "--resolve"]], ids=" ".join)
+def test_asking_imports_no_torch(tmp_path, arguments):
+    shown = cli(*arguments, cwd=tmp_path, python_options=["-X", "importtime"])
+
+    assert shown.returncode == 0, shown.stderr
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in shown.stderr.splitlines()}
+    assert "zi_experiments" in imported
+    assert imported.isdisjoint({"torch", "transformers", "deepspeed", "wandb"})
+
+
+def test_a_wrong_choice_on_the_command_line_exits_with_an_error(tmp_path):
+    shown = cli("offload=tape", "--cfg", "job", cwd=tmp_path)
+
+    assert shown.returncode == 1
+    assert "none" in shown.stderr
+    assert "nvme" in shown.stderr
+
+
+def test_conf_lies_beside_the_package_or_inside_it():
+    package = Path(config.__file__).parent
+
+    assert conf_dir() in (package / "conf", package.parent / "conf")
+    assert (conf_dir() / "config.yaml").is_file()

@@ -1,0 +1,177 @@
+"""The flow goes one way: an import that points back, or that costs more than its room may, fails here."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import zi_experiments
+
+PACKAGE = Path(zi_experiments.__file__).parent
+SOURCES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+    or "zi_experiments": path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
+HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "wandb"}
+
+
+def imported(tree):
+    """Every dotted name that a module imports, at any depth; `from a import b` gives a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rooms(name):
+    """The modules of this package that a module imports."""
+    found = set()
+    for dotted in imported(TREES[name]):
+        owner, _, inside = dotted.partition(".")
+        if owner == "zi_experiments":
+            parts = inside.split(".")
+            candidates = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+            found.add(next(candidate for candidate in candidates if candidate in SOURCES))
+    return found
+
+
+def packages(nodes):
+    return {dotted.split(".")[0] for dotted in imported(nodes)}
+
+
+def test_the_test_sees_the_package():
+    assert {"config", "plan", "engines", "engines.deepspeed", "sinks.result_file", "__main__"} <= set(SOURCES)
+    assert rooms("engines.deepspeed") >= {"ds_config", "plan", "distributed"}
+
+
+def test_no_two_modules_need_each_other():
+    TopologicalSorter({name: rooms(name) for name in SOURCES}).prepare()
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("config", set()),
+        ("environment", set()),
+        ("architecture", {"config"}),
+        ("hardware", {"config", "environment"}),
+        ("plan", {"config", "architecture", "hardware"}),
+        ("ds_config", {"config", "plan"}),
+        ("preflight", {"config", "environment", "hardware", "plan"}),
+        ("progress", set()),
+        ("memory", set()),
+        ("workload", set()),
+        ("weights", set()),
+        ("measure", {"engines", "progress"}),
+        ("metrics", {"measure", "plan"}),
+        ("record", {"measure", "metrics", "plan"}),
+        ("sinks", {"record"}),
+        ("sinks.result_file", {"record"}),
+    ],
+)
+def test_arrows_do_not_point_back(name, allowed):
+    assert rooms(name) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("name", "never"),
+    [
+        ("config", {"torch", "transformers", "deepspeed", "accelerate", "wandb"}),
+        ("environment", {"torch", "transformers", "deepspeed", "accelerate", "wandb"}),
+        ("plan", {"torch", "transformers", "deepspeed", "accelerate", "wandb", "psutil", "pynvml", "os"}),
+        ("ds_config", {"torch", "transformers", "deepspeed", "accelerate", "wandb", "os"}),
+        ("measure", {"deepspeed", "wandb"}),
+        ("metrics", {"torch", "transformers", "deepspeed", "wandb"}),
+        ("record", {"torch", "transformers", "deepspeed", "wandb"}),
+        ("workload", {"hydra", "omegaconf", "deepspeed"}),
+        ("weights", {"deepspeed", "transformers"}),
+        ("architecture", {"deepspeed"}),
+        ("hardware", {"deepspeed", "transformers"}),
+    ],
+)
+def test_a_room_never_imports_what_is_not_its_own(name, never):
+    assert packages(TREES[name]).isdisjoint(never)
+
+
+def test_only_the_engine_and_its_back_end_import_deepspeed():
+    users = {name for name, tree in TREES.items() if "deepspeed" in packages(tree)}
+
+    assert users <= {"engines.deepspeed", "distributed"}
+
+
+def test_only_its_sink_imports_wandb():
+    assert {name for name, tree in TREES.items() if "wandb" in packages(tree)} == {"sinks.wandb"}
+
+
+def test_typed_past_the_door():
+    """Only the entry, the door and the job know the configuration as Hydra composes it."""
+    users = {name for name, tree in TREES.items() if any(dotted.endswith(".DictConfig") for dotted in imported(tree))}
+
+    assert users <= {"__main__", "config", "job"}
+
+
+@pytest.mark.parametrize("name", ["config", "plan", "ds_config", "metrics", "record", "preflight", "launch", "job"])
+def test_importing_what_the_launcher_needs_loads_nothing_heavy(name):
+    code = f"import sys, zi_experiments.{name}; print(*{HEAVY!r} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == []
+
+
+def reads_environment(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in {"environ", "environb", "getenv", "putenv", "unsetenv"}:
+            yield node.lineno
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            yield from (node.lineno for alias in node.names if alias.name in {"environ", "getenv", "putenv"})
+
+
+def test_one_module_reads_environment_variables():
+    assert {name for name, tree in TREES.items() if list(reads_environment(tree))} == {"environment"}
+
+
+DEEPSPEED_KEYS = {
+    "zero_optimization",
+    "offload_param",
+    "nvme_path",
+    "leaf_module",
+    "thread_count",
+    "train_batch_size",
+    "wall_clock_breakdown",
+    "steps_per_print",
+    "weight_quantization",
+    "quantized_initialization",
+}
+
+
+def deepspeed_keys(tree):
+    for node in ast.walk(tree):
+        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        if text.startswith("stage3_") or text in DEEPSPEED_KEYS:
+            yield text
+
+
+def test_only_ds_config_and_the_engine_know_deepspeeds_keys():
+    knowing = {name for name, tree in TREES.items() if list(deepspeed_keys(tree))}
+
+    assert "ds_config" in knowing
+    assert knowing <= {"ds_config", "engines.deepspeed"}
+
+
+def test_nothing_is_configured_when_a_module_is_imported():
+    """No call at module level but for loggers, registration of types, and plain values."""
+    harmless = {"getLogger", "TypeVar", "frozenset", "main", "compile"}
+    for name, tree in TREES.items():
+        for statement in tree.body:
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+                pytest.fail(f"{name}:{statement.lineno} calls something on import")
+            if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(statement.value, ast.Call):
+                called = ast.unparse(statement.value.func).rpartition(".")[2]
+                assert called in harmless, f"{name}:{statement.lineno}"

@@ -1,0 +1,143 @@
+from dataclasses import fields
+
+import pytest
+
+from zi_experiments.measure import Pass, Samples
+from zi_experiments.metrics import derive
+
+
+@pytest.fixture
+def plan(make_plan):
+    """Eight sequences of 16 prompt tokens, 3 generated, OPT-13B in host memory: the link bounds a step."""
+    work = ["workload.batch_size=8", "workload.prompt_len=16", "workload.gen_len=3"]
+    return make_plan("model=opt-13b", "quant=fp16", "offload=cpu", *work)
+
+
+def measured(*passes, warmup=()):
+    def one(ttft_s, *step_s):
+        return Pass(ttft_s=ttft_s, total_s=ttft_s + sum(step_s), step_s=list(step_s))
+
+    return Samples(load_s=12.5, warmup=[one(*times) for times in warmup], measured=[one(*times) for times in passes])
+
+
+def figures(samples, plan, **peaks):
+    return derive(samples, plan, **({"gpu_peak_bytes": 1, "host_peak_bytes": 2, "disk_peak_bytes": 3} | peaks))
+
+
+def test_one_pass_by_hand(plan):
+    got = figures(measured((2.0, 0.5, 1.5)), plan)
+
+    assert got.ttft_s == 2.0
+    assert got.prefill_tok_per_s == 8 * 16 / 2.0
+    assert got.decode_tok_per_s == 8 * 2 / 2.0
+    assert got.total_tok_per_s == 8 * 3 / 4.0
+    assert got.tpot_p50_s == 1.0
+    assert got.load_s == 12.5
+
+
+def test_figures_are_medians_over_passes(plan):
+    got = figures(measured((1.0, 0.5, 0.5), (2.0, 1.0, 1.0), (10.0, 5.0, 5.0)), plan)
+
+    assert got.ttft_s == 2.0
+    assert got.prefill_tok_per_s == 8 * 16 / 2.0
+    assert got.decode_tok_per_s == 8 * 2 / 2.0
+    assert got.total_tok_per_s == 8 * 3 / 4.0
+
+
+def test_each_rate_is_the_median_of_its_own_passes(plan):
+    """The pass with the median prefill need not be the one with the median decode."""
+    got = figures(measured((1.0, 4.0, 4.0), (2.0, 1.0, 1.0), (4.0, 2.0, 2.0)), plan)
+
+    assert got.prefill_tok_per_s == 64.0
+    assert got.decode_tok_per_s == 4.0
+
+
+def test_warm_up_does_not_count(plan):
+    cold = measured((2.0, 1.0, 1.0), warmup=[(500.0, 100.0, 100.0)])
+
+    assert figures(cold, plan) == figures(measured((2.0, 1.0, 1.0)), plan)
+
+
+def test_spread_is_the_smallest_and_largest_pass(plan):
+    got = figures(measured((1.0, 0.5, 0.5), (2.0, 1.0, 1.0), (4.0, 2.0, 2.0)), plan)
+
+    assert got.spread == {
+        "prefill_tok_per_s": (32.0, 128.0),
+        "decode_tok_per_s": (4.0, 16.0),
+        "total_tok_per_s": (8 * 3 / 8.0, 8 * 3 / 2.0),
+    }
+
+
+def test_percentiles_are_over_the_steps_of_all_passes(plan):
+    """101 steps of 0, 1, …, 100 ms: the n-th percentile is n ms."""
+    steps = [step / 1000 for step in range(101)]
+    got = figures(measured((1.0, *steps[50:]), (1.0, *steps[:50])), plan)
+
+    assert got.tpot_p50_s == pytest.approx(0.050)
+    assert got.tpot_p90_s == pytest.approx(0.090)
+    assert got.tpot_p99_s == pytest.approx(0.099)
+
+
+def test_percentiles_of_a_single_step_are_that_step(make_plan):
+    plan = make_plan("workload.gen_len=2")
+    got = figures(measured((1.0, 0.25)), plan)
+
+    assert (got.tpot_p50_s, got.tpot_p90_s, got.tpot_p99_s) == (0.25, 0.25, 0.25)
+
+
+def test_one_token_has_no_decode(make_plan):
+    plan = make_plan("model=opt-13b", "workload.gen_len=1", "workload.batch_size=4", "workload.prompt_len=32")
+    got = figures(measured((2.0,), (2.0,)), plan)
+
+    assert got.decode_tok_per_s is None
+    assert (got.tpot_p50_s, got.tpot_p90_s, got.tpot_p99_s) == (None, None, None)
+    assert (got.link_bytes_per_s, got.fraction_of_bound) == (None, None)
+    assert got.prefill_tok_per_s == 64.0
+    assert got.prefill_fraction_of_bound is not None
+    assert set(got.spread) == {"prefill_tok_per_s", "total_tok_per_s"}
+
+
+def test_link_rate_is_streamed_bytes_over_the_median_step(plan):
+    got = figures(measured((2.0, 0.5, 0.5)), plan)
+
+    assert got.link_bytes_per_s == plan.streamed_bytes_per_pass / 0.5
+    assert got.link_bytes_per_s == pytest.approx(51.4e9, rel=1e-3)
+
+
+def test_fractions_are_the_bound_over_the_measured_time(plan):
+    """The bound of a pass is 25.7 GB / 63 GB/s = 0.408 s, of prefill too."""
+    got = figures(measured((0.816, 0.5, 0.5)), plan)
+
+    assert got.fraction_of_bound == pytest.approx(0.816, rel=1e-3)
+    assert got.prefill_fraction_of_bound == pytest.approx(0.5, rel=1e-3)
+
+
+def test_without_a_bound_there_is_no_fraction(make_plan, machine):
+    got = figures(measured((1.0, 0.5)), make_plan("workload.gen_len=2", on=machine("cpu")))
+
+    assert (got.fraction_of_bound, got.prefill_fraction_of_bound) == (None, None)
+
+
+def test_nothing_crosses_the_link_without_offload(make_plan):
+    assert not figures(measured((1.0, 0.5)), make_plan("offload=none", "workload.gen_len=2")).link_bytes_per_s
+
+
+def test_peaks_pass_through(plan):
+    got = figures(measured((1.0, 0.5, 0.5)), plan, gpu_peak_bytes=11, host_peak_bytes=22, disk_peak_bytes=0)
+
+    assert (got.gpu_peak_bytes, got.host_peak_bytes, got.disk_peak_bytes) == (11, 22, 0)
+
+
+def test_rates_are_over_all_ranks(make_plan):
+    one, two = (
+        make_plan("workload.batch_size=8", "workload.gen_len=3", f"hardware.num_gpus={ranks}") for ranks in (1, 2)
+    )
+    samples = measured((1.0, 0.5, 0.5))
+
+    assert figures(samples, one).decode_tok_per_s == figures(samples, two).decode_tok_per_s == 16.0
+
+
+def test_every_figure_is_set(plan):
+    got = figures(measured((2.0, 0.5, 1.5)), plan)
+
+    assert [field.name for field in fields(got) if getattr(got, field.name) is None] == []

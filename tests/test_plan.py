@@ -1,0 +1,483 @@
+import re
+from itertools import product
+from math import ceil
+
+import pytest
+
+from zi_experiments.config import Ceilings, ConfigError
+
+GIB = 1 << 30
+BIG = {"gpu_memory_bytes": 1000 * GIB, "host_memory_bytes": 4000 * GIB}
+OFFLOADS, QUANTS, PROFILES = ("none", "cpu", "nvme"), ("fp16", "int4", "int8"), ("tuned", "reference")
+
+
+@pytest.fixture
+def refusal(make_plan):
+    """`refusal(*overrides, on=machine)` → why this cannot be, after trying out the first thing that it says to pass."""
+
+    def refusal(*overrides, on):
+        with pytest.raises(ConfigError) as refused:
+            make_plan(*overrides, on=on)
+        message = str(refused.value)
+        assert "\n" not in message
+        advice = re.search(r": pass .*?([\w.]+=[\w.-]+)", message)
+        assert advice, f"nothing to pass: {message}"
+        make_plan(*overrides, advice[1], on=on)
+        return message
+
+    return refusal
+
+
+# --- what is stored -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "numel"),
+    [
+        (["quant=fp16"], 768 * 3072),
+        # 4 bits are a quarter of 16; one scale and one minimum for every 64 weights
+        (["quant=int4"], 768 * 3072 // 4 + 2 * 36864),
+        (["quant=int8"], 768 * 3072 // 2 + 2 * 36864),
+        (["quant=int4", "quant.group_size=32"], 768 * 3072 // 4 + 2 * 73728),
+    ],
+    ids=str,
+)
+def test_stored_size_of_a_matrix(make_plan, overrides, numel):
+    plan = make_plan("model=opt-125m", *overrides)
+    fc1 = next(p for p in plan.architecture.parameters if p.name.endswith("layers.0.fc1.weight"))
+
+    assert fc1.shape == (3072, 768)
+    assert plan.stored_numel(fc1) == numel
+
+
+def test_norms_biases_and_other_modules_stay_16_bit(make_plan):
+    plan = make_plan("model=opt-125m", "quant=int4")
+
+    for name in ("layers.0.fc1.bias", "final_layer_norm.weight", "embed_positions.weight"):
+        parameter = next(p for p in plan.architecture.parameters if p.name.endswith(name))
+        assert plan.stored_numel(parameter) == parameter.numel
+
+
+def test_weight_bytes_of_opt_125m_in_int4(make_plan):
+    plan = make_plan("model=opt-125m", "quant=int4")
+    matrices = 50272 * 768 + 12 * 12 * 768 * 768
+    positions, per_layer, final = 2050 * 768, 13 * 768, 2 * 768
+
+    assert plan.weight_bytes == 2 * (matrices // 4 + matrices // 32 + positions + 12 * per_layer + final)
+
+
+def test_weight_bytes_of_opt_175b_are_98_gb_in_int4(plan_of):
+    assert plan_of("opt-175b", "cpu", "int4").weight_bytes == pytest.approx(98e9, rel=0.01)
+    assert plan_of("opt-175b", "cpu", "fp16").weight_bytes == 2 * 174_604_468_224
+
+
+def test_share_of_the_parameters_that_is_quantized(plan_of):
+    assert plan_of("opt-175b", "cpu", "int4").quantized_fraction > 0.99
+    assert plan_of("opt-175b", "cpu", "fp16").quantized_fraction == 0
+    assert plan_of("mixtral-8x7b", "cpu", "int4").quantized_fraction < 0.1  # DeepSpeed leaves experts alone
+
+
+def test_keys_and_values_at_full_length(make_plan):
+    plan = make_plan("model=llama-2-70b", "workload.batch_size=3", "workload.prompt_len=100", "workload.gen_len=20")
+
+    assert plan.kv_cache_bytes == 2 * 3 * 120 * (2 * 80 * 8 * 128)
+
+
+# --- where it is stored ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("offload", "quant", "profile"), list(product(OFFLOADS, QUANTS, PROFILES)))
+@pytest.mark.parametrize("model", ["opt-125m", "opt-13b", "bloom-176b", "mixtral-8x7b"])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_placement_sums_to_the_weights(plan_of, machine, model, offload, quant, profile, ranks):
+    plan = plan_of(model, offload, quant, profile, ranks=ranks, on=machine(**BIG))
+    place = plan.placement
+
+    assert min(place.gpu_bytes, place.cpu_bytes, place.nvme_bytes) >= 0
+    assert place.gpu_bytes + place.cpu_bytes + place.nvme_bytes == plan.weight_bytes
+
+
+def test_without_offload_everything_is_on_the_device(plan_of, machine):
+    on_gpu, on_cpu = plan_of("opt-125m", "none"), plan_of("opt-125m", "none", on=machine("cpu"))
+
+    assert on_gpu.placement.gpu_bytes == on_gpu.weight_bytes
+    assert on_cpu.placement.cpu_bytes == on_cpu.weight_bytes
+    assert on_gpu.streamed_bytes_per_pass == on_cpu.streamed_bytes_per_pass == 0
+
+
+@pytest.mark.parametrize(
+    ("profile", "vectors_on_gpu"),
+    [
+        ("tuned", 40 * 13 + 2),  # all norms and biases: 13 h a layer and 2 h after the last
+        ("reference", 40 * 9 + 2),  # those of at most h: fc1's bias has 4 h
+    ],
+)
+def test_small_parameters_stay_on_the_gpu(plan_of, profile, vectors_on_gpu):
+    plan = plan_of("opt-13b", "cpu", "fp16", profile)
+
+    assert plan.placement.gpu_bytes == 2 * 5120 * vectors_on_gpu
+    assert plan.streamed_bytes_per_pass == plan.placement.cpu_bytes == plan.weight_bytes - plan.placement.gpu_bytes
+
+
+def test_every_offloaded_byte_crosses_the_link(plan_of):
+    plan = plan_of("opt-175b", "nvme", "fp16")
+
+    assert plan.placement.nvme_bytes > 0.99 * plan.weight_bytes
+    assert plan.streamed_bytes_per_pass == plan.placement.nvme_bytes + plan.placement.cpu_bytes
+
+
+@pytest.mark.parametrize(
+    ("quant", "profile", "ranks", "names"),
+    [
+        # fc1 in 16-bit is 4.7 MB, an attention matrix 1.2 MB; in INT4 1.3 MB and 0.3 MB
+        (
+            "fp16",
+            "tuned",
+            1,
+            {"fc1", "fc2", "q_proj", "k_proj", "v_proj", "out_proj", "embed_tokens", "embed_positions"},
+        ),
+        ("fp16", "tuned", 4, {"fc1", "fc2", "embed_tokens"}),
+        ("int4", "tuned", 1, {"fc1", "fc2", "embed_tokens", "embed_positions"}),
+        ("fp16", "reference", 1, {"embed_tokens"}),  # its blocks are 16 MiB
+        ("int4", "reference", 2, set()),
+    ],
+)
+def test_a_partition_below_a_block_or_1_mib_is_not_on_disk(plan_of, quant, profile, ranks, names):
+    plan = plan_of("opt-125m", "nvme", quant, profile, ranks=ranks)
+
+    assert {p.name.split(".")[-2] for p in plan.swapped} == names
+    assert plan.placement.nvme_bytes == 2 * sum(plan.stored_numel(p) for p in plan.swapped)
+
+
+def test_larger_blocks_leave_more_in_memory(make_plan):
+    small, large = (
+        make_plan("offload=nvme", "quant=fp16", f"offload.aio.block_size={4 * size}") for size in (1 << 18, 1 << 20)
+    )
+
+    assert large.placement.nvme_bytes < small.placement.nvme_bytes
+    assert large.placement.cpu_bytes > small.placement.cpu_bytes
+
+
+def test_a_tied_head_takes_room_on_disk_while_loading(plan_of):
+    plan = plan_of("opt-125m", "nvme", "fp16")
+
+    assert plan.disk_bytes == plan.placement.nvme_bytes + 2 * 50272 * 768
+
+
+# --- buffers and layers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("quant", "profile"), list(product(QUANTS, PROFILES)))
+@pytest.mark.parametrize("model", ["opt-125m", "opt-175b", "bloom-176b", "qwen3-235b-a22b"])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_every_partition_on_disk_fits_into_a_buffer(plan_of, machine, model, quant, profile, ranks):
+    plan = plan_of(model, "nvme", quant, profile, ranks=ranks, on=machine(**BIG))
+
+    assert all(ceil(plan.stored_numel(p) / ranks) <= plan.buffer_numel for p in plan.swapped)
+
+
+def test_tuned_buffers_hold_two_layers_and_the_rest(plan_of):
+    plan = plan_of("opt-175b", "nvme", "int4")
+
+    assert plan.buffer_count == 2 * 6 + 2 + 1  # q, k, v, out, fc1, fc2; tokens and positions; one more
+    assert plan.buffer_numel == 50272 * 12288 * 9 // 32  # the embedding, in INT4 with groups of 64
+    assert plan.buffer_bytes_host() == plan.buffer_count * plan.buffer_numel * 2
+
+
+def test_buffers_of_the_user_s_own(make_plan):
+    plan = make_plan("offload=nvme", "offload.buffer_count=7", "offload.buffer_size=80000000")
+
+    assert (plan.buffer_count, plan.buffer_numel) == (7, 80_000_000)
+
+
+def test_buffers_take_no_host_memory_with_gpudirect_storage(make_plan):
+    assert make_plan("offload=nvme", "offload.use_gds=true").buffer_bytes_host() == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_buffers_of_more_ranks_hold_their_shares(plan_of, ranks):
+    plan = plan_of("opt-175b", "nvme", "fp16", ranks=ranks)
+
+    assert plan.buffer_numel == 50272 * 12288 // ranks
+    assert plan.buffer_bytes_host() == plan.buffer_count * plan.buffer_numel * 2 * ranks
+
+
+@pytest.mark.parametrize(("gpu_gb", "layers"), [(150, 4), (9.5, 3), (7, 2)])
+def test_more_layers_are_live_where_there_is_room(make_plan, machine, gpu_gb, layers):
+    """An OPT-30B layer takes 1.23 GB, and the rest of the model 0.75 GB; half of the room beside that is for layers."""
+    on = machine(gpu_memory_bytes=int(gpu_gb * 1e9))
+
+    assert make_plan("model=opt-30b", "quant=fp16", "offload=cpu", on=on).live_layers == layers
+
+
+# --- the bound ------------------------------------------------------------------------------------------------------
+
+# OPT-13B in 16-bit: 12 853 473 280 parameters, of which 12·5120² in each of 40 layers' matrices and 40·13·5120 + 2·5120
+# in vectors, which stay on the GPU. Keys and values: 2·40·5120 elements a token.
+WEIGHTS = 2 * 12_853_473_280
+STREAMED = WEIGHTS - 2 * (40 * 13 * 5120 + 2 * 5120)
+MATRICES = 40 * 12 * 5120**2
+KV_PER_TOKEN = 2 * 2 * 40 * 5120
+
+
+def opt_13b(make_plan, *overrides, on=None):
+    work = ["workload.batch_size=8", "workload.prompt_len=512", "workload.gen_len=32"]
+    return make_plan("model=opt-13b", "quant=fp16", *work, *overrides, on=on)
+
+
+def test_offloaded_weights_are_bound_by_the_link(make_plan):
+    bound = opt_13b(make_plan, "offload=cpu").bound
+
+    assert bound.limited_by == "link"
+    assert bound.decode_step_s == pytest.approx(STREAMED / 63e9)
+    assert bound.decode_step_s == pytest.approx(0.408, rel=1e-3)
+    assert bound.prefill_s == bound.decode_step_s
+
+
+def test_resident_weights_are_bound_by_hbm(make_plan):
+    bound = opt_13b(make_plan, "offload=none").bound
+
+    assert bound.limited_by == "hbm"
+    layers = 2 * 40 * 12 * 5120**2  # bytes of the matrices that a token meets; of the embedding it reads one row
+    assert bound.decode_step_s == pytest.approx((layers + 8 * 512 * KV_PER_TOKEN) / 4.8e12)
+
+
+def test_weights_on_disk_are_bound_by_the_disk(make_plan):
+    plan = opt_13b(make_plan, "offload=nvme")
+
+    assert plan.bound.limited_by == "disk"
+    assert plan.placement.nvme_bytes == STREAMED  # every matrix of this model is larger than 1 MiB
+    assert plan.bound.decode_step_s == pytest.approx(STREAMED / 2.4e9)
+
+
+def test_a_disk_faster_than_the_link_is_not_the_limit(make_plan, machine):
+    fast = machine(ceilings=Ceilings(63e9, 4.8e12, 989e12, 100e9, "by hand"))
+
+    assert opt_13b(make_plan, "offload=nvme", on=fast).bound.limited_by == "link"
+
+
+def test_many_short_sequences_are_bound_by_arithmetic(make_plan):
+    batch = ["workload.batch_size=4096", "workload.prompt_len=1", "workload.gen_len=2"]
+    bound = opt_13b(make_plan, "offload=none", *batch).bound
+
+    assert bound.limited_by == "flops"
+    assert bound.decode_step_s == pytest.approx(2 * MATRICES * 4096 / 989e12)
+
+
+def test_a_large_prefill_is_bound_by_arithmetic(make_plan):
+    bound = opt_13b(make_plan, "offload=cpu", "workload.batch_size=64").bound
+
+    attention = 2 * 64 * 512**2 * 5120 * 40
+    assert bound.limited_by == "link"  # a decode step still is
+    assert bound.prefill_s == pytest.approx((2 * MATRICES * 64 * 512 + attention) / 989e12)
+
+
+def test_int4_lowers_the_link_bound_by_its_stored_size(plan_of):
+    int4, fp16 = plan_of("opt-13b", "cpu", "int4"), plan_of("opt-13b", "cpu", "fp16")
+
+    assert fp16.bound.decode_step_s / int4.bound.decode_step_s == pytest.approx(32 / 9, rel=0.01)
+
+
+def test_more_ranks_have_more_links(plan_of):
+    one, four = (plan_of("opt-13b", "cpu", "fp16", ranks=ranks).bound for ranks in (1, 4))
+
+    assert four.decode_step_s == pytest.approx(one.decode_step_s / 4)
+
+
+def test_more_ranks_share_one_disk(plan_of):
+    one, two = (plan_of("opt-13b", "nvme", "fp16", ranks=ranks).bound for ranks in (1, 2))
+
+    assert two.decode_step_s == one.decode_step_s
+
+
+def test_routed_experts_compute_for_their_tokens_only(make_plan):
+    batch = ["workload.batch_size=4096", "workload.prompt_len=1", "workload.gen_len=2"]
+    bound = make_plan("model=mixtral-8x7b", "quant=fp16", "offload=none", *batch).bound
+
+    attention, router, expert = 2 * 4096**2 + 2 * 4096 * 1024, 8 * 4096, 3 * 4096 * 14336
+    assert bound.limited_by == "flops"
+    assert bound.decode_step_s == pytest.approx(2 * 32 * (attention + router + 2 * expert) * 4096 / 989e12)
+
+
+def test_a_bound_takes_the_ceilings_that_are_known(make_plan, machine):
+    only_link = machine(ceilings=Ceilings(63e9, None, None, None, "by hand"))
+    bound = opt_13b(make_plan, "offload=cpu", on=only_link).bound
+
+    assert (bound.limited_by, bound.prefill_s) == ("link", bound.decode_step_s)
+
+
+def test_no_ceiling_no_bound(make_plan, machine):
+    bound = opt_13b(make_plan, "offload=cpu", on=machine("cpu")).bound
+
+    assert (bound.prefill_s, bound.decode_step_s, bound.limited_by) == (None, None, None)
+
+
+# --- dtype and pinning ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "dtypes", "chosen"),
+    [
+        ("opt-125m", ("float16", "bfloat16"), "float16"),
+        ("opt-125m", ("bfloat16",), "bfloat16"),  # a CPU
+        ("llama-3.1-8b", ("float16",), "float16"),  # a T4
+        ("llama-3.1-8b", ("float16", "bfloat16"), "bfloat16"),
+    ],
+)
+def test_dtype(plan_of, machine, model, dtypes, chosen):
+    assert plan_of(model, on=machine(dtypes=dtypes)).dtype == chosen
+
+
+def test_a_float32_checkpoint_runs_in_the_best_type_of_the_device(make_plan):
+    assert make_plan("model.architecture.dtype=float32").dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "pinned"),
+    [
+        (["offload=cpu"], {}, True),
+        (["offload=nvme"], {}, True),
+        (["offload=none"], {}, False),
+        (["offload=cpu", "engine.profile=reference"], {}, False),  # the reference script's default
+        (["offload=cpu", "engine.profile=reference", "offload.pin_memory=true"], {}, True),
+        (["offload=cpu", "offload.pin_memory=false"], {}, False),
+        # OPT-13B takes 25.7 GB: with less than a tenth of host memory left it is not pinned unless asked
+        (["offload=cpu"], {"host_memory_bytes": int(28.0e9)}, False),
+        (["offload=cpu"], {"host_memory_bytes": int(29.0e9)}, True),
+        (["offload=cpu", "offload.pin_memory=true"], {"host_memory_bytes": int(28.0e9)}, True),
+        (["offload=cpu"], {"device": "cpu", "gpu_memory_bytes": None}, False),
+    ],
+    ids=str,
+)
+def test_pinning(make_plan, machine, overrides, changes, pinned):
+    assert make_plan("model=opt-13b", "quant=fp16", *overrides, on=machine(**changes)).pin_memory is pinned
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_weights_larger_than_the_gpu_are_refused(refusal, machine):
+    message = refusal("model=opt-66b", "quant=fp16", "offload=none", on=machine("h200", gpu_memory_bytes=48 * GIB))
+
+    assert "opt-66b needs 131.4 GB on each GPU" in message
+    assert "each has 51.5 GB" in message
+    assert "pass offload=cpu or quant=int4" in message
+
+
+def test_two_gpus_hold_what_one_cannot(make_plan, machine):
+    card = machine(gpu_memory_bytes=80 * GIB)
+    overrides = ["model=opt-66b", "quant=fp16", "offload=none"]
+
+    with pytest.raises(ConfigError):
+        make_plan(*overrides, on=card)
+    make_plan(*overrides, "hardware.num_gpus=2", on=card)
+
+
+def test_weights_larger_than_host_memory_are_refused(refusal, machine):
+    message = refusal("model=opt-175b", "quant=fp16", "offload=cpu", on=machine(host_memory_bytes=128_000_000_000))
+
+    assert "opt-175b needs 349.2 GB of host memory and 128.0 GB are available" in message
+    assert "pass offload=nvme or quant=int4" in message
+
+
+def test_weights_larger_than_a_cpu_s_memory_are_refused(refusal, machine):
+    refusal("model=opt-13b", "quant=fp16", "offload=none", on=machine("cpu", host_memory_bytes=16 * GIB))
+
+
+def test_buffers_count_as_host_memory(make_plan, machine):
+    """OPT-175B is on disk, and what is read ahead of it in 16-bit takes 18.5 GB."""
+    overrides = ["model=opt-175b", "quant=fp16", "offload=nvme"]
+
+    make_plan(*overrides, on=machine(host_memory_bytes=20 * 10**9))
+    with pytest.raises(ConfigError, match=r"host memory"):
+        make_plan(*overrides, on=machine(host_memory_bytes=18 * 10**9))
+
+
+def test_buffers_larger_than_host_memory_have_a_way_out(refusal, machine):
+    """The reference's buffers of BLOOM take 97 GB, whatever the size of the model and its bits."""
+    overrides = ["model=bloom-560m", "quant=fp16", "offload=nvme", "engine.profile=reference"]
+
+    refusal(*overrides, on=machine(host_memory_bytes=64 * GIB))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_too_large_a_batch_is_refused(refusal, make_plan, machine, offload, ranks):
+    card = machine(gpu_memory_bytes=48 * GIB)
+    overrides = ["model=opt-13b", "quant=fp16", f"offload={offload}", "workload=zero-inference"]
+    message = refusal(*overrides, "workload.batch_size=1000", f"hardware.num_gpus={ranks}", on=card)
+
+    assert "kv_cache=cpu" in message
+    advised = int(re.search(r"workload\.batch_size=(\d+)", message)[1])
+    with pytest.raises(ConfigError):  # the advice is the largest batch that fits
+        make_plan(*overrides, f"workload.batch_size={advised + ranks}", f"hardware.num_gpus={ranks}", on=card)
+
+
+def test_one_sequence_too_long_for_the_gpu_is_refused(refusal, machine):
+    """Keys and values of one sequence take 17 GB: no batch would be small enough."""
+    overrides = ["model=llama-3.1-8b", "offload=cpu", "workload.batch_size=1", "workload.prompt_len=131000"]
+
+    refusal(*overrides, on=machine(gpu_memory_bytes=15 * GIB))
+
+
+def test_keys_and_values_in_host_memory_take_none_of_the_gpu(make_plan, machine):
+    card = machine(gpu_memory_bytes=48 * GIB)
+
+    make_plan("model=opt-13b", "workload=zero-inference", "workload.batch_size=1000", "kv_cache=cpu", on=card)
+
+
+@pytest.mark.parametrize(("prompt", "gen"), [(2041, 8), (5000, 8), (2048, 1), (1, 2048), (100, 3000)])
+def test_more_tokens_than_positions_are_refused(refusal, prompt, gen, machine):
+    message = refusal(f"workload.prompt_len={prompt}", f"workload.gen_len={gen}", on=machine())
+
+    assert f"workload.prompt_len={prompt} and workload.gen_len={gen} exceed the 2048 positions of opt-125m" in message
+
+
+def test_exactly_as_many_tokens_as_positions_are_fine(make_plan):
+    make_plan("workload.prompt_len=2040", "workload.gen_len=8")
+
+
+def test_alibi_has_no_last_position(make_plan):
+    make_plan("model=bloom-560m", "workload.prompt_len=10000")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advised"),
+    [
+        (["quant.group_size=100"], "quant.group_size=64"),
+        (["quant.group_size=512"], "quant.group_size=64"),
+        (["quant.group_dim=0", "quant.group_size=64"], "quant.group_size=32"),  # 50272 = 1571 · 32
+    ],
+    ids=str,
+)
+def test_a_group_that_does_not_divide_is_refused(refusal, machine, overrides, advised):
+    message = refusal("model=opt-125m", *overrides, on=machine())
+
+    assert "does not divide" in message
+    assert message.endswith(f"pass {advised}")
+
+
+def test_the_bound_of_experts_counts_those_that_a_token_is_routed_to(make_plan):
+    """Mixtral sends a token to 2 of 8 experts: a bound over all of them would not be one."""
+    plan = make_plan("model=mixtral-8x7b", "offload=none", "quant=fp16", "workload.batch_size=1")
+
+    assert plan.bound.limited_by == "hbm"
+    assert plan.bound.decode_step_s < 0.4 * plan.weight_bytes / 4.8e12
+
+
+def test_keys_and_values_in_host_memory_are_counted_there(refusal, machine):
+    message = refusal(
+        "model=opt-13b",
+        "offload=cpu",
+        "kv_cache=cpu",
+        "workload.batch_size=5000",
+        "workload.prompt_len=512",
+        on=machine("h200"),
+    )
+
+    assert "of host memory" in message
+
+
+@pytest.mark.parametrize("setting", [("offload=nvme", "offload.use_gds=true"), ("hardware.memory_gib=10",)])
+def test_what_needs_a_gpu_is_refused_on_a_cpu(refusal, machine, setting):
+    assert "on the CPU" in refusal("model=opt-125m", *setting, on=machine("cpu"))
