@@ -71,7 +71,9 @@ class _Job:
         except launch.WorkerError as error:
             self._fail(error.status, error.failure)
         except KeyboardInterrupt as error:
-            self._fail("killed", Failure(type="Interrupted", message=f"stopped by {str(error) or 'SIGINT'}"))
+            self._fail(
+                "killed", Failure(type="Interrupted", message=f"stopped by {error}" if str(error) else "interrupted")
+            )
             raise
         except Exception as error:
             trace = traceback.format_exc()

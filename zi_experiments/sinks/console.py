@@ -78,7 +78,7 @@ def show_plan(name: str, plan: Plan, console: Console) -> None:
     split = ", ".join(f"{gigabytes(amount)} {label}" for label, amount in where if amount)
     pinned = " (pinned)" if plan.pin_memory else ""
     lines = [
-        f"[bold]{name}[/]: {arch.num_parameters / 1e9:.2f} B parameters, {arch.num_layers} layers of "
+        f"[bold]{name}[/]: {_count(arch.num_parameters)} parameters, {arch.num_layers} layers of "
         f"{arch.layer_class.rpartition('.')[2]}, {plan.dtype} on {plan.machine.gpu_name or plan.machine.device}",
         f"weights {gigabytes(plan.weight_bytes)} ({split}{pinned}), keys and values {gigabytes(plan.kv_cache_bytes)}",
     ]
@@ -103,6 +103,10 @@ def display_path(path: Path) -> str:
 
 def gigabytes(amount: int) -> str:
     return f"{amount / 1e9:.2f} GB" if amount >= 1e8 else f"{amount / 1e6:.1f} MB"
+
+
+def _count(amount: int) -> str:
+    return f"{amount / 1e9:.2f} B" if amount >= 1e9 else f"{amount / 1e6:.1f} M"
 
 
 def _seconds(value: float) -> str:
