@@ -103,7 +103,7 @@ def test_a_room_never_imports_what_is_not_its_own(name, never):
 def test_only_the_engine_and_its_back_end_import_deepspeed():
     users = {name for name, tree in TREES.items() if "deepspeed" in packages(tree)}
 
-    assert users <= {"engines.deepspeed", "distributed"}
+    assert {user for user in users if not user.startswith("engines.deepspeed")} <= {"distributed"}
 
 
 def test_only_its_sink_imports_wandb():

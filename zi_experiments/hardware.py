@@ -32,11 +32,11 @@ class _Gpu:
     name: str
     memory_bytes: int
     dtypes: tuple[str, ...]
-    driver: str
+    driver: str | None
 
 
 def detect(hardware: Hardware) -> Machine:
-    """The machine behind a `hardware` choice, without creating a CUDA context.
+    """The machine behind a `hardware` choice.
 
     `auto` takes what is there and, for a GPU that has a file in `conf/hardware`, the ceilings of that file.
     """
@@ -90,7 +90,7 @@ def _gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def _first_gpu() -> _Gpu | None:
+def _first_gpu() -> _Gpu:
     import pynvml
 
     try:
@@ -102,12 +102,29 @@ def _first_gpu() -> _Gpu | None:
         return _Gpu(
             name=pynvml.nvmlDeviceGetName(handle),
             memory_bytes=pynvml.nvmlDeviceGetMemoryInfo(handle).total,
-            # bfloat16 arithmetic begins with compute capability 8
-            dtypes=("float16", "bfloat16") if major >= 8 else ("float16",),
+            dtypes=_gpu_dtypes(major),
             driver=pynvml.nvmlSystemGetDriverVersion(),
         )
     except pynvml.NVMLError:
-        return None
+        return _first_gpu_by_cuda()
+
+
+def _first_gpu_by_cuda() -> _Gpu:
+    """The same where the driver's management library is missing or does not know the device; this creates a context."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return _Gpu(
+        name=properties.name,
+        memory_bytes=properties.total_memory,
+        dtypes=_gpu_dtypes(properties.major),
+        driver=None,
+    )
+
+
+def _gpu_dtypes(major: int) -> tuple[str, ...]:
+    # bfloat16 arithmetic begins with compute capability 8
+    return ("float16", "bfloat16") if major >= 8 else ("float16",)
 
 
 def _cpu_dtypes() -> tuple[str, ...]:

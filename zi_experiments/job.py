@@ -18,7 +18,7 @@ from rich.console import Console
 
 from zi_experiments import architecture, engines, environment, hardware, launch, memory, metrics, preflight
 from zi_experiments import plan as planning
-from zi_experiments.config import ConfigError, OffloadDevice, Run, TrackingMode, to_run
+from zi_experiments.config import ConfigError, Run, TrackingMode, to_run
 from zi_experiments.plan import Plan
 from zi_experiments.record import Failure, Record, RunInfo, Status
 from zi_experiments.sinks import Guarded, Sink
@@ -71,9 +71,8 @@ class _Job:
         except launch.WorkerError as error:
             self._fail(error.status, error.failure)
         except KeyboardInterrupt as error:
-            self._fail(
-                "killed", Failure(type="Interrupted", message=f"stopped by {error}" if str(error) else "interrupted")
-            )
+            how = f"stopped by {error}" if str(error) else "interrupted"
+            self._fail("killed", Failure(type="Interrupted", message=how))
             raise
         except Exception as error:
             trace = traceback.format_exc()
@@ -85,7 +84,7 @@ class _Job:
     def _run(self, run: Run) -> None:
         plan = _make_plan(run)
         self._update(plan=plan, environment=environment.describe(plan.machine))
-        scratch = self._scratch(run)
+        scratch = preflight.scratch_folder(run, self._folder / "offload", self._record.run.id)
         preflight.check(plan, scratch)
         config = engines.get(run.engine.name).config(plan, str(scratch) if scratch else None)
         (self._folder / "ds_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -111,13 +110,6 @@ class _Job:
             disk_peak_bytes=peaks.disk_peak_bytes,
         )
         self._update(status="ok", samples=measured.samples, metrics=figures)
-
-    def _scratch(self, run: Run) -> Path | None:
-        """The run's own folder for weights on disk; it does not exist yet."""
-        if run.offload.device is not OffloadDevice.nvme:
-            return None
-        base = Path(run.offload.path).expanduser().resolve() if run.offload.path else self._folder / "offload"
-        return base / f"zi-{self._record.run.id}"
 
     def _update(self, **changes: Any) -> None:
         self._record = replace(self._record, **changes)

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from zi_experiments import architecture, engines, environment, hardware, plan, preflight, progress
-from zi_experiments.config import OffloadDevice, Run, conf_dir, from_choices
+from zi_experiments.config import Run, conf_dir, from_choices
 
 
 def get_ds_model(
@@ -75,7 +75,7 @@ def get_ds_model(
 
 def _load(run: Run) -> Any:
     planned = plan.build(run, architecture.load(run), hardware.detect(run.hardware))
-    scratch = _scratch(run)
+    scratch = preflight.scratch_folder(run, Path.cwd(), uuid.uuid4().hex[:12])
     preflight.check(planned, scratch)
     environment.set_variables(environment.worker_environment(cuda=planned.machine.device == "cuda"))
     engine = engines.get(run.engine.name)
@@ -95,10 +95,3 @@ def _known_model(name: str) -> str:
         if path.stem != "local" and name in (path.stem, OmegaConf.load(path).path):
             return path.stem
     return "local"
-
-
-def _scratch(run: Run) -> Path | None:
-    if run.offload.device is not OffloadDevice.nvme:
-        return None
-    assert run.offload.path is not None
-    return Path(run.offload.path).expanduser().resolve() / f"zi-{uuid.uuid4().hex[:12]}"

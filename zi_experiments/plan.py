@@ -59,6 +59,11 @@ class Plan:
     def weight_bytes(self) -> int:
         return ELEMENT_BYTES * sum(self.stored_numel(p) for p in self.architecture.parameters)
 
+    @property
+    def uses_cuda_quantizer(self) -> bool:
+        """Whether DeepSpeed expands the weights with its CUDA kernel, which knows float16 only."""
+        return self.run.quant.bits < 16 and self.dtype == "float16" and self.machine.device == "cuda"
+
     @cached_property
     def quantized_fraction(self) -> float:
         """Share of the model's parameters that are stored quantized."""

@@ -8,9 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from zi_experiments import environment
-from zi_experiments.config import ConfigError, OffloadDevice
+from zi_experiments.config import ConfigError, OffloadDevice, Run
 from zi_experiments.hardware import is_gpu
 from zi_experiments.plan import Plan
+
+
+def scratch_folder(run: Run, default: Path, name: str) -> Path | None:
+    """The folder of its own, not yet made, in which a run puts weights on disk: below `offload.path`, or `default`."""
+    if run.offload.device is not OffloadDevice.nvme:
+        return None
+    base = Path(run.offload.path).expanduser().resolve() if run.offload.path else default
+    return base / f"zi-{name}"
 
 
 def check(plan: Plan, scratch: Path | None) -> None:
@@ -53,6 +61,17 @@ def _compiler(plan: Plan) -> Iterator[str]:
         yield "DeepSpeed compiles operators and there is no C++ compiler: apt-get install g++"
     if plan.run.offload.device is OffloadDevice.nvme and not _has_libaio():
         yield "offload=nvme needs libaio's headers: apt-get install libaio-dev (Fedora: dnf install libaio-devel)"
+    if plan.uses_cuda_quantizer and not _has_cuda_toolkit():
+        yield (
+            "quantized float16 weights are expanded by a CUDA kernel that DeepSpeed compiles, and there is no CUDA toolkit: "
+            "install it and set CUDA_HOME, or pass quant=fp16"
+        )
+
+
+def _has_cuda_toolkit() -> bool:
+    from torch.utils import cpp_extension
+
+    return cpp_extension.CUDA_HOME is not None
 
 
 def _has_libaio() -> bool:
