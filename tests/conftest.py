@@ -7,7 +7,7 @@ from functools import cache
 import hydra
 import pytest
 
-from zi_experiments import architecture, config, plan
+from zi_experiments import architecture, config, planner
 from zi_experiments.config import Ceilings
 from zi_experiments.hardware import Machine
 
@@ -98,7 +98,7 @@ def make_plan(compose_run, describe, machine):
 
     def make_plan(*overrides, on=None):
         run = compose_run(*overrides)
-        return plan.build(run, describe(run), on or machine())
+        return planner.build(run, describe(run), on or machine())
 
     return make_plan
 
@@ -112,6 +112,6 @@ def plan_of(compose_run, describe, machine):
         run.offload = compose_run(f"offload={offload}").offload
         run.quant = compose_run(f"quant={quant}").quant
         run.engine = compose_run(f"engine.profile={profile}").engine
-        return plan.build(run, describe(run), on or machine())
+        return planner.build(run, describe(run), on or machine())
 
     return plan_of

@@ -148,7 +148,7 @@ def test_an_untied_head_is_a_parameter(load):
 
 def test_layers_and_the_rest_are_told_apart(load):
     llama = load("model=llama-2-7b")
-    outside = {parameter.name for parameter in llama.parameters if not parameter.in_layers}
+    outside = {parameter.name for parameter in llama.parameters if parameter.layer is None}
 
     assert outside == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
 

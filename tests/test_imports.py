@@ -63,6 +63,7 @@ def test_no_two_modules_need_each_other():
         ("architecture", {"config"}),
         ("hardware", {"config", "environment"}),
         ("plan", {"config", "architecture", "hardware"}),
+        ("planner", {"config", "architecture", "hardware", "plan"}),
         ("ds_config", {"config", "plan"}),
         ("preflight", {"config", "environment", "hardware", "plan"}),
         ("progress", set()),

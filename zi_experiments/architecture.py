@@ -19,7 +19,7 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     quantizable: bool  # DeepSpeed quantizes the weights of plain nn.Linear and nn.Embedding modules
-    in_layers: bool
+    layer: int | None  # index of the decoder layer it belongs to; None outside of them
 
     @property
     def numel(self) -> int:
@@ -140,7 +140,9 @@ def describe(config: Any, name: str) -> Architecture:
             name=name,
             shape=tuple(parameter.shape),
             quantizable=name in quantizable,
-            in_layers=name.startswith(f"{layers_name}."),
+            layer=int(name.removeprefix(f"{layers_name}.").split(".")[0])
+            if name.startswith(f"{layers_name}.")
+            else None,
         )
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }

@@ -16,10 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from zi_experiments import architecture, engines, environment, hardware, launch, memory, metrics, preflight
-from zi_experiments import plan as planning
+from zi_experiments import engines, environment, launch, memory, metrics, planner, preflight
 from zi_experiments.config import ConfigError, Run, TrackingMode, to_run
-from zi_experiments.plan import Plan
 from zi_experiments.record import Failure, Record, RunInfo, Status
 from zi_experiments.sinks import Guarded, Sink
 from zi_experiments.sinks.console import ConsoleSink, display_path, gigabytes, show_plan
@@ -48,7 +46,7 @@ def run_job(cfg: DictConfig) -> None:
 def _only_plan(cfg: DictConfig, console: Console) -> None:
     try:
         run = to_run(cfg)
-        show_plan(run.name, _make_plan(run), console)
+        show_plan(run.name, planner.plan_run(run), console)
     except ConfigError as error:
         console.print(f"refused {error}", markup=False, highlight=False, soft_wrap=True)
         raise RunFailed(f"{cfg.name}: refused") from error
@@ -82,7 +80,7 @@ class _Job:
         return self._record
 
     def _run(self, run: Run) -> None:
-        plan = _make_plan(run)
+        plan = planner.plan_run(run)
         self._update(plan=plan, environment=environment.describe(plan.machine))
         scratch = preflight.scratch_folder(run, self._folder / "offload", self._record.run.id)
         preflight.check(plan, scratch)
@@ -123,10 +121,6 @@ class _Job:
             sink.write(self._record)
         for sink in self._sinks:
             sink.close()
-
-
-def _make_plan(run: Run) -> Plan:
-    return planning.build(run, architecture.load(run), hardware.detect(run.hardware))
 
 
 def _begin(cfg: DictConfig) -> Record:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from zi_experiments import architecture, engines, environment, hardware, plan, preflight, progress
+from zi_experiments import engines, environment, planner, preflight, progress
 from zi_experiments.config import Run, conf_dir, from_choices
 
 
@@ -74,7 +74,7 @@ def get_ds_model(
 
 
 def _load(run: Run) -> Any:
-    planned = plan.build(run, architecture.load(run), hardware.detect(run.hardware))
+    planned = planner.plan_run(run)
     scratch = preflight.scratch_folder(run, Path.cwd(), uuid.uuid4().hex[:12])
     preflight.check(planned, scratch)
     environment.set_variables(environment.worker_environment(cuda=planned.machine.device == "cuda"))

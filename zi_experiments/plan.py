@@ -1,12 +1,13 @@
-"""`Run + Architecture + Machine → Plan`: dtype, what is stored where, whether it fits, and the bound. Pure."""
+"""The plan of a run: what is stored where, what crosses the link, and the bound. Pure figures; nothing is decided here."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
 from zi_experiments.architecture import Architecture, Parameter
-from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Profile, Run
+from zi_experiments.config import OffloadDevice, Profile, Run
 from zi_experiments.hardware import Machine
 
 ELEMENT_BYTES = 2  # every run computes in a 16-bit type
@@ -79,14 +80,17 @@ class Plan:
 
     @cached_property
     def layer_numel(self) -> int:
-        """Stored elements of the largest-possible decoder layer: their mean, since layers are of one class."""
-        in_layers = sum(self.stored_numel(p) for p in self.architecture.parameters if p.in_layers)
-        return ceil(in_layers / self.architecture.num_layers)
+        """Stored elements of the largest decoder layer."""
+        layers: Counter[int] = Counter()
+        for p in self.architecture.parameters:
+            if p.layer is not None:
+                layers[p.layer] += self.stored_numel(p)
+        return max(layers.values())
 
     @cached_property
     def outside_numel(self) -> int:
         """Stored elements of embeddings, head and final norm."""
-        return sum(self.stored_numel(p) for p in self.architecture.parameters if not p.in_layers)
+        return sum(self.stored_numel(p) for p in self.architecture.parameters if p.layer is None)
 
     @cached_property
     def persistence_numel(self) -> int:
@@ -161,9 +165,9 @@ class Plan:
             return self.run.offload.buffer_count
         if self.run.engine.profile is Profile.reference:
             return self._reference_buffers[0]
-        in_layers = sum(p.in_layers for p in self.swapped)
-        outside = len(self.swapped) - in_layers
-        return 2 * ceil(in_layers / self.architecture.num_layers) + outside + 1
+        layers = Counter(p.layer for p in self.swapped)
+        outside = layers.pop(None, 0)
+        return 2 * max(layers.values(), default=0) + outside + 1
 
     @property
     def _reference_buffers(self) -> tuple[int, int]:
@@ -226,156 +230,12 @@ class Plan:
         routed = getattr(self.architecture.config.get_text_config(), "num_experts_per_tok", None)
         total = 0
         for p in self.architecture.parameters:
-            if p.in_layers and len(p.shape) == 3 and routed:
+            if p.layer is not None and len(p.shape) == 3 and routed:
                 total += size(p) // p.shape[0] * routed
-            elif p.in_layers and len(p.shape) > 1:
+            elif p.layer is not None and len(p.shape) > 1:
                 total += size(p)
         return total
 
 
 def _over(amount: float, rate: float | None, devices: int) -> float | None:
     return amount / (rate * devices) if rate else None
-
-
-def build(run: Run, architecture: Architecture, machine: Machine) -> Plan:
-    """The plan of a run. Raises `ConfigError`, with numbers and a way out, when it cannot work or fit."""
-    _check_lengths(run, architecture)
-    _check_groups(run, architecture)
-    plan = Plan(
-        run=run,
-        architecture=architecture,
-        machine=machine,
-        dtype=choose_dtype(architecture, machine),
-        pin_memory=False,
-    )
-    _check_fit(plan)
-    return Plan(run=run, architecture=architecture, machine=machine, dtype=plan.dtype, pin_memory=_pin(plan))
-
-
-def choose_dtype(architecture: Architecture, machine: Machine) -> str:
-    """The configuration's 16-bit type where the device computes it, else the device's best."""
-    return architecture.dtype if architecture.dtype in machine.dtypes else machine.dtypes[0]
-
-
-def _pin(plan: Plan) -> bool:
-    """Whether weights in host memory are pinned: as asked, or (tuned) when they leave a tenth of it free."""
-    offload = plan.run.offload
-    if plan.machine.device != "cuda" or offload.device is OffloadDevice.none:
-        return False
-    if offload.pin_memory is not None:
-        return offload.pin_memory
-    if plan.run.engine.profile is Profile.reference:
-        return False
-    return plan.placement.cpu_bytes + plan.buffer_bytes_host() < 0.9 * plan.machine.host_memory_bytes
-
-
-def _check_lengths(run: Run, architecture: Architecture) -> None:
-    work, longest = run.workload, architecture.max_positions
-    if longest is not None and work.prompt_len + work.gen_len > longest:
-        fits = f"workload.prompt_len={longest - work.gen_len}"
-        if work.gen_len >= longest:
-            fits = f"workload.gen_len={max(1, longest // 2)} workload.prompt_len={longest - longest // 2 - 1}"
-        raise ConfigError(
-            f"workload.prompt_len={work.prompt_len} and workload.gen_len={work.gen_len} exceed the {longest} positions of "
-            f"{run.model.name}: pass {fits} or less"
-        )
-
-
-def _check_groups(run: Run, architecture: Architecture) -> None:
-    quant = run.quant
-    if quant.bits == 16:
-        return
-    assert quant.group_size is not None
-    assert quant.group_dim is not None
-    sizes = {p.shape[quant.group_dim] for p in architecture.parameters if p.quantizable}
-    for p in architecture.parameters:
-        if p.quantizable and (p.shape[quant.group_dim] % quant.group_size or p.shape[-1] % 2):
-            working = [g for g in (64, 128, 32, 16, 8) if all(size % g == 0 for size in sizes)]
-            advice = f"pass quant.group_size={working[0]}" if working else "pass quant=fp16"
-            raise ConfigError(
-                f"quant.group_size={quant.group_size} does not divide dimension {quant.group_dim} of {p.name} "
-                f"{list(p.shape)}: {advice}"
-            )
-
-
-def _check_fit(plan: Plan) -> None:
-    _check_choices(plan)
-    _check_host(plan)
-    if plan.machine.gpu_memory_bytes is not None:
-        _check_gpu(plan, plan.machine.gpu_memory_bytes)
-
-
-def _check_choices(plan: Plan) -> None:
-    if plan.machine.device == "cuda":
-        return
-    if plan.run.offload.use_gds:
-        raise ConfigError(
-            "offload.use_gds=true needs a CUDA GPU and this run is on the CPU: pass offload.use_gds=false"
-        )
-    if plan.run.hardware.memory_gib is not None:
-        raise ConfigError(
-            "hardware.memory_gib is the memory of a GPU and this run is on the CPU: pass hardware.memory_gib=null, "
-            f"or hardware.host_memory_gib={plan.run.hardware.memory_gib} for the host's"
-        )
-
-
-def _check_host(plan: Plan) -> None:
-    run, machine, placement = plan.run, plan.machine, plan.placement
-    buffers = plan.buffer_bytes_host()
-    if buffers > machine.host_memory_bytes:
-        profile = (
-            "" if run.engine.profile is Profile.tuned else ", or engine.profile=tuned, which computes smaller ones"
-        )
-        raise ConfigError(
-            f"{plan.buffer_count} NVMe buffers of {plan.buffer_numel} elements take {_gb(buffers)} of host memory and "
-            f"{_gb(machine.host_memory_bytes)} are available: pass a smaller offload.buffer_count{profile}"
-        )
-    weights = placement.cpu_bytes + buffers
-    if weights > machine.host_memory_bytes:
-        ways = [] if run.offload.device is OffloadDevice.nvme else ["offload=nvme"]
-        ways += [] if run.quant.bits == 4 else ["quant=int4"]
-        raise ConfigError(
-            f"{run.model.name} needs {_gb(weights)} of host memory and {_gb(machine.host_memory_bytes)} are available: "
-            f"pass {' or '.join(ways or ['model=… of a smaller one'])}"
-        )
-    kv = plan.kv_cache_bytes if machine.device == "cpu" or run.kv_cache.device is CacheDevice.cpu else 0
-    if weights + kv > machine.host_memory_bytes:
-        room = machine.host_memory_bytes - weights
-        raise ConfigError(
-            f"keys and values of {run.workload.batch_size} sequences take {_gb(kv)} of host memory, beside {_gb(weights)} "
-            f"of weights, and {_gb(machine.host_memory_bytes)} are available: pass {_smaller_batch(plan, kv, room)}"
-        )
-
-
-def _check_gpu(plan: Plan, memory: int) -> None:
-    run, placement, ranks = plan.run, plan.placement, plan.run.hardware.num_gpus
-    kv = plan.kv_cache_bytes // ranks if run.kv_cache.device is CacheDevice.gpu else 0
-    live = 0 if run.offload.device is OffloadDevice.none else 2 * plan.layer_numel * ELEMENT_BYTES
-    weights = placement.gpu_bytes // ranks
-    if weights + live > memory:
-        ways = ["offload=cpu"] if run.offload.device is OffloadDevice.none else ["a larger hardware.memory_gib"]
-        ways += [] if run.quant.bits == 4 else ["quant=int4"]
-        raise ConfigError(
-            f"{run.model.name} needs {_gb(weights + live)} on each GPU for weights and each has {_gb(memory)}: "
-            f"pass {' or '.join(ways)}"
-        )
-    if weights + live + kv > memory:
-        room = memory - weights - live
-        raise ConfigError(
-            f"keys and values of {run.workload.batch_size} sequences take {_gb(kv)} on each GPU, beside {_gb(weights + live)} "
-            f"of weights, and each has {_gb(memory)}: pass {_smaller_batch(plan, kv, room)}, or kv_cache=cpu"
-        )
-
-
-def _smaller_batch(plan: Plan, kv_bytes: int, room_bytes: int) -> str:
-    """What to type so that keys and values fit: fewer sequences, or shorter ones when one is too long."""
-    work, ranks = plan.run.workload, plan.run.hardware.num_gpus
-    batch = work.batch_size * room_bytes // kv_bytes // ranks * ranks
-    if batch:
-        return f"workload.batch_size={batch}"
-    tokens = work.batch_size * (work.prompt_len + work.gen_len) * room_bytes // kv_bytes // ranks
-    return f"workload.prompt_len={max(1, tokens - work.gen_len)} workload.batch_size={ranks}"
-
-
-def _gb(amount: int) -> str:
-    return f"{amount / 1e9:.1f} GB"

@@ -5,8 +5,9 @@ from typing import Any
 
 from zi_experiments import distributed, ds_config
 from zi_experiments.architecture import model_class
-from zi_experiments.config import CacheDevice, OffloadDevice, WeightSource
+from zi_experiments.config import CacheDevice, WeightSource
 from zi_experiments.engines.deepspeed import patches
+from zi_experiments.engines.deepspeed.ops import build_ops
 from zi_experiments.engines.deepspeed.pinned import register_swap_buffers
 from zi_experiments.plan import Plan
 from zi_experiments.progress import Progress
@@ -50,7 +51,7 @@ def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
 
 def prepare(plan: Plan, progress: Progress) -> None:
     """Compile the operators of this run, then start the distributed back end, which uses one of them on a CPU."""
-    _build_ops(plan, progress)
+    build_ops(plan, progress)
     distributed.init(plan.machine.device)
 
 
@@ -75,28 +76,6 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> DeepSpeedSes
     engine.module.eval()
     progress.end()
     return DeepSpeedSession(engine, hf_config, plan)
-
-
-def _build_ops(plan: Plan, progress: Progress) -> None:
-    """Compile the DeepSpeed operators that this run uses; otherwise the first forward pass would, and be timed."""
-    from pathlib import Path
-
-    from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import _get_build_directory
-
-    names = []
-    if plan.machine.device == "cpu":
-        names.append("ShareMemCommBuilder")
-    if plan.run.offload.device is OffloadDevice.nvme:
-        names.append("GDSBuilder" if plan.run.offload.use_gds else "AsyncIOBuilder")
-    if plan.uses_cuda_quantizer:
-        names.append("QuantizerBuilder")
-    for name in names:
-        builder = get_accelerator().create_op_builder(name)
-        if not any(Path(_get_build_directory(builder.name, verbose=False)).glob("*.so")):
-            progress.begin(f"build {builder.name}", 1, "operator, first use: about a minute")
-        builder.load(verbose=False)
-        progress.end()
 
 
 def _is_pretrained(plan: Plan) -> bool:

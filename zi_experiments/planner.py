@@ -1,0 +1,148 @@
+"""`Run + Architecture + Machine → Plan`: chooses what the user left open, and refuses what cannot work or fit. Pure."""
+
+from dataclasses import replace
+
+from zi_experiments import architecture, hardware
+from zi_experiments.architecture import Architecture
+from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Profile, Run
+from zi_experiments.hardware import Machine
+from zi_experiments.plan import ELEMENT_BYTES, Plan
+
+
+def plan_run(run: Run) -> Plan:
+    """`build` for a run's own model on this machine."""
+    return build(run, architecture.load(run), hardware.detect(run.hardware))
+
+
+def build(run: Run, arch: Architecture, machine: Machine) -> Plan:
+    """The plan of a run. Raises `ConfigError`, with numbers and a way out, when it cannot work or fit."""
+    _check_lengths(run, arch)
+    _check_groups(run, arch)
+    dtype = choose_dtype(arch, machine)
+    plan = Plan(run=run, architecture=arch, machine=machine, dtype=dtype, pin_memory=False)
+    if machine.device == "cpu":
+        _check_choices(run)
+    _check_host(plan)
+    if machine.gpu_memory_bytes is not None:
+        _check_gpu(plan, machine.gpu_memory_bytes)
+    return replace(plan, pin_memory=_pin(plan))
+
+
+def choose_dtype(arch: Architecture, machine: Machine) -> str:
+    """The configuration's 16-bit type where the device computes it, else the device's best."""
+    return arch.dtype if arch.dtype in machine.dtypes else machine.dtypes[0]
+
+
+def _pin(plan: Plan) -> bool:
+    """Whether weights in host memory are pinned: as asked, or (tuned) when they leave a tenth of it free."""
+    offload = plan.run.offload
+    if plan.machine.device != "cuda" or offload.device is OffloadDevice.none:
+        return False
+    if offload.pin_memory is not None:
+        return offload.pin_memory
+    if plan.run.engine.profile is Profile.reference:
+        return False
+    return plan.placement.cpu_bytes + plan.buffer_bytes_host() < 0.9 * plan.machine.host_memory_bytes
+
+
+def _check_lengths(run: Run, arch: Architecture) -> None:
+    work, longest = run.workload, arch.max_positions
+    if longest is not None and work.prompt_len + work.gen_len > longest:
+        fits = f"workload.prompt_len={longest - work.gen_len}"
+        if work.gen_len >= longest:
+            fits = f"workload.gen_len={max(1, longest // 2)} workload.prompt_len={longest - longest // 2 - 1}"
+        raise ConfigError(
+            f"workload.prompt_len={work.prompt_len} and workload.gen_len={work.gen_len} exceed the {longest} positions of "
+            f"{run.model.name}: pass {fits} or less"
+        )
+
+
+def _check_groups(run: Run, arch: Architecture) -> None:
+    quant = run.quant
+    if quant.bits == 16:
+        return
+    assert quant.group_size is not None
+    assert quant.group_dim is not None
+    sizes = {p.shape[quant.group_dim] for p in arch.parameters if p.quantizable}
+    for p in arch.parameters:
+        if p.quantizable and (p.shape[quant.group_dim] % quant.group_size or p.shape[-1] % 2):
+            working = [g for g in (64, 128, 32, 16, 8) if all(size % g == 0 for size in sizes)]
+            advice = f"pass quant.group_size={working[0]}" if working else "pass quant=fp16"
+            raise ConfigError(
+                f"quant.group_size={quant.group_size} does not divide dimension {quant.group_dim} of {p.name} "
+                f"{list(p.shape)}: {advice}"
+            )
+
+
+def _check_choices(run: Run) -> None:
+    if run.offload.use_gds:
+        raise ConfigError(
+            "offload.use_gds=true needs a CUDA GPU and this run is on the CPU: pass offload.use_gds=false"
+        )
+    if run.hardware.memory_gib is not None:
+        raise ConfigError(
+            "hardware.memory_gib is the memory of a GPU and this run is on the CPU: pass hardware.memory_gib=null, "
+            f"or hardware.host_memory_gib={run.hardware.memory_gib} for the host's"
+        )
+
+
+def _check_host(plan: Plan) -> None:
+    run, machine, placement = plan.run, plan.machine, plan.placement
+    buffers = plan.buffer_bytes_host()
+    if buffers > machine.host_memory_bytes:
+        profile = (
+            "" if run.engine.profile is Profile.tuned else ", or engine.profile=tuned, which computes smaller ones"
+        )
+        raise ConfigError(
+            f"{plan.buffer_count} NVMe buffers of {plan.buffer_numel} elements take {_gb(buffers)} of host memory and "
+            f"{_gb(machine.host_memory_bytes)} are available: pass a smaller offload.buffer_count{profile}"
+        )
+    weights = placement.cpu_bytes + buffers
+    if weights > machine.host_memory_bytes:
+        ways = [] if run.offload.device is OffloadDevice.nvme else ["offload=nvme"]
+        ways += [] if run.quant.bits == 4 else ["quant=int4"]
+        raise ConfigError(
+            f"{run.model.name} needs {_gb(weights)} of host memory and {_gb(machine.host_memory_bytes)} are available: "
+            f"pass {' or '.join(ways or ['model=… of a smaller one'])}"
+        )
+    kv = plan.kv_cache_bytes if machine.device == "cpu" or run.kv_cache.device is CacheDevice.cpu else 0
+    if weights + kv > machine.host_memory_bytes:
+        room = machine.host_memory_bytes - weights
+        raise ConfigError(
+            f"keys and values of {run.workload.batch_size} sequences take {_gb(kv)} of host memory, beside {_gb(weights)} "
+            f"of weights, and {_gb(machine.host_memory_bytes)} are available: pass {_smaller_batch(plan, kv, room)}"
+        )
+
+
+def _check_gpu(plan: Plan, memory: int) -> None:
+    run, placement, ranks = plan.run, plan.placement, plan.run.hardware.num_gpus
+    kv = plan.kv_cache_bytes // ranks if run.kv_cache.device is CacheDevice.gpu else 0
+    live = 0 if run.offload.device is OffloadDevice.none else 2 * plan.layer_numel * ELEMENT_BYTES
+    weights = placement.gpu_bytes // ranks
+    if weights + live > memory:
+        ways = ["offload=cpu"] if run.offload.device is OffloadDevice.none else ["a larger hardware.memory_gib"]
+        ways += [] if run.quant.bits == 4 else ["quant=int4"]
+        raise ConfigError(
+            f"{run.model.name} needs {_gb(weights + live)} on each GPU for weights and each has {_gb(memory)}: "
+            f"pass {' or '.join(ways)}"
+        )
+    if weights + live + kv > memory:
+        room = memory - weights - live
+        raise ConfigError(
+            f"keys and values of {run.workload.batch_size} sequences take {_gb(kv)} on each GPU, beside {_gb(weights + live)} "
+            f"of weights, and each has {_gb(memory)}: pass {_smaller_batch(plan, kv, room)}, or kv_cache=cpu"
+        )
+
+
+def _smaller_batch(plan: Plan, kv_bytes: int, room_bytes: int) -> str:
+    """What to type so that keys and values fit: fewer sequences, or shorter ones when one is too long."""
+    work, ranks = plan.run.workload, plan.run.hardware.num_gpus
+    batch = work.batch_size * room_bytes // kv_bytes // ranks * ranks
+    if batch:
+        return f"workload.batch_size={batch}"
+    tokens = work.batch_size * (work.prompt_len + work.gen_len) * room_bytes // kv_bytes // ranks
+    return f"workload.prompt_len={max(1, tokens - work.gen_len)} workload.batch_size={ranks}"
+
+
+def _gb(amount: int) -> str:
+    return f"{amount / 1e9:.1f} GB"
