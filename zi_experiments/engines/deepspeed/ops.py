@@ -1,6 +1,7 @@
 """DeepSpeed compiles its operators on first use: here that happens before anything is loaded or timed."""
 
 import logging
+import time
 from pathlib import Path
 
 import psutil
@@ -41,12 +42,19 @@ def _builders(plan: Plan) -> list[str]:
 def remove_stale_lock(folder: Path) -> None:
     """Remove the lock of a build that was interrupted; torch would wait for it for ever, without a word.
 
-    A process that builds keeps its lock open, so a lock that nobody has open has no owner.
+    A process that builds keeps its lock open, so a lock that nobody has open has no owner. It closes the lock just before
+    it removes it: hence the second look.
     """
     lock = folder / "lock"
-    if lock.exists() and not any(_has_open(process, lock) for process in psutil.process_iter()):
-        log.warning("removing %s: the build that made it was interrupted", lock)
-        lock.unlink(missing_ok=True)
+    if _is_abandoned(lock):
+        time.sleep(1)
+        if _is_abandoned(lock):
+            log.warning("removing %s: the build that made it was interrupted", lock)
+            lock.unlink(missing_ok=True)
+
+
+def _is_abandoned(lock: Path) -> bool:
+    return lock.exists() and not any(_has_open(process, lock) for process in psutil.process_iter())
 
 
 def _has_open(process: psutil.Process, path: Path) -> bool:
