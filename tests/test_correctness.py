@@ -76,7 +76,8 @@ def deepspeed_result(tmp_path: Path, *, offload: str = "cpu", ranks: int = 1, **
     }
     out = tmp_path / "out.pt"
     script = Path(__file__).parent / "logits.py"
-    command = [sys.executable, str(script), str(out), json.dumps(arguments)]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(script), str(out), json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -114,6 +115,19 @@ def test_logits_equal_plain_transformers(tmp_path, model_type, bits, offload, dt
     assert clear.sum() > 4
     assert torch.equal(result["logits"].argmax(-1)[clear], logits.argmax(-1)[clear])
     assert (result["on_disk"] > 0) == (offload == "nvme")
+
+
+@pytest.mark.parametrize(("bits", "offload"), [(4, "cpu"), (16, "nvme")])
+def test_two_ranks_compute_what_one_does(tmp_path, bits, offload):
+    checkpoint = tmp_path / "checkpoint"
+    save_checkpoint(checkpoint, "opt", torch.float32)
+    arguments = {"model_name": str(checkpoint), "bits": bits, "offload": offload}
+
+    one = deepspeed_result(tmp_path, **arguments)
+    two = deepspeed_result(tmp_path, **arguments, ranks=2, batch_size=2)
+
+    assert torch.equal(one["logits"], two["logits"])
+    assert torch.equal(one["tokens"], two["tokens"])
 
 
 def test_a_checkpoint_without_a_weight_is_refused_by_its_name(tmp_path):

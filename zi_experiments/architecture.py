@@ -97,7 +97,7 @@ def _from_path(path: str) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"{path} is neither a Hugging Face model folder nor a hub name that can be read here ({reason}): "
-            "pass model.path=/path/to/a/folder, or weights=random to run its shape without a checkpoint"
+            "pass model.path=/path/to/a/folder, or the shape of a shipped model with random weights: model=opt-125m"
         ) from error
 
 
