@@ -1,6 +1,7 @@
 """Whole runs through the command line: real DeepSpeed on the CPU, real disk, real W&B files, real signals."""
 
 import json
+import re
 import resource
 import signal
 from statistics import median
@@ -197,6 +198,9 @@ def test_a_sweep_goes_on_after_a_failed_job(cli):
 
     assert done.returncode == 1
     assert [result["status"] for result in cli.results()] == ["ok", "refused", "ok"]
+    table = done.stdout[done.stdout.index("3 runs") :]
+    for group_size, status in ((64, "ok"), (100, "refused"), (32, "ok")):
+        assert re.search(rf"quant.group_size={group_size} .*{status}", table)
 
 
 def test_out_of_host_memory_is_recorded_as_such(cli):

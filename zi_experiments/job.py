@@ -27,20 +27,25 @@ from zi_experiments.sinks.result_file import ResultFile
 class RunFailed(CompactHydraException):
     """A run ended with a status other than ok; its record says why."""
 
+    def __init__(self, name: str, record: Record | None) -> None:
+        super().__init__(f"{name}: {record.status if record else 'refused'}")
+        self.record = record
 
-def run_job(cfg: DictConfig) -> None:
+
+def run_job(cfg: DictConfig) -> Record | None:
     """Carry out one composed run and leave exactly one `result.json`, whatever happens; `plan_only` leaves none.
 
-    Raises `RunFailed` when the run is not ok, so that a sweep goes on and the exit code is not 0, and
-    `KeyboardInterrupt`, after the record is written, when the user stops it.
+    Returns the record, or None for `plan_only`. Raises `RunFailed` when the run is not ok, so that a sweep goes on and
+    the exit code is not 0, and `KeyboardInterrupt`, after the record is written, when the user stops it.
     """
     console = Console()
     if cfg.plan_only:
         _only_plan(cfg, console)
-        return
+        return None
     record = _Job(cfg, console).carry_out(cfg)
     if record.status != "ok":
-        raise RunFailed(f"{record.run.name}: {record.status}")
+        raise RunFailed(record.run.name, record)
+    return record
 
 
 def _only_plan(cfg: DictConfig, console: Console) -> None:
@@ -49,7 +54,7 @@ def _only_plan(cfg: DictConfig, console: Console) -> None:
         show_plan(run.name, planner.plan_run(run), console)
     except ConfigError as error:
         console.print(f"refused {error}", markup=False, highlight=False, soft_wrap=True)
-        raise RunFailed(f"{cfg.name}: refused") from error
+        raise RunFailed(str(cfg.name), None) from error
 
 
 class _Job:

@@ -93,6 +93,27 @@ def show_plan(name: str, plan: Plan, console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
+def show_sweep(jobs: list[tuple[list[str], Record]]) -> None:
+    """The runs of a sweep in one table, in the order in which they ran, each with the overrides that make it differ."""
+    shared = set.intersection(*(set(overrides) for overrides, _ in jobs))
+    table = Table(title=f"{len(jobs)} runs")
+    for name in ("run", "status", "prefill tok/s", "decode tok/s", "of the bound"):
+        table.add_column(name, justify="left" if name in ("run", "status") else "right", overflow="fold")
+    for overrides, record in jobs:
+        metrics = record.metrics
+        figures = ["", "", ""]
+        if metrics is not None:
+            decode, fraction = metrics.decode_tok_per_s, metrics.fraction_of_bound
+            figures = [
+                f"{metrics.prefill_tok_per_s:,.2f}",
+                "" if decode is None else f"{decode:,.2f}",
+                "" if fraction is None else f"{100 * fraction:.0f} %",
+            ]
+        status = record.status if record.status == "ok" else f"[bold red]{record.status}"
+        table.add_row(" ".join(o for o in overrides if o not in shared) or record.run.name, status, *figures)
+    Console().print(table)
+
+
 def display_path(path: Path) -> str:
     """A path as one would type it from here."""
     try:
