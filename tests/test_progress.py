@@ -1,5 +1,6 @@
 import io
-import queue
+import multiprocessing
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -105,18 +106,13 @@ class Script:
 
     def __init__(self, clock, *timed):
         self._clock = clock
-        self._timed = queue.SimpleQueue()
-        for at, event in timed:
-            self.put((at, event))
+        self._timed = list(timed)
 
-    def put(self, item):
-        self._timed.put(item)
+    def poll(self, timeout):
+        return bool(self._timed)
 
-    def get(self):
-        item = self._timed.get()
-        if item is None:
-            return None
-        at, event = item
+    def recv(self):
+        at, event = self._timed.pop(0)
         self._clock.now = 1000.0 + at
         return event
 
@@ -196,3 +192,26 @@ def test_a_display_without_events_closes(clock):
         pass
 
     assert display.last is None
+
+
+def talk(channel):
+    worker = Progress(channel.send)
+    while True:
+        worker.begin("measure", 1000, "tokens")
+        worker.end()
+
+
+def test_a_writer_killed_while_it_talks_does_not_hold_the_launcher_up():
+    context = multiprocessing.get_context("spawn")
+    for _ in range(3):
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(target=talk, args=(writer,))
+        display = Display(reader, Console(file=io.StringIO()))
+        with display:
+            process.start()
+            while display.last is None:
+                time.sleep(0.01)
+            process.kill()
+            process.join()
+            killed_at = time.monotonic()
+        assert time.monotonic() - killed_at < 5

@@ -61,14 +61,14 @@ def launch(plan: Plan, config: dict[str, Any], logs: Path, console: Console) -> 
         start_method="spawn",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
     )
-    channel = multiprocessing.get_context("spawn").SimpleQueue()
+    reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
     kills_before = _oom_kills()
-    display = Display(channel, console)
+    display = Display(reader, console)
     inherited = environment.worker_environment(cuda=plan.machine.device == "cuda")
     with _signals_restored(), environment.variables(inherited):
         try:
             with display:
-                results = elastic_launch(launch_config, worker.main)(plan, config, channel)
+                results = elastic_launch(launch_config, worker.main)(plan, config, writer)
         except ChildFailedError as error:
             when = _when(display.last)
             raise _explain(error, when, _oom_kills() > kills_before, logs) from None

@@ -1,6 +1,5 @@
 """What a worker is doing, told to the launcher, and what the launcher shows of it: bars in a terminal, lines in a log."""
 
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -36,8 +35,10 @@ class Event:
 
 
 class Channel(Protocol):
-    def put(self, item: Any) -> None: ...
-    def get(self) -> Any: ...
+    """The launcher's end of a pipe. Not a queue: a worker killed while it holds a queue's lock takes the lock along."""
+
+    def poll(self, timeout: float) -> bool: ...
+    def recv(self) -> Any: ...
 
 
 class Progress:
@@ -75,11 +76,12 @@ def silent() -> Progress:
 
 
 class Display:
-    """The launcher's side: shows events from a channel until it is closed. Use as a context manager."""
+    """The launcher's side: shows the events of a channel while it is entered."""
 
     def __init__(self, channel: Channel, console: Console) -> None:
         self._channel = channel
         self._show: _Bars | _Lines = _Bars(console) if console.is_terminal else _Lines(console)
+        self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self.last: Event | None = None
 
@@ -88,21 +90,19 @@ class Display:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._channel.put(None)
-        # a worker killed in the middle of a message can leave the reader waiting for its end
-        self._thread.join(timeout=1.0)
+        self._done.set()
+        self._thread.join()
         self._show.close()
 
     def _run(self) -> None:
         while True:
-            try:
-                event = self._channel.get()
-            except (EOFError, OSError, queue.Empty):
+            # events are far smaller than a pipe's buffer: they arrive whole or not at all
+            if self._channel.poll(_EVENT_INTERVAL_S):
+                event = self._channel.recv()
+                self.last = event
+                self._show.event(event)
+            elif self._done.is_set():
                 return
-            if event is None:
-                return
-            self.last = event
-            self._show.event(event)
 
 
 class _Bars:

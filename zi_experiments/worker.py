@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -10,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from zi_experiments import distributed, engines, workload
 from zi_experiments.measure import Samples, measure_passes
 from zi_experiments.plan import Plan
-from zi_experiments.progress import Channel, Progress, silent
+from zi_experiments.progress import Progress, silent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,11 +23,11 @@ class Measurement:
 
 
 @record
-def main(plan: Plan, config: dict[str, Any], channel: Channel) -> Measurement:
+def main(plan: Plan, config: dict[str, Any], channel: Connection) -> Measurement:
     """Entry point of a worker process, started by torch's elastic launcher with its variables set."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     first = distributed.launched_rank() == 0
-    progress = Progress(channel.put) if first else silent()
+    progress = Progress(channel.send) if first else silent()
     _limit_gpu_memory(plan)
     engine = engines.get(plan.run.engine.name)
     engine.prepare(plan, progress)
