@@ -50,6 +50,11 @@ def launched_rank() -> int:
     return int(environment.distributed_variables().get("RANK", "0"))
 
 
+def launched_ranks() -> int:
+    """How many ranks the launcher started; 1 without a launcher."""
+    return int(environment.distributed_variables().get("WORLD_SIZE", "1"))
+
+
 def launched_local_rank() -> int:
     """The rank on this machine that the launcher gave this process."""
     return int(environment.distributed_variables().get("LOCAL_RANK", "0"))

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from rich.console import Console
 
-from zi_experiments import engines, environment, planner, preflight, progress
-from zi_experiments.config import Run, conf_dir, from_choices
+from zi_experiments import distributed, engines, environment, planner, preflight, progress
+from zi_experiments.config import ConfigError, Run, conf_dir, from_choices
 
 
 def get_ds_model(
@@ -37,7 +38,7 @@ def get_ds_model(
             of another checkpoint.
         bits: 16, 8 or 4.
         group_size: weights that share a scale and a minimum; used below 16 bits.
-        batch_size: sequences over all ranks that `generate` will be given.
+        batch_size: sequences that `generate` will be given, over all ranks: a multiple of their number.
         pin_memory: pin weights in host memory; None pins whenever it has room.
         use_gds: read from disk by GPUDirect Storage.
         profile: "tuned", or "reference" for the DeepSpeedExamples script's configuration, key for key.
@@ -48,9 +49,12 @@ def get_ds_model(
     Raises:
         ConfigError: what is asked for cannot work or fit on this machine; the message says what can.
     """
+    if bits not in (16, 8, 4):
+        raise ConfigError(f"bits={bits} is not supported: pass bits=4, 8 or 16")
     offload = "nvme" if disk_offload else "cpu" if cpu_offload else "none"
     settings: dict[str, Any] = {
         "engine.profile": profile,
+        "hardware.num_gpus": distributed.launched_ranks(),
         "workload.batch_size": batch_size,
         "offload.use_gds": use_gds,
         "offload.path": offload_dir if disk_offload else None,
@@ -80,8 +84,9 @@ def _load(run: Run) -> Any:
     environment.set_variables(environment.worker_environment(cuda=planned.machine.device == "cuda"))
     engine = engines.get(run.engine.name)
     config = engine.config(planned, str(scratch) if scratch else None)
-    engine.prepare(planned, progress.silent())
-    session = engine.load(planned, config, progress.silent())
+    told = progress.silent() if distributed.launched_rank() else progress.shown(Console(stderr=True))
+    engine.prepare(planned, told)
+    session = engine.load(planned, config, told)
     # its destructor would take the hooks off that bring the weights in
     session.model.zi_session = session
     if scratch is not None:

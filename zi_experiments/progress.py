@@ -71,8 +71,13 @@ class Progress:
 
 
 def silent() -> Progress:
-    """A progress that tells nobody: for ranks other than the first, and for use as a library."""
+    """A progress that tells nobody: for ranks other than the first."""
     return Progress(lambda event: None)
+
+
+def shown(console: Console) -> Progress:
+    """A progress that is shown in the process that makes it."""
+    return Progress(_show(console).event)
 
 
 class Display:
@@ -80,7 +85,7 @@ class Display:
 
     def __init__(self, channel: Channel, console: Console) -> None:
         self._channel = channel
-        self._show: _Bars | _Lines = _Bars(console) if console.is_terminal else _Lines(console)
+        self._show = _show(console)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self.last: Event | None = None
@@ -103,6 +108,10 @@ class Display:
                 self._show.event(event)
             elif self._done.is_set():
                 return
+
+
+def _show(console: Console) -> "_Bars | _Lines":
+    return _Bars(console) if console.is_terminal else _Lines(console)
 
 
 class _Bars:
@@ -129,6 +138,8 @@ class _Bars:
             self._bars.add_task(event.phase, total=event.total)
             self._bars.start()
         self._bars.update(self._bars.task_ids[0], completed=event.completed)
+        if event.ended:
+            self.close()
 
     def close(self) -> None:
         if self._bars is not None:

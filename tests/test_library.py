@@ -1,0 +1,31 @@
+import pytest
+
+from zi_experiments import get_ds_model, library
+from zi_experiments.config import ConfigError
+
+WHERE = {"cpu_offload": True, "disk_offload": False, "offload_dir": "", "dummy_weights": "random", "group_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [("facebook/opt-66b", "opt-66b"), ("opt-66b", "opt-66b"), ("bigscience/bloom", "bloom-176b"), ("me/mine", "local")],
+)
+def test_a_shipped_shape_is_known_by_both_names(name, choice):
+    assert library._known_model(name) == choice
+
+
+def test_an_odd_number_of_bits_is_refused():
+    with pytest.raises(ConfigError, match="pass bits=4, 8 or 16"):
+        get_ds_model("opt-125m", bits=5, **WHERE)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    with pytest.raises(ConfigError, match="cannot be shared by 2 ranks"):
+        get_ds_model("opt-125m", bits=4, **WHERE)
+
+
+def test_a_profile_that_does_not_exist_is_refused():
+    with pytest.raises(Exception, match="tuned, reference"):
+        get_ds_model("opt-125m", bits=4, profile="fast", **WHERE)
