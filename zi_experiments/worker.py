@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -50,25 +51,10 @@ def _measure(plan: Plan, session: engines.Session, load_s: float, progress: Prog
         rank=distributed.rank(),
         ranks=plan.run.hardware.num_gpus,
     )
-    warmup = measure_passes(
-        session,
-        ids,
-        work.gen_len,
-        count=work.warmup,
-        phase="warm-up",
-        progress=progress,
-        before_each=distributed.barrier,
-    )
+    run = partial(measure_passes, session, ids, work.gen_len, progress=progress, before_each=distributed.barrier)
+    warmup = run(count=work.warmup, phase="warm-up")
     _reset_gpu_peak(plan)
-    measured = measure_passes(
-        session,
-        ids,
-        work.gen_len,
-        count=work.repeats,
-        phase="measure",
-        progress=progress,
-        before_each=distributed.barrier,
-    )
+    measured = run(count=work.repeats, phase="measure")
     samples = Samples(load_s=load_s, warmup=warmup, measured=measured)
     return Measurement(samples=samples, gpu_peak_bytes=_gpu_peak(plan))
 
