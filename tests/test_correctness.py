@@ -108,7 +108,8 @@ def test_logits_equal_plain_transformers(tmp_path, model_type, bits, offload, dt
     logits = reference(checkpoint, bits)
     error = (result["logits"].float() - logits.float()).norm() / logits.float().norm()
     print(f"relative error {error:.5f}")
-    assert error < 0.02
+    # DeepSpeed adds a bias after the product, not with it: one more rounding to bfloat16
+    assert error < (0.02 if model_type in ("opt", "bloom") else 1e-6)
     assert torch.equal(result["again"], result["logits"])
     first, second = logits.float().topk(2).values.unbind(-1)
     clear = first - second > 0.2 * logits.float().std()  # a near tie may fall either way in bfloat16

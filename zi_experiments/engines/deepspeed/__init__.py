@@ -68,7 +68,8 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> DeepSpeedSes
     hf_config = HfDeepSpeedConfig(config)
     get_accelerator().empty_cache()
     progress.begin("load", plan.weight_bytes, "bytes")
-    with torch.no_grad(), patches.pinning_exactly() if plan.pin_memory else nullcontext():
+    pinning = patches.pinning_exactly() if plan.pin_memory else nullcontext()
+    with torch.no_grad(), patches.keeping_arange(), pinning:
         model = _from_checkpoint(plan, progress) if _is_pretrained(plan) else _from_nothing(plan, progress)
         if plan.pin_memory:
             register_swap_buffers(model)

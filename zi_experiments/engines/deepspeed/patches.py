@@ -11,7 +11,7 @@ from zi_experiments.progress import Progress
 
 @contextmanager
 def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace an attribute of a class by a wrapper of it for a while."""
+    """Replace an attribute of a class or module by a wrapper of it for a while."""
     original = getattr(owner, name)
     setattr(owner, name, wrap(original))
     try:
@@ -66,6 +66,26 @@ def counting_loads(plan: Plan, progress: Progress) -> AbstractContextManager[Non
         return load_from_state_dict
 
     return _replaced(nn.Module, "_load_from_state_dict", wrap)
+
+
+def keeping_arange() -> AbstractContextManager[None]:
+    """Leave the dtype of `torch.arange` alone while a model is built.
+
+    zero.Init makes every new floating-point tensor 16-bit. Rotary embeddings count positions with one, and in 16 bits
+    their frequencies are off by up to 0.2 %, which at position 512 can be a radian. Later versions of transformers do the
+    same by themselves.
+    """
+    from deepspeed.runtime.zero import partition_parameters
+
+    arange = partition_parameters._orig_torch_arange
+
+    def wrap(original: Any) -> Any:
+        def constructor(fn: Any, target_fp_dtype: Any, target_device: Any) -> Any:
+            return original(fn, None if fn is arange else target_fp_dtype, target_device)
+
+        return constructor
+
+    return _replaced(partition_parameters, "zero_wrapper_for_fp_tensor_constructor", wrap)
 
 
 def quantizing_in(dtype: Any) -> AbstractContextManager[None]:
