@@ -15,7 +15,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no 
 
 MACHINES = {
     "h200": Machine(
-        name="h200",
         device="cuda",
         gpu_name="NVIDIA H200",
         gpus_visible=8,
@@ -33,7 +32,6 @@ MACHINES = {
         driver="580.00",
     ),
     "cpu": Machine(
-        name="cpu",
         device="cpu",
         gpu_name=None,
         gpus_visible=0,

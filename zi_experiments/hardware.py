@@ -15,7 +15,6 @@ GIB = 1 << 30
 class Machine:
     """The machine a run is planned for: what was detected, with the user's `hardware` choice laid over it."""
 
-    name: str
     device: str  # "cuda" or "cpu"
     gpu_name: str | None
     gpus_visible: int
@@ -53,7 +52,6 @@ def detect(hardware: Hardware) -> Machine:
     if hardware.memory_gib is not None:
         memory = min(int(hardware.memory_gib * GIB), memory or 1 << 62)
     return Machine(
-        name=hardware.name,
         device=device,
         gpu_name=gpu.name if gpu else None,
         gpus_visible=gpus,

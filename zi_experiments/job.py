@@ -98,7 +98,9 @@ class _Job:
             sink.open(self._record)
         if scratch is not None:
             needed = gigabytes(plan.disk_bytes)
-            self._console.print(f"disk: needs {needed} in {display_path(scratch)}", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"disk: needs {needed} in {display_path(scratch)}", markup=False, highlight=False, soft_wrap=True
+            )
         try:
             with memory.Monitor(scratch) as peaks:
                 measured = launch.launch(plan, config, self._folder / "logs", self._console)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from zi_experiments.plan import Plan
@@ -31,7 +32,8 @@ class ConsoleSink:
                 self._console.print(trace, style="dim", markup=False, highlight=False, soft_wrap=True)
             if record.error.hint:
                 self._console.print(record.error.hint, markup=False, highlight=False, soft_wrap=True)
-        self._console.print(f"record: {display_path(Path(record.folder) / NAME)}", highlight=False, soft_wrap=True)
+        path = display_path(Path(record.folder) / NAME)
+        self._console.print(f"record: {path}", markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         pass
@@ -42,7 +44,7 @@ class ConsoleSink:
         assert plan is not None
         work = plan.run.workload
         shape = f"{work.batch_size} × ({work.prompt_len} + {work.gen_len}) tokens"
-        table = Table(title=f"{record.run.name}: {shape}, {plan.dtype} on {plan.machine.gpu_name or 'CPU'}")
+        table = Table(title=f"{escape(record.run.name)}: {shape}, {plan.dtype} on {plan.machine.gpu_name or 'CPU'}")
         table.add_column("")
         table.add_column("value", justify="right")
         table.add_column("smallest to largest pass", justify="right")
@@ -78,7 +80,7 @@ def show_plan(name: str, plan: Plan, console: Console) -> None:
     split = ", ".join(f"{gigabytes(amount)} {label}" for label, amount in where if amount)
     pinned = " (pinned)" if plan.pin_memory else ""
     lines = [
-        f"[bold]{name}[/]: {_count(arch.num_parameters)} parameters, {arch.num_layers} layers of "
+        f"[bold]{escape(name)}[/]: {_count(arch.num_parameters)} parameters, {arch.num_layers} layers of "
         f"{arch.layer_class.rpartition('.')[2]}, {plan.dtype} on {plan.machine.gpu_name or plan.machine.device}",
         f"weights {gigabytes(plan.weight_bytes)} ({split}{pinned}), keys and values {gigabytes(plan.kv_cache_bytes)}",
     ]
@@ -110,7 +112,8 @@ def show_sweep(jobs: list[tuple[list[str], Record]]) -> None:
                 "" if fraction is None else f"{100 * fraction:.0f} %",
             ]
         status = record.status if record.status == "ok" else f"[bold red]{record.status}"
-        table.add_row(" ".join(o for o in overrides if o not in shared) or record.run.name, status, *figures)
+        differs = " ".join(o for o in overrides if o not in shared) or record.run.name
+        table.add_row(escape(differs), status, *figures)
     Console().print(table)
 
 

@@ -44,9 +44,9 @@ class WandbSink:
         )
         if mode == "offline":
             folder = display_path(Path(self._run.dir).parent)
-            self._console.print(f"W&B: offline; wandb sync {folder}", highlight=False, soft_wrap=True)
+            self._console.print(f"W&B: offline; wandb sync {folder}", markup=False, highlight=False, soft_wrap=True)
         elif mode == "online":
-            self._console.print(f"W&B: {self._run.url}", highlight=False, soft_wrap=True)
+            self._console.print(f"W&B: {self._run.url}", markup=False, highlight=False, soft_wrap=True)
 
     def write(self, record: Record) -> None:
         if self._run is None:
