@@ -1,8 +1,10 @@
 import importlib
 
 import pytest
+import tiny
+import torch
 from torch import nn
-from transformers import LlamaConfig, OPTConfig, T5Config
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, OPTConfig, T5Config
 
 from zi_experiments import architecture
 from zi_experiments.config import ConfigError, conf_dir
@@ -89,7 +91,6 @@ def test_opt_175b_has_the_published_shape(load):
     assert opt.num_layers == 96
     assert opt.hidden_size == 12288
     assert opt.num_attention_heads == 96
-    assert opt.head_dim == 128
     assert opt.config.ffn_dim == 49152
     assert (49152, 12288) in {parameter.shape for parameter in opt.parameters}
 
@@ -129,21 +130,52 @@ def test_each_family_has_its_causal_class(compose_run, model, expected):
     ],
 )
 def test_keys_and_values_of_a_token(load, model, elements):
-    assert load(f"model={model}").kv_elements_per_token() == elements
+    assert load(f"model={model}").kv_elements(1) == elements
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("gen_len", [2, 2 * tiny.WINDOW])
+def test_keys_and_values_are_what_the_cache_holds(family, gen_len):
+    config = tiny.config(family)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    cache = DynamicCache(config=config)
+    prompt = torch.ones(2, 3, dtype=torch.long)
+
+    model.generate(prompt, past_key_values=cache, min_new_tokens=gen_len, max_new_tokens=gen_len, do_sample=False)
+
+    growing = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values", "indexer_keys")]
+    held = sum(tensor.numel() for tensor in growing if tensor is not None)
+    # the last token is not fed to the model any more
+    assert 2 * architecture.describe(config, family).kv_elements(3 + gen_len - 1) == held
+
+
+def test_describing_a_model_does_not_choose_how_it_is_computed():
+    config = tiny.config("mixtral")
+
+    found = architecture.describe(config, "tiny")
+
+    assert found.config is config
+    assert config._attn_implementation != "eager"
+    assert config._experts_implementation is None
+
+
+def test_a_model_that_cannot_run_without_data_is_estimated_from_its_numbers():
+    routed = AutoConfig.for_model("jetmoe", vocab_size=128, hidden_size=32, num_hidden_layers=3, num_local_experts=4)
+
+    found = architecture.describe(routed, "tiny")
+
+    assert found.kv_elements(10) == 10 * 3 * 2 * routed.num_key_value_heads * routed.head_dim
 
 
 def test_a_tied_head_counts_once(load):
-    opt = load("model=opt-125m")
+    names = [parameter.name for parameter in load("model=opt-125m").parameters]
 
-    assert [parameter.name for parameter in opt.tied] == ["lm_head.weight"]
-    assert "lm_head.weight" not in {parameter.name for parameter in opt.parameters}
+    assert "model.decoder.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
 
 
 def test_an_untied_head_is_a_parameter(load):
-    llama = load("model=llama-2-7b")
-
-    assert llama.tied == ()
-    assert "lm_head.weight" in {parameter.name for parameter in llama.parameters}
+    assert "lm_head.weight" in {parameter.name for parameter in load("model=llama-2-7b").parameters}
 
 
 def test_layers_and_the_rest_are_told_apart(load):
@@ -153,21 +185,39 @@ def test_layers_and_the_rest_are_told_apart(load):
     assert outside == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
 
 
-def test_linear_and_embedding_weights_are_quantizable(load):
-    opt = load("model=opt-125m")
+# What a layer has of more than one dimension that is not meant to be quantized; all the rest is.
+LEFT_ALONE = {
+    "opt": {"model.decoder.embed_positions.weight"},
+    "gpt2": set(),  # its layers are Conv1D
+    "falcon": set(),  # its layers are a subclass of nn.Linear
+    "gemma3_text": set(),  # its embedding is scaled by a subclass of nn.Embedding
+    "mixtral": {"mlp.gate.weight"},  # the router
+    "gpt_oss": {"mlp.router.weight", "mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias"},
+    "qwen3_next": {"mlp.gate.weight", "linear_attn.conv1d.weight"},
+}
 
-    for parameter in opt.parameters:
-        assert parameter.quantizable == (
-            len(parameter.shape) == 2 and parameter.name != "model.decoder.embed_positions.weight"
-        )
+
+@pytest.mark.parametrize("family", LEFT_ALONE)
+def test_matrices_and_stacked_experts_are_quantizable(family):
+    parameters = architecture.describe(tiny.config(family), family).parameters
+
+    left = {p.name.split(f".{p.layer}.")[-1] for p in parameters if len(p.shape) > 1 and not p.quantizable}
+    assert left == LEFT_ALONE[family]
+    assert not any(p.quantizable for p in parameters if len(p.shape) == 1)
 
 
-def test_experts_are_not_quantizable(load):
-    """DeepSpeed quantizes modules of type nn.Linear; transformers keeps all experts of a layer in one 3-D parameter."""
+def test_an_expert_is_a_matrix_of_a_3d_parameter(load):
     experts = [parameter for parameter in load("model=mixtral-8x7b").parameters if len(parameter.shape) == 3]
 
     assert len(experts) == 2 * 32
-    assert not any(parameter.quantizable for parameter in experts)
+    assert all(parameter.quantizable for parameter in experts)
+
+
+@pytest.mark.parametrize(
+    ("model", "routed"), [("opt-125m", False), ("llama-2-7b", False), ("mixtral-8x7b", True), ("qwen3-30b-a3b", True)]
+)
+def test_a_model_with_experts_is_routed(load, model, routed):
+    assert load(f"model={model}").is_routed is routed
 
 
 def test_positions_are_limited_where_the_model_limits_them(load):
@@ -184,7 +234,7 @@ def test_a_folder_written_by_transformers(load, llama_folder):
     found = load("model=local", f"model.path={llama_folder}")
 
     assert found.model_type == "llama"
-    assert (found.num_layers, found.num_attention_heads, found.num_key_value_heads) == (3, 4, 2)
+    assert (found.num_layers, found.num_attention_heads) == (3, 4)
     assert found.max_positions == 256
     assert found.dtype == "bfloat16"
     embeddings, attention, mlp, norms = 2 * 500 * 64, 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 128, 2 * 64

@@ -11,9 +11,12 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from zi_experiments import config
-from zi_experiments.config import ConfigError, OffloadDevice, Run, TrackingMode, conf_dir, to_run
+from zi_experiments.config import ConfigError, OffloadDevice, Run, TrackingMode, Verify, conf_dir, to_run
 
-YAMLS = sorted(path for path in conf_dir().glob("*/*.yaml") if path.parent.name != "hydra")
+YAMLS = sorted(
+    (path for path in conf_dir().glob("*/*.yaml") if path.parent.name != "hydra"),
+    key=lambda path: (path.parent.name, path.stem),
+)
 GROUPS = sorted({path.parent.name for path in YAMLS})
 CHOICES = [(path.parent.name, path.stem) for path in YAMLS]
 SCHEMAS = [kind for kind in vars(config).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
@@ -103,6 +106,7 @@ def test_values_live_in_yaml_only(schema):
         ("hardware.num_gpus", "2", 2),
         ("hardware.memory_gib", "24", 24.0),
         ("tracking.mode", "offline", TrackingMode.offline),
+        ("verify", "off", Verify.off),
         ("plan_only", "true", True),
     ],
 )
@@ -147,6 +151,12 @@ RULES = [
     (["model=local"], "model.path", "model.path=/models/my-model"),
     (["weights=pretrained", "weights.path=null"], "weights.path", "weights.path=/models/my-model"),
     (["weights.path=/models/x"], "weights.path", "weights=pretrained"),
+    (["workload.text=my.txt"], "workload.text", "weights=pretrained"),
+    (
+        ["workload.text=my.txt", "weights=pretrained", "workload.prompt_len=1"],
+        "workload.prompt_len",
+        "workload.prompt_len=512",
+    ),
 ]
 
 
@@ -215,6 +225,7 @@ def test_an_architecture_takes_any_number_of_a_hugging_face_configuration(compos
         "quant.bits=four",
         "engine.profile=fast",
         "plan_only=perhaps",
+        "verify=perhaps",
         "tracking.mode=sometimes",
         "hardware.ceilings.flops=fast",
     ],

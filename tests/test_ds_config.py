@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from zi_experiments import ds_config
 from zi_experiments.config import ConfigError
@@ -172,10 +173,30 @@ def test_the_tuned_profile_keeps_no_matrix_on_the_gpu(plan_of):
     assert all(plan.stored_numel(p) > threshold for p in plan.architecture.parameters if len(p.shape) > 1)
 
 
-def test_a_tuned_bucket_is_one_layer_by_hand(plan_of):
-    zero = build(plan_of("opt-13b", "cpu", "fp16"))["zero_optimization"]
+@pytest.mark.parametrize(
+    ("model", "quant", "numel"),
+    [
+        ("opt-13b", "fp16", 12 * 5120**2 + 13 * 5120),
+        # attention and the stacked experts in INT4, with a scale and a minimum for every 64; router and norms in 16 bits
+        (
+            "mixtral-8x7b",
+            "int4",
+            (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 8 * 4096 * 14336) * 9 // 32 + 8 * 4096 + 2 * 4096,
+        ),
+    ],
+)
+def test_a_tuned_bucket_is_one_layer_by_hand(plan_of, model, quant, numel):
+    zero = build(plan_of(model, "cpu", quant))["zero_optimization"]
 
-    assert zero["stage3_prefetch_bucket_size"] == 12 * 5120**2 + 13 * 5120
+    assert zero["stage3_prefetch_bucket_size"] == numel
+
+
+def test_tuned_linear_layers_compute_what_those_of_transformers_do(plan_of):
+    """DeepSpeed's own, which it uses by default, multiplies first and adds the bias to the rounded product."""
+    tuned = build(plan_of("opt-13b"))["zero_optimization"]
+
+    assert tuned["memory_efficient_linear"] is False
+    assert DeepSpeedZeroConfig().memory_efficient_linear is True
 
 
 @pytest.mark.parametrize(("model", "quant"), list(product(MODELS, QUANTS)))

@@ -39,12 +39,13 @@ def _python(arguments: list[str], cwd: Path, **variables: str) -> str:
     return done.stdout
 
 
-def test_wheel_holds_every_yaml_file_and_module(unpacked: Path) -> None:
+def test_wheel_holds_every_yaml_file_module_and_text(unpacked: Path) -> None:
     def names(folder: Path, pattern: str) -> set[Path]:
         return {path.relative_to(folder) for path in folder.rglob(pattern)}
 
     assert names(unpacked / "zi_experiments" / "conf", "*.yaml") == names(ROOT / "conf", "*.yaml")
     assert names(unpacked / "zi_experiments", "*.py") == names(ROOT / "zi_experiments", "*.py")
+    assert names(unpacked / "zi_experiments", "data/*") == names(ROOT / "zi_experiments", "data/*") != set()
     assert {path.name for path in unpacked.iterdir()} == {"zi_experiments", f"zi_experiments-{VERSION}.dist-info"}
 
 

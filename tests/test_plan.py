@@ -3,7 +3,10 @@ from itertools import product
 from math import ceil
 
 import pytest
+import tiny
+from transformers import AutoConfig
 
+from zi_experiments import architecture, planner
 from zi_experiments.config import Ceilings, ConfigError
 
 GIB = 1 << 30
@@ -50,12 +53,28 @@ def test_stored_size_of_a_matrix(make_plan, overrides, numel):
     assert plan.stored_numel(fc1) == numel
 
 
-def test_norms_biases_and_other_modules_stay_16_bit(make_plan):
-    plan = make_plan("model=opt-125m", "quant=int4")
+@pytest.mark.parametrize(("quant", "bits"), [("int4", 4.5), ("int8", 8.5)])
+def test_stored_size_of_stacked_experts(plan_of, quant, bits):
+    plan = plan_of("mixtral-8x7b", "cpu", quant)
+    experts = next(p for p in plan.architecture.parameters if p.name.endswith("layers.0.mlp.experts.gate_up_proj"))
 
-    for name in ("layers.0.fc1.bias", "final_layer_norm.weight", "embed_positions.weight"):
-        parameter = next(p for p in plan.architecture.parameters if p.name.endswith(name))
-        assert plan.stored_numel(parameter) == parameter.numel
+    assert experts.shape == (8, 2 * 14336, 4096)
+    assert plan.stored_numel(experts) == 8 * 2 * 14336 * 4096 * bits / 16
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("opt-125m", "layers.0.fc1.bias"),
+        ("opt-125m", "final_layer_norm.weight"),
+        ("mixtral-8x7b", "layers.0.mlp.gate.weight"),
+    ],
+)
+def test_norms_biases_and_routers_stay_16_bit(plan_of, model, name):
+    plan = plan_of(model, "cpu", "int4")
+    parameter = next(p for p in plan.architecture.parameters if p.name.endswith(name))
+
+    assert plan.stored_numel(parameter) == parameter.numel
 
 
 def test_weight_bytes_of_opt_125m_in_int4(make_plan):
@@ -74,7 +93,36 @@ def test_weight_bytes_of_opt_175b_are_98_gb_in_int4(plan_of):
 def test_share_of_the_parameters_that_is_quantized(plan_of):
     assert plan_of("opt-175b", "cpu", "int4").quantized_fraction > 0.99
     assert plan_of("opt-175b", "cpu", "fp16").quantized_fraction == 0
-    assert plan_of("mixtral-8x7b", "cpu", "int4").quantized_fraction < 0.1  # DeepSpeed leaves experts alone
+    assert plan_of("mixtral-8x7b", "cpu", "int4").quantized_fraction > 0.99
+
+
+@pytest.mark.parametrize(
+    ("quant", "bits"),
+    [
+        ("fp16", 16),
+        ("int4", 4.5),  # a 16-bit scale and minimum for 64 weights: half a bit each
+        ("int8", 8.5),
+        ("int4-g32", 5),
+        ("int4-g128", 4.25),
+    ],
+)
+def test_bits_of_a_weight_as_stored(plan_of, quant, bits):
+    assert plan_of("opt-175b", "cpu", quant).bits_per_weight == pytest.approx(bits, rel=1e-3)
+    assert plan_of("mixtral-8x7b", "cpu", quant).bits_per_weight == pytest.approx(bits, rel=1e-3)
+
+
+def test_bits_of_a_weight_count_what_stays_16_bit(make_plan):
+    plan = make_plan("model=opt-125m", "quant=int4")
+
+    vectors, positions = 12 * 13 * 768 + 2 * 768, 2050 * 768
+    matrices = plan.architecture.num_parameters - vectors - positions
+    stored = 4.5 * matrices + 16 * (vectors + positions)
+    assert plan.bits_per_weight == pytest.approx(stored / plan.architecture.num_parameters)
+
+
+def test_what_is_expanded_at_once_is_a_stack_of_experts(plan_of):
+    assert plan_of("mixtral-8x7b", "cpu", "int4").expanded_bytes == 2 * 8 * 2 * 14336 * 4096
+    assert plan_of("mixtral-8x7b", "cpu", "fp16").expanded_bytes == 0
 
 
 def test_keys_and_values_at_full_length(make_plan):
@@ -158,10 +206,10 @@ def test_larger_blocks_leave_more_in_memory(make_plan):
     assert large.placement.cpu_bytes > small.placement.cpu_bytes
 
 
-def test_a_tied_head_takes_room_on_disk_while_loading(plan_of):
+def test_a_tied_head_takes_no_room_on_disk(plan_of):
     plan = plan_of("opt-125m", "nvme", "fp16")
 
-    assert plan.disk_bytes == plan.placement.nvme_bytes + 2 * 50272 * 768
+    assert plan.placement.nvme_bytes == 2 * (50272 * 768 + 2050 * 768 + 12 * 12 * 768**2)
 
 
 # --- buffers and layers ---------------------------------------------------------------------------------------------
@@ -373,6 +421,18 @@ def test_two_gpus_hold_what_one_cannot(make_plan, machine):
     make_plan(*overrides, "hardware.num_gpus=2", on=card)
 
 
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_the_experts_that_are_expanded_at_once_count_as_gpu_memory(plan_of, machine, offload):
+    """Those of a Mixtral layer take 1.9 GB in 16 bits beside its weights."""
+    roomy = plan_of("mixtral-8x7b", offload, "int4")
+    weights = roomy.placement.gpu_bytes + (0 if offload == "none" else 2 * roomy.layer_numel * 2)
+    needed = weights + 2 * 8 * 2 * 14336 * 4096 + roomy.kv_cache_bytes
+
+    plan_of("mixtral-8x7b", offload, "int4", on=machine(gpu_memory_bytes=needed))
+    with pytest.raises(ConfigError, match="on each GPU"):
+        plan_of("mixtral-8x7b", offload, "int4", on=machine(gpu_memory_bytes=needed - 1))
+
+
 def test_weights_larger_than_host_memory_are_refused(refusal, machine):
     message = refusal("model=opt-175b", "quant=fp16", "offload=cpu", on=machine(host_memory_bytes=128_000_000_000))
 
@@ -441,20 +501,81 @@ def test_alibi_has_no_last_position(make_plan):
     make_plan("model=bloom-560m", "workload.prompt_len=10000")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "advised"),
-    [
-        (["quant.group_size=100"], "quant.group_size=64"),
-        (["quant.group_size=512"], "quant.group_size=64"),
-        (["quant.group_dim=0", "quant.group_size=64"], "quant.group_size=32"),  # 50272 = 1571 · 32
-    ],
-    ids=str,
-)
-def test_a_group_that_does_not_divide_is_refused(refusal, machine, overrides, advised):
-    message = refusal("model=opt-125m", *overrides, on=machine())
+@pytest.mark.parametrize("size", [100, 512])
+def test_a_group_that_does_not_divide_is_refused(refusal, machine, size):
+    message = refusal("model=opt-125m", f"quant.group_size={size}", on=machine())
 
-    assert "does not divide" in message
-    assert message.endswith(f"pass {advised}")
+    assert f"quant.group_size={size} does not divide the 768 columns of model.decoder.embed_tokens.weight" in message
+    assert message.endswith(": pass quant.group_size=32 or quant.group_size=64 or quant.group_size=128")
+
+
+@pytest.mark.parametrize(
+    ("intermediate_size", "dim", "size", "advised"),
+    [
+        (173 * 64, 1, 128, "quant.group_size=32 or quant.group_size=64"),
+        (345 * 32, 1, 64, "quant.group_size=32"),
+        (345 * 32, 1, 100, "quant.group_size=32"),
+        (345 * 32, 0, 64, "quant.group_size=32"),
+    ],
+)
+def test_a_group_that_is_advised_divides_every_matrix(refusal, machine, intermediate_size, dim, size, advised):
+    """A size that divides the one that is named, but not another one, is not advised."""
+    overrides = [f"model.architecture.intermediate_size={intermediate_size}", f"quant.group_size={size}"]
+    message = refusal("model=llama-2-7b", f"quant.group_dim={dim}", *overrides, on=machine())
+
+    assert message.endswith(f": pass {advised}")
+
+
+@pytest.mark.parametrize(("hidden", "advised"), [(768, "quant.group_dim=1"), (720, "quant=fp16")])
+def test_where_no_group_divides_the_other_dimension_is_advised_or_16_bits(make_plan, hidden, advised):
+    shape = [f"model.architecture.{name}={hidden}" for name in ("hidden_size", "word_embed_proj_dim")]
+    said = rf"does not divide the 50271 rows of model\.decoder\.embed_tokens\.weight .*: pass {advised}$"
+
+    with pytest.raises(ConfigError, match=said):
+        make_plan("model=opt-125m", "model.architecture.vocab_size=50271", "quant.group_dim=0", *shape)
+
+
+def test_opt_can_be_grouped_by_rows(make_plan):
+    """Its positions have two rows more than 2048, which no group divides: they stay 16-bit."""
+    make_plan("model=opt-13b", "quant.group_dim=0", "quant.group_size=32")
+
+
+@pytest.fixture
+def plan_tiny(compose_run, machine):
+    """`plan_tiny(family, *overrides, number=…)` → the plan of a tiny model of that family with these numbers."""
+
+    def plan_tiny(family, *overrides, **numbers):
+        config = AutoConfig.for_model(family, **tiny.FAMILIES[family] | numbers)
+        return planner.build(compose_run(*overrides), architecture.describe(config, family), machine())
+
+    return plan_tiny
+
+
+# Conv1D stores (inputs, outputs); of experts, each is an (outputs, inputs) matrix of its own in (experts, outputs, inputs).
+# GPT-2: c_fc is (128, 96) or (96, 128) and c_proj the reverse. Mixtral: gate_up_proj is (192, 128), down_proj (128, 96).
+GPT2 = {"n_embd": 128, "n_inner": 96, "n_positions": 128}
+MIXTRAL = {"hidden_size": 128, "intermediate_size": 96}
+
+
+@pytest.mark.parametrize(
+    ("family", "numbers", "dim", "refused"),
+    [
+        ("gpt2", GPT2, 1, "transformer.h.0.mlp.c_fc.weight"),
+        ("gpt2", GPT2, 0, "transformer.h.0.mlp.c_proj.weight"),
+        ("mixtral", MIXTRAL, 1, "model.layers.0.mlp.experts.down_proj"),
+        ("mixtral", MIXTRAL, 0, None),
+    ],
+)
+def test_a_group_divides_the_matrix_as_it_is_stored(plan_tiny, family, numbers, dim, refused):
+    def plan(size):
+        return plan_tiny(family, f"quant.group_size={size}", f"quant.group_dim={dim}", **numbers)
+
+    assert plan(32).quantized_fraction > 0.95
+    if refused is None:
+        assert plan(64).quantized_fraction > 0.95
+    else:
+        with pytest.raises(ConfigError, match=rf"of {re.escape(refused)} .*: pass quant\.group_size=32$"):
+            plan(64)
 
 
 def test_the_bound_of_experts_counts_those_that_a_token_is_routed_to(make_plan):

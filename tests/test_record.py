@@ -81,7 +81,7 @@ def done(begun, make_plan):
         ds_config=ds_config.build(plan),
         environment={"python": "3.11"},
         samples=samples,
-        metrics=metrics.derive(samples, plan, gpu_peak_bytes=1, host_peak_bytes=2, disk_peak_bytes=0),
+        metrics=metrics.derive(samples, plan, perplexity=None, gpu_peak_bytes=1, host_peak_bytes=2, disk_peak_bytes=0),
     )
 
 

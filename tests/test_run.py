@@ -56,6 +56,8 @@ def check_figures(result, *, batch, prompt, gen, repeats):
     assert metrics["prefill_tok_per_s"] == pytest.approx(median(prefill))
     assert metrics["host_peak_bytes"] > 200e6
     assert metrics["load_s"] == samples["load_s"] > 0
+    assert result["verification"]["passed"]
+    assert result["verification"]["max_rel_error"] == 0
     placement = result["plan"]["placement"]
     assert sum(placement.values()) == result["plan"]["weight_bytes"]
 
@@ -65,6 +67,7 @@ def check_wandb(result, run):
     assert run["group"] == result["run"]["group"]
     assert run["job_type"] == "benchmark"
     assert run["exit_code"] == 0
+    assert run["summary"]["verified"] is True
     assert run["config"]["workload"]["gen_len"] == 4
     assert run["config"]["choices"] == result["choices"]
     for name in ("decode_tok_per_s", "prefill_tok_per_s", "ttft_s", "tpot_p50_s", "load_s", "host_peak_bytes"):

@@ -5,8 +5,10 @@ The model is built on torch's meta device, so every family that transformers kno
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from zi_experiments.config import ConfigError, Model, Run, WeightSource
@@ -18,12 +20,29 @@ class Parameter:
 
     name: str
     shape: tuple[int, ...]
-    quantizable: bool  # DeepSpeed quantizes the weights of plain nn.Linear and nn.Embedding modules
+    quantizable: bool
     layer: int | None  # index of the decoder layer it belongs to; None outside of them
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether it is a stack of matrices, of which a router picks some for each token."""
+        return self.quantizable and len(self.shape) == 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVLayer:
+    """What the cache of one attention layer holds of one sequence."""
+
+    elements_per_token: int  # of keys and values together
+    max_tokens: int | None  # a layer with a sliding window forgets older ones
+
+    def elements(self, tokens: int) -> int:
+        """Elements that it holds of one sequence of so many tokens."""
+        return self.elements_per_token * (tokens if self.max_tokens is None else min(tokens, self.max_tokens))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,21 +55,24 @@ class Architecture:
     hidden_size: int
     num_layers: int
     num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
     max_positions: int | None
     layer_class: str  # dotted path of the decoder layer's class
     parameters: tuple[Parameter, ...] = field(repr=False)
-    tied: tuple[Parameter, ...] = field(repr=False)  # made like the others, then replaced by the one they are tied to
+    kv_layers: tuple[KVLayer, ...] = field(repr=False)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether a token meets only some of the weights: those of the experts to which a router sends it."""
+        return any(parameter.is_experts for parameter in self.parameters)
 
     @property
     def num_parameters(self) -> int:
         """All parameters, tied ones counted once."""
         return sum(parameter.numel for parameter in self.parameters)
 
-    def kv_elements_per_token(self) -> int:
-        """Keys and values that one token of one sequence adds, over all layers: 2 · L · h_kv · d."""
-        return 2 * self.num_layers * self.num_key_value_heads * self.head_dim
+    def kv_elements(self, tokens: int) -> int:
+        """Elements of the keys and values that the cache holds of one sequence of so many tokens, over all layers."""
+        return sum(layer.elements(tokens) for layer in self.kv_layers)
 
 
 def load(run: Run) -> Architecture:
@@ -84,21 +106,25 @@ def _from_numbers(model: Model) -> Any:
 
 
 def _from_path(path: str) -> Any:
-    from pathlib import Path
-
     from transformers import AutoConfig
 
-    folder = Path(path).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+    source = local_or_hub(path)
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ConfigError(f"{source} has no config.json, so it is not a Hugging Face model folder")
     try:
-        return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else path)
+        return AutoConfig.from_pretrained(source)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"{path} is neither a Hugging Face model folder nor a hub name that can be read here ({reason}): "
             "pass model.path=/path/to/a/folder, or the shape of a shipped model with random weights: model=opt-125m"
         ) from error
+
+
+def local_or_hub(path: str) -> str:
+    """The folder that a path names, with its `~` resolved, or else the path itself: a name on the hub."""
+    folder = Path(path).expanduser()
+    return str(folder) if folder.is_dir() else path
 
 
 def model_class(config: Any) -> Any:
@@ -120,49 +146,99 @@ def describe(config: Any, name: str) -> Architecture:
     Raises `ConfigError` when it is not a causal language model, or when its numbers do not make one.
     """
     import torch
-    from torch import nn
 
     config_class = model_class(config)
     try:
         with torch.device("meta"), _quietly():
-            model = config_class(config)
+            model = config_class(_without_data(config))
             model.tie_weights()
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model={name}: {config.model_type} cannot be built from these numbers: {reason}") from error
     text = config.get_text_config()
     layers_name, layers = decoder_layers(model)
-    quantizable = {
-        f"{name}.weight" for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Embedding)
-    }
-    everything = {
-        name: Parameter(
+    parameters = tuple(
+        Parameter(
             name=name,
             shape=tuple(parameter.shape),
-            quantizable=name in quantizable,
+            quantizable=is_quantizable(model, name),
             layer=int(name.removeprefix(f"{layers_name}.").split(".")[0])
             if name.startswith(f"{layers_name}.")
             else None,
         )
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    unique = {name for name, _ in model.named_parameters()}
+        for name, parameter in model.named_parameters()
+    )
     layer = type(layers[0])
-    heads = text.num_attention_heads
     return Architecture(
         config=config,
         model_type=config.model_type,
         dtype=str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
         hidden_size=text.hidden_size,
         num_layers=len(layers),
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        num_attention_heads=text.num_attention_heads,
         max_positions=getattr(text, "max_position_embeddings", None),
         layer_class=f"{layer.__module__}.{layer.__qualname__}",
-        parameters=tuple(parameter for name, parameter in everything.items() if name in unique),
-        tied=tuple(parameter for name, parameter in everything.items() if name not in unique),
+        parameters=parameters,
+        kv_layers=_kv_layers(model, len(layers)),
     )
+
+
+def _without_data(config: Any) -> Any:
+    """The same model, computed by operations whose shapes do not depend on data, so that it runs on the meta device."""
+    config = deepcopy(config)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "batched_mm"
+    return config
+
+
+def _kv_layers(model: Any, num_layers: int) -> tuple[KVLayer, ...]:
+    """The cache that one token leaves behind it in a model on the meta device.
+
+    A configuration does not say it: with latent attention some families cache the latents and others whole heads, which
+    has also changed from one version of transformers to the next. What does not grow with a sequence is not counted.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    try:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad(), torch.device("meta"), _quietly():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    except Exception:  # an estimate, for the few families whose routing to experts needs data: JetMoE, LongCat
+        text = model.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return (KVLayer(elements_per_token=2 * heads * head_dim, max_tokens=None),) * num_layers
+    growing = ("keys", "values", "indexer_keys")  # sparse attention has the last
+    return tuple(
+        KVLayer(
+            elements_per_token=sum(
+                tensor.numel() for name in growing if (tensor := getattr(layer, name, None)) is not None
+            ),
+            max_tokens=layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None,
+        )
+        for layer in cache.layers
+    )
+
+
+def is_quantizable(model: Any, name: str) -> bool:
+    """Whether a parameter is a matrix that quantization is meant for.
+
+    These are the weights of linear layers and embeddings, subclasses included, of GPT-2's `Conv1D`, and experts that are
+    stacked in one 3-D tensor. Norms, biases and convolutions stay as they are, and so does OPT's table of positions, which
+    every token reads and whose number of rows no group divides.
+    """
+    from torch import nn
+    from torch.nn.modules.conv import _ConvNd
+    from transformers.pytorch_utils import Conv1D
+
+    owner, _, attribute = name.rpartition(".")
+    module, dim = model.get_submodule(owner), model.get_parameter(name).dim()
+    if dim == 3:
+        return not isinstance(module, _ConvNd)
+    if "Positional" in type(module).__name__:
+        return False
+    return dim == 2 and attribute == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
 
 
 def decoder_layers(model: Any) -> tuple[str, Any]:

@@ -46,6 +46,11 @@ class Profile(Enum):
     reference = "reference"
 
 
+class Verify(Enum):
+    on = "on"
+    off = "off"
+
+
 class TrackingMode(Enum):
     auto = "auto"
     online = "online"
@@ -140,6 +145,7 @@ class Workload:
     warmup: int
     repeats: int
     seed: int
+    text: str | None  # a file on which perplexity is measured; null: none
 
 
 @dataclass
@@ -165,6 +171,7 @@ class Run:
     weights: Weights
     workload: Workload
     tracking: Tracking
+    verify: Verify
     plan_only: bool
 
 
@@ -172,6 +179,7 @@ def register() -> None:
     """Make the schema known to Hydra as `schema`, which `conf/config.yaml` lists first."""
     ConfigStore.instance().store(name="schema", node=Run)
     OmegaConf.register_new_resolver("zi.basename", lambda path: Path(path).name if path else "local", replace=True)
+    OmegaConf.register_new_resolver("zi.data", lambda name: str(Path(__file__).parent / "data" / name), replace=True)
 
 
 def conf_dir() -> Path:
@@ -209,7 +217,7 @@ def from_choices(choices: dict[str, str], settings: dict[str, Any]) -> Run:
         for group, choice in (defaults | choices).items()
         if group in {field.name for field in fields(Run)}
     }
-    root = {"name": main["name"], "plan_only": main["plan_only"]}
+    root = {key: main[key] for key in ("name", "verify", "plan_only")}
     cfg = OmegaConf.merge(OmegaConf.structured(Run), root, parts)
     assert isinstance(cfg, DictConfig)
     for key, value in settings.items():
@@ -248,6 +256,18 @@ def _workload(run: Run) -> str | None:
             f"workload.batch_size={work.batch_size} cannot be shared by {ranks} ranks: "
             f"pass workload.batch_size={below} or {below + ranks}"
         )
+    return None
+
+
+def _text(run: Run) -> str | None:
+    text = run.workload.text
+    if text is not None and run.weights.source is WeightSource.random:
+        return (
+            f"workload.text={text} asks for the perplexity of random weights, which means nothing: "
+            "pass weights=pretrained, or workload.text=null"
+        )
+    if text is not None and run.workload.prompt_len < 2:
+        return "workload.prompt_len=1 leaves nothing of workload.text to predict: pass workload.prompt_len=512"
     return None
 
 
@@ -326,4 +346,4 @@ def _hardware(run: Run) -> str | None:
     return None
 
 
-_CHECKS = (_model, _workload, _quant, _offload, _hardware)
+_CHECKS = (_model, _workload, _text, _quant, _offload, _hardware)

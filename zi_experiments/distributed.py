@@ -1,6 +1,7 @@
 """Start torch.distributed for DeepSpeed, inside a worker or in a process of the user's own."""
 
 import socket
+from typing import Any
 
 from zi_experiments import environment
 
@@ -37,6 +38,15 @@ def barrier() -> None:
     import torch.distributed
 
     torch.distributed.barrier()
+
+
+def from_first_rank(value: Any) -> Any:
+    """What the first rank passes, on every rank."""
+    import torch.distributed
+
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _free_port() -> int:

@@ -62,6 +62,8 @@ def _tuned_zero(plan: Plan) -> dict[str, Any]:
         # a bucket smaller than a layer leaves part of the next layer to be fetched on demand
         "stage3_prefetch_bucket_size": plan.layer_numel,
         "stage3_param_persistence_threshold": plan.persistence_numel,
+        # plain F.linear, so that what is computed is bit for bit what transformers computes
+        "memory_efficient_linear": False,
         # a tied embedding stays live for the whole pass: without room for it nothing would be prefetched
         "stage3_max_live_parameters": plan.live_layers * plan.layer_numel + plan.outside_numel,
     }

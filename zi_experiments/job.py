@@ -97,7 +97,7 @@ class _Job:
         for sink in self._sinks:
             sink.open(self._record)
         if scratch is not None:
-            needed = gigabytes(plan.disk_bytes)
+            needed = gigabytes(plan.placement.nvme_bytes)
             self._console.print(
                 f"disk: needs {needed} in {display_path(scratch)}", markup=False, highlight=False, soft_wrap=True
             )
@@ -107,9 +107,16 @@ class _Job:
         finally:
             if scratch is not None:
                 shutil.rmtree(scratch, ignore_errors=True)
+        self._update(verification=measured.verification)
+        if measured.samples is None:
+            assert measured.verification is not None
+            message = f"verification failed: {measured.verification.problem}"
+            self._fail("error", Failure(type="VerificationFailed", message=message, hint="nothing was measured"))
+            return
         figures = metrics.derive(
             measured.samples,
             plan,
+            perplexity=measured.perplexity,
             gpu_peak_bytes=measured.gpu_peak_bytes,
             host_peak_bytes=peaks.host_peak_bytes,
             disk_peak_bytes=peaks.disk_peak_bytes,

@@ -25,10 +25,19 @@ class Metrics:
     link_bytes_per_s: float | None  # bytes that had to cross the link in one pass / median decode step
     fraction_of_bound: float | None  # lower bound of a decode step / median decode step
     prefill_fraction_of_bound: float | None
+    perplexity: float | None  # of the weights on workload.text; None without one
     spread: dict[str, tuple[float, float]]  # smallest and largest pass of each rate
 
 
-def derive(samples: Samples, plan: Plan, *, gpu_peak_bytes: int, host_peak_bytes: int, disk_peak_bytes: int) -> Metrics:
+def derive(
+    samples: Samples,
+    plan: Plan,
+    *,
+    perplexity: float | None,
+    gpu_peak_bytes: int,
+    host_peak_bytes: int,
+    disk_peak_bytes: int,
+) -> Metrics:
     """The metrics of a run."""
     work, passes = plan.run.workload, samples.measured
     batch, bound = work.batch_size, plan.bound
@@ -54,6 +63,7 @@ def derive(samples: Samples, plan: Plan, *, gpu_peak_bytes: int, host_peak_bytes
         link_bytes_per_s=plan.streamed_bytes_per_pass / step if step else None,
         fraction_of_bound=bound.decode_step_s / step if step and bound.decode_step_s else None,
         prefill_fraction_of_bound=bound.prefill_s / ttft if bound.prefill_s else None,
+        perplexity=perplexity,
         spread={name: (min(values), max(values)) for name, values in rates.items() if values},
     )
 

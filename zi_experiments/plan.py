@@ -62,8 +62,11 @@ class Plan:
 
     @property
     def uses_cuda_quantizer(self) -> bool:
-        """Whether DeepSpeed expands the weights with its CUDA kernel, which knows float16 only."""
-        return self.run.quant.bits < 16 and self.dtype == "float16" and self.machine.device == "cuda"
+        """Whether DeepSpeed expands the weights with its CUDA kernel, which knows float16 and groups of columns only."""
+        quant = self.run.quant
+        if quant.group_size is None or self.machine.device != "cuda":
+            return False
+        return self.dtype == "float16" and quant.group_dim == 1 and quant.group_size % 8 == 0
 
     @cached_property
     def quantized_fraction(self) -> float:
@@ -71,12 +74,29 @@ class Plan:
         quantized = sum(p.numel for p in self.architecture.parameters if self.is_quantized(p))
         return quantized / self.architecture.num_parameters
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a parameter takes on average as stored: scales, minima and what is not quantized included."""
+        return 8 * self.weight_bytes / self.architecture.num_parameters
+
+    @cached_property
+    def expanded_bytes(self) -> int:
+        """The largest quantized matrix, or stack of experts, as it is expanded to be multiplied with: often the head."""
+        return ELEMENT_BYTES * max((p.numel for p in self.architecture.parameters if self.is_quantized(p)), default=0)
+
     @cached_property
     def kv_cache_bytes(self) -> int:
         """Keys and values of all sequences at full length, over all ranks."""
         work = self.run.workload
-        tokens = work.batch_size * (work.prompt_len + work.gen_len)
-        return ELEMENT_BYTES * tokens * self.architecture.kv_elements_per_token()
+        return ELEMENT_BYTES * work.batch_size * self.architecture.kv_elements(work.prompt_len + work.gen_len)
+
+    @cached_property
+    def kv_slot_bytes(self) -> int:
+        """What of keys and values is on the GPU with `kv_cache=cpu`: those of two layers, over all ranks."""
+        work = self.run.workload
+        tokens = work.prompt_len + work.gen_len
+        largest = max((layer.elements(tokens) for layer in self.architecture.kv_layers), default=0)
+        return 2 * ELEMENT_BYTES * work.batch_size * largest
 
     @cached_property
     def layer_numel(self) -> int:
@@ -116,12 +136,6 @@ class Plan:
         partition = ceil(self.stored_numel(parameter) / self.run.hardware.num_gpus) * ELEMENT_BYTES
         large = partition >= max(MIN_SWAP_BYTES, self.swap_block_bytes)
         return self.run.offload.device is OffloadDevice.nvme and large
-
-    @cached_property
-    def disk_bytes(self) -> int:
-        """Space that loading takes on disk: the weights there, and tied ones, which are written before they are tied."""
-        tied = sum(self.stored_numel(p) for p in self.architecture.tied if self._is_swapped(p))
-        return self.placement.nvme_bytes + tied * ELEMENT_BYTES
 
     @cached_property
     def placement(self) -> Placement:
@@ -208,7 +222,7 @@ class Plan:
             "link": _over(self.streamed_bytes_per_pass, rates.link_bytes_per_s, ranks),
             "disk": _over(self.placement.nvme_bytes, rates.disk_bytes_per_s, 1),
         }
-        kv = self.kv_cache_bytes * work.prompt_len // (work.prompt_len + work.gen_len)
+        kv = ELEMENT_BYTES * work.batch_size * arch.kv_elements(work.prompt_len)
         flops_per_token = 2 * self._active(lambda p: p.numel)
         weights = ELEMENT_BYTES * self._active(self.stored_numel)
         decode = traffic | {
@@ -230,7 +244,7 @@ class Plan:
         routed = getattr(self.architecture.config.get_text_config(), "num_experts_per_tok", None)
         total = 0
         for p in self.architecture.parameters:
-            if p.layer is not None and len(p.shape) == 3 and routed:
+            if p.layer is not None and p.is_experts and routed:
                 total += size(p) // p.shape[0] * routed
             elif p.layer is not None and len(p.shape) > 1:
                 total += size(p)

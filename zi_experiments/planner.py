@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from zi_experiments import architecture, hardware
-from zi_experiments.architecture import Architecture
+from zi_experiments.architecture import Architecture, Parameter
 from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Profile, Run
 from zi_experiments.hardware import Machine
 from zi_experiments.plan import ELEMENT_BYTES, Plan
@@ -63,15 +63,26 @@ def _check_groups(run: Run, arch: Architecture) -> None:
         return
     assert quant.group_size is not None
     assert quant.group_dim is not None
-    sizes = {p.shape[quant.group_dim] for p in arch.parameters if p.quantizable}
-    for p in arch.parameters:
-        if p.quantizable and (p.shape[quant.group_dim] % quant.group_size or p.shape[-1] % 2):
-            working = [g for g in (64, 128, 32, 16, 8) if all(size % g == 0 for size in sizes)]
-            advice = f"pass quant.group_size={working[0]}" if working else "pass quant=fp16"
+    quantizable = [p for p in arch.parameters if p.quantizable]
+    dim = quant.group_dim
+
+    def works(group_size: int, group_dim: int) -> bool:
+        return all(_can_group(p, group_dim, group_size) for p in quantizable)
+
+    for p in quantizable:
+        if not _can_group(p, dim, quant.group_size):
+            choices = [f"quant.group_size={size}" for size in (32, 64, 128) if works(size, dim)]
+            if not choices and any(works(size, 1 - dim) for size in (32, 64, 128)):
+                choices = [f"quant.group_dim={1 - dim}"]
             raise ConfigError(
-                f"quant.group_size={quant.group_size} does not divide dimension {quant.group_dim} of {p.name} "
-                f"{list(p.shape)}: {advice}"
+                f"quant.group_size={quant.group_size} does not divide the {p.shape[dim - 2]} {('rows', 'columns')[dim]} of "
+                f"{p.name} {list(p.shape)}: pass {' or '.join(choices or ['quant=fp16'])}"
             )
+
+
+def _can_group(parameter: Parameter, group_dim: int, group_size: int) -> bool:
+    """Whether groups divide a matrix, or each of the matrices stacked in it, and integers can be packed in pairs."""
+    return parameter.shape[group_dim - 2] % group_size == 0 and parameter.shape[-1] % 2 == 0
 
 
 def _check_choices(run: Run) -> None:
@@ -116,8 +127,11 @@ def _check_host(plan: Plan) -> None:
 
 def _check_gpu(plan: Plan, memory: int) -> None:
     run, placement, ranks = plan.run, plan.placement, plan.run.hardware.num_gpus
-    kv = plan.kv_cache_bytes // ranks if run.kv_cache.device is CacheDevice.gpu else 0
-    live = 0 if run.offload.device is OffloadDevice.none else 2 * plan.layer_numel * ELEMENT_BYTES
+    on_gpu = run.kv_cache.device is CacheDevice.gpu
+    kv = (plan.kv_cache_bytes if on_gpu else plan.kv_slot_bytes) // ranks
+    live = plan.expanded_bytes
+    if run.offload.device is not OffloadDevice.none:
+        live += 2 * plan.layer_numel * ELEMENT_BYTES
     weights = placement.gpu_bytes // ranks
     if weights + live > memory:
         ways = ["offload=cpu"] if run.offload.device is OffloadDevice.none else ["a larger hardware.memory_gib"]
@@ -128,9 +142,10 @@ def _check_gpu(plan: Plan, memory: int) -> None:
         )
     if weights + live + kv > memory:
         room = memory - weights - live
+        way_out = _smaller_batch(plan, kv, room) + (", or kv_cache=cpu" if on_gpu else "")
         raise ConfigError(
             f"keys and values of {run.workload.batch_size} sequences take {_gb(kv)} on each GPU, beside {_gb(weights + live)} "
-            f"of weights, and each has {_gb(memory)}: pass {_smaller_batch(plan, kv, room)}, or kv_cache=cpu"
+            f"of weights, and each has {_gb(memory)}: pass {way_out}"
         )
 
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from zi_experiments import environment
+from zi_experiments import environment, quality
 from zi_experiments.config import ConfigError, OffloadDevice, Run
 from zi_experiments.hardware import is_gpu
 from zi_experiments.plan import Plan
@@ -28,6 +28,8 @@ def check(plan: Plan, scratch: Path | None) -> None:
     """
     for problem in _problems(plan, scratch):
         raise ConfigError(problem)
+    if plan.run.workload.text is not None:
+        quality.windows(plan)
 
 
 def _problems(plan: Plan, scratch: Path | None) -> Iterator[str]:
@@ -91,7 +93,7 @@ def _disk(plan: Plan, scratch: Path) -> Iterator[str]:
         return
     if refused:
         yield f"offload.path={base} is on a filesystem without O_DIRECT ({refused}): pass a folder on ext4, xfs or NVMe"
-    needed, free = plan.disk_bytes, shutil.disk_usage(base).free
+    needed, free = plan.placement.nvme_bytes, shutil.disk_usage(base).free
     if needed > free:
         yield (
             f"offload.path={base} has {free / 1e9:.1f} GB free and {plan.run.model.name} needs {needed / 1e9:.1f} GB there: "

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from zi_experiments.measure import Samples
 from zi_experiments.metrics import Metrics
 from zi_experiments.plan import Plan
+from zi_experiments.verify import Verification
 
 SCHEMA_VERSION = 1
 
@@ -48,7 +49,7 @@ class Record:
     environment: dict[str, Any] | None = None
     samples: Samples | None = None
     metrics: Metrics | None = None
-    verification: dict[str, Any] | None = None
+    verification: Verification | None = None  # None: verify=off, or the run did not get as far
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: `result.json`, schema version 1. Bytes are bytes and seconds are seconds; nothing is rounded."""
@@ -64,7 +65,7 @@ class Record:
             "environment": self.environment,
             "samples": self.samples.to_dict() if self.samples else None,
             "metrics": asdict(self.metrics) if self.metrics and self.status == "ok" else None,
-            "verification": self.verification,
+            "verification": asdict(self.verification) if self.verification else None,
         }
 
 
@@ -79,6 +80,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "num_layers": arch.num_layers,
         "layer_class": arch.layer_class,
         "quantized_fraction": plan.quantized_fraction,
+        "bits_per_weight": plan.bits_per_weight,
         "weight_bytes": plan.weight_bytes,
         "kv_cache_bytes": plan.kv_cache_bytes,
         "placement": asdict(plan.placement),

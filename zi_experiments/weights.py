@@ -1,27 +1,78 @@
-"""Random weights of the true shape, made one parameter at a time."""
+"""The values of parameters by their names: random ones of the true shape, or a checkpoint's."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
+from zlib import crc32
+
+from zi_experiments.architecture import local_or_hub, model_class
 
 
 class RandomWeights:
-    """Fills parameters in the order in which they are made, from one seed.
+    """Weights that depend on nothing but the seed, the parameter's name, shape and dtype, and the kind of device.
 
-    Matrices are normal with the standard deviation 1/√fan_in, so that activations stay finite at any depth and width;
+    Matrices are normal with the standard deviation 1/√columns, so that activations stay finite at any depth and width;
     norms are one and biases zero.
     """
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._generators: dict[Any, Any] = {}
 
-    def fill(self, name: str, parameter: Any) -> None:
-        """Fill one parameter in place, on its device."""
+    def fill(self, name: str, tensor: Any) -> None:
+        """Fill a parameter's tensor in place, on its device."""
         import torch
 
-        data = parameter.data
-        if data.dim() < 2:
-            data.fill_(1.0 if name == "weight" else 0.0)
+        if tensor.dim() < 2:
+            tensor.fill_(1.0 if name.endswith("weight") else 0.0)
             return
-        if data.device not in self._generators:
-            self._generators[data.device] = torch.Generator(data.device).manual_seed(self._seed)
-        data.normal_(0.0, data.shape[-1] ** -0.5, generator=self._generators[data.device])
+        generator = torch.Generator(tensor.device).manual_seed(crc32(f"{self._seed} {name}".encode()))
+        tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+
+
+class PretrainedWeights:
+    """A checkpoint as plain transformers reads it, one parameter in memory at a time.
+
+    Its files stay where they are and are read in place, but for tensors that transformers stores in another way than the
+    checkpoint does (stacked experts, `.bin` files): those are written to a temporary folder until `close`.
+    """
+
+    def __init__(self, path: str, config: Any, dtype: Any) -> None:
+        self._folder = TemporaryDirectory(prefix="zi-checkpoint-")
+        with without_zero3():
+            self._model = model_class(config).from_pretrained(
+                local_or_hub(path),
+                config=config,
+                dtype=dtype,
+                device_map={"": "disk"},
+                offload_folder=self._folder.name,
+            )
+
+    def fill(self, name: str, tensor: Any) -> None:
+        """Fill a parameter's tensor in place, on its device."""
+        from accelerate.utils import align_module_device
+
+        owner, _, attribute = name.rpartition(".")
+        module = self._model.get_submodule(owner)
+        with align_module_device(module, tensor.device):
+            tensor.copy_(getattr(module, attribute))
+
+    def buffers(self) -> dict[str, Any]:
+        """What the checkpoint holds besides parameters, by name."""
+        return dict(self._model.named_buffers())
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Let transformers make a plain model although this process has one under ZeRO-3."""
+    from transformers.integrations import deepspeed
+
+    zero3 = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero3

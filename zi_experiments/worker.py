@@ -9,17 +9,21 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from zi_experiments import distributed, engines, workload
+from zi_experiments import distributed, engines, quality, workload
+from zi_experiments.config import Verify
 from zi_experiments.measure import Samples, measure_passes
 from zi_experiments.plan import Plan
 from zi_experiments.progress import Progress, silent
+from zi_experiments.verify import Verification, verify
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
     """What a worker brings back."""
 
-    samples: Samples
+    samples: Samples | None  # None when what was loaded failed its verification
+    verification: Verification | None  # None with verify=off
+    perplexity: float | None  # None without workload.text
     gpu_peak_bytes: int  # of this rank's GPU while measuring; 0 without one
 
 
@@ -36,12 +40,17 @@ def main(plan: Plan, config: dict[str, Any], channel: Connection) -> Measurement
     session = engine.load(plan, config, progress)
     load_s = time.perf_counter() - began
     try:
-        return _measure(plan, session, load_s, progress)
+        verification = verify(session, plan, progress) if plan.run.verify is Verify.on else None
+        if verification is not None and not verification.passed:
+            return Measurement(samples=None, verification=verification, perplexity=None, gpu_peak_bytes=0)
+        return _measure(plan, session, load_s, verification, progress)
     finally:
         session.close()
 
 
-def _measure(plan: Plan, session: engines.Session, load_s: float, progress: Progress) -> Measurement:
+def _measure(
+    plan: Plan, session: engines.Session, load_s: float, verification: Verification | None, progress: Progress
+) -> Measurement:
     work = plan.run.workload
     ids = workload.prompts(
         batch_size=work.batch_size,
@@ -51,12 +60,23 @@ def _measure(plan: Plan, session: engines.Session, load_s: float, progress: Prog
         rank=distributed.rank(),
         ranks=plan.run.hardware.num_gpus,
     )
+    perplexity = _perplexity(plan, session, progress)
     run = partial(measure_passes, session, ids, work.gen_len, progress=progress, before_each=distributed.barrier)
     warmup = run(count=work.warmup, phase="warm-up")
     _reset_gpu_peak(plan)
     measured = run(count=work.repeats, phase="measure")
     samples = Samples(load_s=load_s, warmup=warmup, measured=measured)
-    return Measurement(samples=samples, gpu_peak_bytes=_gpu_peak(plan))
+    return Measurement(
+        samples=samples, verification=verification, perplexity=perplexity, gpu_peak_bytes=_gpu_peak(plan)
+    )
+
+
+def _perplexity(plan: Plan, session: engines.Session, progress: Progress) -> float | None:
+    work = plan.run.workload
+    if work.text is None:
+        return None
+    windows = quality.windows(plan).to(plan.machine.device)
+    return quality.perplexity(session.model, windows, work.batch_size, progress)
 
 
 def _limit_gpu_memory(plan: Plan) -> None:

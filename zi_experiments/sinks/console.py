@@ -62,6 +62,8 @@ class ConsoleSink:
             table.add_row("weights over the link", f"{metrics.link_bytes_per_s / 1e9:.1f} GB/s")
         if metrics.fraction_of_bound is not None:
             table.add_row(f"of the bound ({plan.bound.limited_by})", f"{100 * metrics.fraction_of_bound:.0f} %")
+        if metrics.perplexity is not None:
+            table.add_row("perplexity", f"{metrics.perplexity:.4f}")
         for label, peak in (
             ("GPU peak", metrics.gpu_peak_bytes),
             ("host peak", metrics.host_peak_bytes),
@@ -70,6 +72,8 @@ class ConsoleSink:
             if peak:
                 table.add_row(label, gigabytes(peak))
         table.add_row("loaded in", _seconds(metrics.load_s))
+        checked = record.verification
+        table.add_row("verified in", _seconds(checked.verify_s) if checked else "not verified")
         self._console.print(table)
 
 
@@ -86,7 +90,9 @@ def show_plan(name: str, plan: Plan, console: Console) -> None:
     ]
     if plan.run.quant.bits < 16:
         share = f"{100 * plan.quantized_fraction:.0f} % of the parameters quantized to {plan.run.quant.bits} bits"
-        lines.append(share if plan.quantized_fraction >= 0.9 else f"[yellow]only {share}: the rest stays 16-bit[/]")
+        stored = f"{plan.bits_per_weight:.2f} bits a parameter as stored"
+        few = plan.quantized_fraction < 0.9
+        lines.append(f"[yellow]warning: only {share}; {stored}[/]" if few else f"{share}; {stored}")
     if plan.bound.decode_step_s:
         lines.append(
             f"a decode step takes at least {_seconds(plan.bound.decode_step_s)}, limited by the {plan.bound.limited_by}"
@@ -98,23 +104,29 @@ def show_plan(name: str, plan: Plan, console: Console) -> None:
 def show_sweep(jobs: list[tuple[list[str], Record]]) -> None:
     """The runs of a sweep in one table, in the order in which they ran, each with the overrides that make it differ."""
     shared = set.intersection(*(set(overrides) for overrides, _ in jobs))
+    figures = {
+        label: [_figure(record, name, form) for _, record in jobs]
+        for label, name, form in (
+            ("prefill tok/s", "prefill_tok_per_s", "{:,.2f}"),
+            ("decode tok/s", "decode_tok_per_s", "{:,.2f}"),
+            ("of the bound", "fraction_of_bound", "{:.0%}"),
+            ("perplexity", "perplexity", "{:.4f}"),
+        )
+    }
+    known = {label: cells for label, cells in figures.items() if any(cells)}
     table = Table(title=f"{len(jobs)} runs")
-    for name in ("run", "status", "prefill tok/s", "decode tok/s", "of the bound"):
-        table.add_column(name, justify="left" if name in ("run", "status") else "right", overflow="fold")
-    for overrides, record in jobs:
-        metrics = record.metrics
-        figures = ["", "", ""]
-        if metrics is not None:
-            decode, fraction = metrics.decode_tok_per_s, metrics.fraction_of_bound
-            figures = [
-                f"{metrics.prefill_tok_per_s:,.2f}",
-                "" if decode is None else f"{decode:,.2f}",
-                "" if fraction is None else f"{100 * fraction:.0f} %",
-            ]
+    for label in ("run", "status", *known):
+        table.add_column(label, justify="right" if label in known else "left", overflow="fold")
+    for (overrides, record), *cells in zip(jobs, *known.values(), strict=True):
         status = record.status if record.status == "ok" else f"[bold red]{record.status}"
         differs = " ".join(o for o in overrides if o not in shared) or record.run.name
-        table.add_row(escape(differs), status, *figures)
+        table.add_row(escape(differs), status, *cells)
     Console().print(table)
+
+
+def _figure(record: Record, name: str, form: str) -> str:
+    value = getattr(record.metrics, name, None)
+    return "" if value is None else form.format(value)
 
 
 def display_path(path: Path) -> str:

@@ -54,6 +54,8 @@ class WandbSink:
         self._run.summary["status"] = record.status
         if record.error is not None:
             self._run.summary["error"] = record.error.message
+        if record.verification is not None:
+            self._run.summary["verified"] = record.verification.passed
         if record.status == "ok":
             self._series(record)
             self._headline(record)

@@ -1,12 +1,14 @@
 """DeepSpeed ZeRO-Inference: ZeRO stage 3 with parameters on the GPU, in host memory or on disk, quantized or not."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 from zi_experiments import distributed, ds_config
-from zi_experiments.architecture import model_class
+from zi_experiments.architecture import local_or_hub, model_class
 from zi_experiments.config import CacheDevice, WeightSource
-from zi_experiments.engines.deepspeed import patches
+from zi_experiments.engines.deepspeed import patches, quantized
+from zi_experiments.engines.deepspeed.disk import checking_writes
 from zi_experiments.engines.deepspeed.ops import build_ops
 from zi_experiments.engines.deepspeed.pinned import register_swap_buffers
 from zi_experiments.plan import Plan
@@ -22,13 +24,14 @@ class DeepSpeedSession:
         self.model = engine.module
         # transformers holds it by a weak reference: without this one it would forget that ZeRO-3 is on
         self.model.hf_deepspeed_config = hf_config
-        on_host = plan.run.kv_cache.device is CacheDevice.cpu and plan.machine.device == "cuda"
-        self._cache = "offloaded" if on_host else None
+        self._cache = _host_cache(plan, engine.device) if plan.run.kv_cache.device is CacheDevice.cpu else None
 
     def generate(self, input_ids: Any, gen_len: int, streamer: Any = None) -> Any:
         import torch
 
         ids = input_ids.to(self._engine.device)
+        if self._cache is not None:
+            self._cache.reset()
         with torch.inference_mode():
             return self.model.generate(
                 ids,
@@ -36,7 +39,7 @@ class DeepSpeedSession:
                 min_new_tokens=gen_len,
                 max_new_tokens=gen_len,
                 do_sample=False,
-                cache_implementation=self._cache,
+                past_key_values=self._cache,
                 streamer=streamer,
             )
 
@@ -69,14 +72,30 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> DeepSpeedSes
     get_accelerator().empty_cache()
     progress.begin("load", plan.weight_bytes, "bytes")
     pinning = patches.pinning_exactly() if plan.pin_memory else nullcontext()
-    with torch.no_grad(), patches.keeping_arange(), pinning:
+    with (
+        torch.no_grad(),
+        patches.keeping_arange(),
+        patches.not_quantizing(),
+        patches.quiet_transformers(),
+        checking_writes(),
+        pinning,
+    ):
         model = _from_checkpoint(plan, progress) if _is_pretrained(plan) else _from_nothing(plan, progress)
         if plan.pin_memory:
             register_swap_buffers(model)
+    quantized.expand_in_forward(model)
     engine = deepspeed.initialize(model=model.eval(), config=config)[0]
     engine.module.eval()
     progress.end()
     return DeepSpeedSession(engine, hf_config, plan)
+
+
+def _host_cache(plan: Plan, device: Any) -> Any:
+    from zi_experiments.kv_cache import HostCache  # with transformers' caches, which the launcher does without
+
+    work = plan.run.workload
+    sequences = work.batch_size // plan.run.hardware.num_gpus
+    return HostCache(plan.architecture.config, device, sequences, work.prompt_len + work.gen_len)
 
 
 def _is_pretrained(plan: Plan) -> bool:
@@ -84,37 +103,35 @@ def _is_pretrained(plan: Plan) -> bool:
 
 
 def _from_nothing(plan: Plan, progress: Progress) -> Any:
-    """The model with random weights: an empty checkpoint, and parameters filled as they are made."""
+    """The model with random weights: an empty checkpoint, and parameters filled before they are stored."""
     weights = RandomWeights(plan.run.weights.seed)
-    config = plan.architecture.config
+    quantize = _quantizer(plan)
 
-    def fill(name: str, parameter: Any) -> None:
-        weights.fill(name, parameter)
+    def prepare(name: str, parameter: Any) -> None:
+        weights.fill(name, parameter.data)
+        quantize(name, parameter)
         # transformers would otherwise gather every parameter to initialise it again, into packed INT4 bytes too
         parameter._is_hf_initialized = True
+        progress.advance(_bytes(parameter))
 
-    with patches.filling(fill), patches.counting_partitions(progress), patches.quiet_transformers():
+    config = plan.architecture.config
+    with patches.partitioning_at_the_end(model_class(config), prepare):
         return model_class(config).from_pretrained(None, config=config, state_dict={}, dtype=_dtype(plan))
 
 
 def _from_checkpoint(plan: Plan, progress: Progress) -> Any:
     """The model with the weights of a checkpoint, each converted to the run's dtype before it is quantized."""
-    from pathlib import Path
-
     path = plan.run.weights.path
     assert path is not None
-    folder = Path(path).expanduser()
-    quantized = plan.run.quant.bits < 16
-    with (
-        patches.quantizing_in(_dtype(plan)) if quantized else nullcontext(),
-        patches.counting_loads(plan, progress),
-        patches.quiet_transformers(),
-    ):
-        model, report = model_class(plan.architecture.config).from_pretrained(
-            str(folder) if folder.is_dir() else path,
-            config=plan.architecture.config,
-            dtype=_dtype(plan),
-            output_loading_info=True,
+
+    def convert(name: str, parameter: Any, tensor: Any) -> Any:
+        progress.advance(_bytes(parameter))
+        return quantized.pack(parameter, tensor) if quantized.is_quantized(parameter) else tensor
+
+    config = plan.architecture.config
+    with patches.partitioning_at_the_end(model_class(config), _quantizer(plan)), patches.loading(convert):
+        model, report = model_class(config).from_pretrained(
+            local_or_hub(path), config=config, dtype=_dtype(plan), output_loading_info=True
         )
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     if missing := sorted(set(report["missing_keys"]) - tied):
@@ -123,6 +140,21 @@ def _from_checkpoint(plan: Plan, progress: Progress) -> Any:
             f"({len(missing)} of the model's parameters): the checkpoint is incomplete or of another model"
         )
     return model
+
+
+def _quantizer(plan: Plan) -> Callable[[str, Any], None]:
+    """What packs each parameter that the plan quantizes."""
+    chosen = {p.name for p in plan.architecture.parameters if plan.is_quantized(p)}
+
+    def quantize(name: str, parameter: Any) -> None:
+        if name in chosen:
+            quantized.quantize(parameter, plan.run.quant)
+
+    return quantize
+
+
+def _bytes(parameter: Any) -> int:
+    return int(parameter.numel() * parameter.element_size())
 
 
 def _dtype(plan: Plan) -> Any:

@@ -1,16 +1,15 @@
 """Where DeepSpeed or transformers need another behaviour while a model is loaded, and nowhere else."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from zi_experiments.engines.deepspeed.pinned import pinned_empty
-from zi_experiments.plan import ELEMENT_BYTES, Plan
-from zi_experiments.progress import Progress
+from zi_experiments.pinned import pinned_empty
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
     """Replace an attribute of a class or module by a wrapper of it for a while."""
     original = getattr(owner, name)
     setattr(owner, name, wrap(original))
@@ -20,52 +19,76 @@ def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[Non
         setattr(owner, name, original)
 
 
-def filling(fill: Callable[[str, Any], None]) -> AbstractContextManager[None]:
-    """Give each new parameter its value before zero.Init quantizes and partitions it."""
+def partitioning_at_the_end(model_type: type, prepare: Callable[[str, Any], None]) -> AbstractContextManager[None]:
+    """Let zero.Init take the parameters when the whole model exists, and call `prepare(name, parameter)` before each.
+
+    zero.Init partitions the parameters of a module as soon as the module exists. By then nobody knows its name in the
+    model, and a head that will share the embedding's weight is stored as if it were one of its own. Here parameters stay
+    on the meta device until the model itself exists; then one after the other gets memory, its value, and its place.
+    """
     from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
+    from torch import nn
 
     def wrap(original: Any) -> Any:
         def post_init(self: Any, module: Any) -> None:
+            if type(module) is model_type:
+                _partition(self, module, prepare)
             for name, parameter in module.named_parameters(recurse=False):
                 if not is_zero_param(parameter):
-                    parameter.data = parameter.data.to(self.local_device)
-                    fill(name, parameter)
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+            # what else it does to a module is not about parameters
+            parameters, module._parameters = module._parameters, {}
             original(self, module)
+            module._parameters = parameters
 
         return post_init
 
-    return _replaced(Init, "_post_init_method", wrap)
+    return replaced(Init, "_post_init_method", wrap)
 
 
-def counting_partitions(progress: Progress) -> AbstractContextManager[None]:
-    """Advance the progress by each parameter that reaches its storage."""
-    from deepspeed.runtime.zero.partition_parameters import Init
-
-    def wrap(original: Any) -> Any:
-        def zero_init_param(self: Any, parameter: Any) -> None:
-            stored = parameter.numel() * parameter.element_size()
-            original(self, parameter)
-            progress.advance(stored)
-
-        return zero_init_param
-
-    return _replaced(Init, "_zero_init_param", wrap)
-
-
-def counting_loads(plan: Plan, progress: Progress) -> AbstractContextManager[None]:
-    """Advance the progress by each parameter that a checkpoint has filled."""
+def _partition(init: Any, model: Any, prepare: Callable[[str, Any], None]) -> None:
+    import torch
     from torch import nn
 
-    stored = {p.name: plan.stored_numel(p) * ELEMENT_BYTES for p in plan.architecture.parameters}
+    model.tie_weights()
+    owners = defaultdict(list)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[parameter].append((module, name))
+    for full_name, meta in list(model.named_parameters()):
+        empty = torch.empty(meta.shape, dtype=init.dtype, device=init.local_device)
+        parameter = nn.Parameter(empty, meta.requires_grad)
+        for module, name in owners[meta]:
+            module._parameters[name] = parameter
+        prepare(full_name, parameter)
+        init._zero_init_param(parameter)
+
+
+def not_quantizing() -> AbstractContextManager[None]:
+    """Leave quantization to `quantized.py`: DeepSpeed knows plain `nn.Linear` and `nn.Embedding` only."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    return replaced(partition_parameters, "WEIGHT_QUANTIZATION_LAYERS", lambda original: ())
+
+
+def loading(convert: Callable[[str, Any, Any], Any]) -> AbstractContextManager[None]:
+    """Let each parameter take `convert(name, parameter, tensor)` instead of a checkpoint's `tensor`."""
+    from torch import nn
 
     def wrap(original: Any) -> Any:
         def load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any) -> None:
-            original(self, state_dict, prefix, *args)
-            progress.advance(sum(stored.get(prefix + name, 0) for name in self._parameters))
+            mine = {prefix + name: parameter for name, parameter in self._parameters.items() if parameter is not None}
+            converted = {
+                name: convert(name, parameter, state_dict[name])
+                for name, parameter in mine.items()
+                if name in state_dict
+            }
+            original(self, converted, prefix, *args)
 
         return load_from_state_dict
 
-    return _replaced(nn.Module, "_load_from_state_dict", wrap)
+    return replaced(nn.Module, "_load_from_state_dict", wrap)
 
 
 def keeping_arange() -> AbstractContextManager[None]:
@@ -85,24 +108,7 @@ def keeping_arange() -> AbstractContextManager[None]:
 
         return constructor
 
-    return _replaced(partition_parameters, "zero_wrapper_for_fp_tensor_constructor", wrap)
-
-
-def quantizing_in(dtype: Any) -> AbstractContextManager[None]:
-    """Convert a checkpoint's tensor to the run's dtype, on the run's device, before DeepSpeed quantizes it.
-
-    DeepSpeed quantizes in the checkpoint's dtype and then reads the bits of the scales in the run's: noise.
-    """
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.inference.quantization.utils import Quantizer
-
-    def wrap(original: Any) -> Any:
-        def quantize(self: Any, tensor: Any) -> Any:
-            return original(self, tensor.to(get_accelerator().current_device_name(), dtype))
-
-        return quantize
-
-    return _replaced(Quantizer, "quantize", wrap)
+    return replaced(partition_parameters, "zero_wrapper_for_fp_tensor_constructor", wrap)
 
 
 def pinning_exactly() -> AbstractContextManager[None]:
@@ -118,7 +124,7 @@ def pinning_exactly() -> AbstractContextManager[None]:
 
         return pin_memory
 
-    return _replaced(type(get_accelerator()), "pin_memory", wrap)
+    return replaced(type(get_accelerator()), "pin_memory", wrap)
 
 
 @contextmanager

@@ -1,0 +1,213 @@
+"""Tiny models of every family, and what plain transformers computes with them.
+
+As a script, every quantization and offload of some families in one process, a line of JSON for each:
+
+python families.py FOLDER FAMILY…
+"""
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+# Wide enough that even in INT4 a layer has weights above the 1 MiB under which nothing goes to disk.
+WIDE = {"hidden_size": 512, "intermediate_size": 3840, "num_attention_heads": 8}
+GROUPED = WIDE | {"num_key_value_heads": 2, "head_dim": 64}
+FAMILIES = {
+    "opt": {
+        "hidden_size": 512,
+        "word_embed_proj_dim": 512,
+        "ffn_dim": 3840,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 64,
+    },
+    "bloom": {"hidden_size": 768, "n_head": 8},
+    "llama": GROUPED,
+    "mixtral": GROUPED | {"intermediate_size": 512, "num_local_experts": 4},
+    "qwen2": {key: value for key, value in GROUPED.items() if key != "head_dim"},
+    "qwen3": GROUPED,
+    "qwen3_moe": GROUPED
+    | {"moe_intermediate_size": 512, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1},
+    "gpt_neox": WIDE,
+    "falcon": {"hidden_size": 512, "num_attention_heads": 8, "ffn_hidden_size": 3840},
+    "gemma2": GROUPED | {"sliding_window": 8},
+    "gemma3_text": GROUPED | {"sliding_window": 8},
+    "phi3": WIDE | {"num_key_value_heads": 2, "pad_token_id": 0},
+    "gptj": {"n_embd": 512, "n_inner": 3840, "n_head": 8, "rotary_dim": 32},
+    "gpt2": {"n_embd": 512, "n_inner": 3840, "n_head": 8},
+    "gpt_oss": GROUPED | {"intermediate_size": 512, "num_local_experts": 4, "sliding_window": 8},
+    "deepseek_v3": {
+        "hidden_size": 512,
+        "intermediate_size": 3840,
+        "moe_intermediate_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+    },
+}
+LAYERS = {"bloom": "n_layer", "gptj": "n_layer", "gpt2": "n_layer"}
+QUANTS = {"fp16": 16, "int4": 4, "int8": 8}
+OFFLOADS = ("none", "cpu", "nvme")
+GROUPS = list(
+    product(("int4", "int8"), ((32, 1), (128, 1), (32, 0), (64, 0)))
+)  # (quant, (group size, group dimension))
+GROUPED_FAMILIES = ("llama", "mixtral", "gpt2")  # plain layers, stacked experts, Conv1D
+GEN_LEN = 6
+IDS = torch.randint(5, 250, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def tiny_config(family: str):
+    numbers = FAMILIES[family] | {LAYERS.get(family, "num_hidden_layers"): 2}
+    return AutoConfig.for_model(family, vocab_size=256, **numbers)
+
+
+def save_checkpoint(
+    folder: Path, family: str, dtype: torch.dtype = torch.float16, *, layout: str = "safetensors"
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms too, so that a misplaced one shows
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    if layout == "bin":
+        model.config.save_pretrained(folder)
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    else:
+        model.save_pretrained(folder, max_shard_size="2MB" if layout == "sharded" else "5GB")
+
+
+def group_quantize(weight: torch.Tensor, bits: int, group_size: int = 64, group_dim: int = 1) -> torch.Tensor:
+    """Groupwise asymmetric quantization and back, written from the format's definition and from nobody's code."""
+    rows_last = weight if group_dim == 1 else weight.transpose(-1, -2)
+    groups = rows_last.reshape(-1, group_size)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    scale = (2**bits - 1) / (high - low)
+    codes = ((groups - low) * scale).round().clamp(0, 2**bits - 1)
+    expanded = (codes / scale + low).reshape(rows_last.shape)
+    return expanded if group_dim == 1 else expanded.transpose(-1, -2)
+
+
+def plain(folder: Path, bits: int, **groups: int):
+    """The checkpoint in plain transformers, its matrices quantized and expanded again below 16 bits."""
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    if bits < 16:
+        done = set()
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                matrix = name == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+                matrix = matrix and "Positional" not in type(module).__name__
+                if (matrix or parameter.dim() == 3) and parameter not in done:
+                    done.add(parameter)
+                    parameter.data = group_quantize(parameter.data, bits, **groups)
+    return model
+
+
+def generate(model, ids=IDS):
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        min_new_tokens=GEN_LEN,
+        max_new_tokens=GEN_LEN,
+        do_sample=False,
+    )
+
+
+def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", **settings):
+    """A checkpoint loaded as a worker loads it: its plan and its session."""
+    from zi_experiments import engines, environment, planner, progress
+    from zi_experiments.config import from_choices
+
+    choices = {"offload": offload, "quant": quant, "kv_cache": kv_cache}
+    choices |= {"model": "local", "weights": "pretrained", "tracking": "none"}
+    run = from_choices(choices, {"model.path": str(folder), "weights.path": str(folder), **settings})
+    plan = planner.plan_run(run)
+    environment.set_variables(environment.worker_environment(cuda=plan.machine.device == "cuda"))
+    engine, told = engines.get("deepspeed"), progress.silent()
+    config = engine.config(plan, str(folder.parent / "disk") if offload == "nvme" else None)
+    engine.prepare(plan, told)
+    with torch.no_grad():
+        return plan, engine.load(plan, config, told)
+
+
+def main() -> None:
+    folder, *families = sys.argv[1:]
+    for cell, checkpoint, expected in [cell for family in families for cell in cells(Path(folder) / family, family)]:
+        print(json.dumps({**cell, **compare(checkpoint, *expected, **cell)}), flush=True)
+
+
+def cells(folder: Path, family: str):
+    """What to compare for a family: each cell with its checkpoint, and the logits and tokens of plain transformers.
+
+    All of them are made before any model is under ZeRO-3: from then on transformers puts all models under it.
+    """
+    save_checkpoint(folder / "checkpoint", family)
+    for quant, bits in QUANTS.items():
+        expected = outputs(plain(folder / "checkpoint", bits))
+        for offload in OFFLOADS:
+            yield {"family": family, "quant": quant, "offload": offload}, folder / "checkpoint", expected
+        if quant == "int4":
+            cell = {"family": family, "quant": quant, "offload": "cpu", "kv_cache": "cpu"}
+            yield cell, folder / "checkpoint", expected
+    for quant, (size, dim) in GROUPS if family in GROUPED_FAMILIES else ():
+        expected = outputs(plain(folder / "checkpoint", QUANTS[quant], group_size=size, group_dim=dim))
+        cell = {"family": family, "quant": quant, "offload": "cpu", "group_size": size, "group_dim": dim}
+        yield cell, folder / "checkpoint", expected
+
+
+def outputs(model) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        return model(IDS.to(model.device)).logits, generate(model, IDS.to(model.device))
+
+
+def compare(
+    checkpoint: Path,
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    *,
+    family: str,
+    quant: str,
+    offload: str,
+    kv_cache: str = "gpu",
+    **groups: int,
+) -> dict:
+    from zi_experiments import progress
+    from zi_experiments.verify import verify
+
+    settings = {f"quant.{key}": value for key, value in groups.items()}
+    plan, session = load(checkpoint, quant, offload, kv_cache, **settings)
+    ids = IDS.to(logits.device)
+    with torch.inference_mode():
+        mine = session.model(ids).logits
+    stored = [parameter.ds_tensor for parameter in session.model.parameters()]
+    result = {
+        "rel_error": float((mine.float() - logits.float()).norm() / logits.float().norm()),
+        "tokens_equal": bool(torch.equal(session.generate(ids, GEN_LEN, None), tokens)),
+        "problem": verify(session, plan, progress.silent()).problem,
+        "quantized_fraction": plan.quantized_fraction,
+        "bits_per_weight": plan.bits_per_weight,
+        "planned_bytes": plan.weight_bytes,
+        "stored_bytes": 2 * sum(tensor.ds_numel for tensor in stored),
+        "planned_disk_bytes": plan.placement.nvme_bytes,
+        "disk_bytes": 2 * sum(tensor.ds_numel for tensor in stored if tensor.final_location is not None),
+    }
+    session.close()
+    return result
+
+
+if __name__ == "__main__":
+    main()

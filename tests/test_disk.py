@@ -1,0 +1,143 @@
+"""A disk that fails while a model is loaded, for real: a run must end there, and not in figures of another model."""
+
+import itertools
+import os
+import resource
+import shutil
+import subprocess
+import threading
+from contextlib import suppress
+
+import pytest
+import torch
+from cli import Cli
+
+from zi_experiments.engines.deepspeed.disk import bytes_written
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def cli(tmp_path):
+    return Cli(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """An ext4 of its own, with room for the tiny models and not much more."""
+    if shutil.which("mkfs.ext4") is None:
+        pytest.skip("there is no mkfs.ext4")
+    image, folder = tmp_path / "image", tmp_path / "disk"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(512 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+    mounted = subprocess.run(["mount", "-o", "loop", image, folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"nothing may be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill_once_a_weight_is_there(disk, stop):
+    while not any(disk.glob("zi-*/**/*.swp")):
+        if stop.wait(0.001):
+            return
+    with (disk / "somebody-else").open("wb") as file, suppress(OSError):  # no space left
+        for offset in itertools.count(0, MIB):
+            os.posix_fallocate(file.fileno(), offset, MIB)
+
+
+def check_failed(done, result, disk):
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert result["status"] == "error"
+    assert result["metrics"] is None
+    assert result["samples"] is None
+    message = result["error"]["message"]
+    assert "\n" not in message
+    assert "during load" in message
+    assert f"{disk}/zi-{result['run']['id']}/zero_stage_3/" in message
+    assert "_param.tensor.swp holds " in message
+    assert message in done.stdout
+    assert not list(disk.glob("zi-*"))
+    return message
+
+
+def test_a_disk_that_fills_up_while_loading_ends_the_run(cli, small_disk):
+    stop = threading.Event()
+    somebody = threading.Thread(target=fill_once_a_weight_is_there, args=(small_disk, stop))
+    somebody.start()
+
+    done = cli.run("model=deep", "offload=nvme", f"offload.path={small_disk}", "quant=fp16", "tracking=none")
+
+    stop.set()
+    somebody.join()
+    (result,) = cli.results()
+    message = check_failed(done, result, small_disk)
+    assert f"free space on {small_disk}, or pass offload.path=/a/larger/disk" in message
+
+
+def test_a_limit_on_the_size_of_files_ends_the_run(cli):
+    """Operators, records and logs are below this limit, and one weight is above."""
+    limit, disk = 32 * MIB, cli.folder / "disk"
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = cli.run(
+        "offload=nvme",
+        f"offload.path={disk}",
+        "quant=fp16",
+        "tracking=none",
+        "model.architecture.num_hidden_layers=1",
+        "model.architecture.ffn_dim=24576",
+        preexec_fn=limited,  # Python ignores SIGXFSZ from its start
+    )
+
+    (result,) = cli.results()
+    message = check_failed(done, result, disk)
+    assert f"holds {limit} of the {768 * 24576 * 2} bytes" in message
+    assert f"a file may have {limit} bytes at most: ulimit -f unlimited" in message
+
+
+@pytest.fixture
+def weight():
+    """Four MiB without a zero, but for the third."""
+    weight = torch.ones(2 * MIB, dtype=torch.bfloat16)
+    weight[MIB : MIB + MIB // 2] = 0
+    return weight
+
+
+def write(path, weight, *parts):
+    """Write MiBs of a weight, by their numbers, to a file that has no others."""
+    contents = weight.view(torch.uint8).numpy().tobytes()
+    with path.open("wb") as file:
+        for part in parts:
+            file.seek(part * MIB)
+            file.write(contents[part * MIB : (part + 1) * MIB])
+
+
+@pytest.mark.parametrize(
+    ("parts", "written"),
+    [
+        ([0, 1, 2, 3], 4),
+        ([0, 1, 3], 4),  # what a file system that compresses makes of it: zeros that nobody stores
+        ([0, 2, 3], 1),
+        ([1, 2, 3], 0),
+        ([0, 1, 2], 3),
+        ([0, 3], 1),
+        ([], 0),
+    ],
+)
+def test_what_is_missing_is_found_wherever_it_is(tmp_path, weight, parts, written):
+    write(tmp_path / "file", weight, *parts)
+
+    assert bytes_written(tmp_path / "file", weight) == written * MIB
+
+
+def test_blocks_that_are_merely_allocated_are_missing(tmp_path, weight):
+    write(tmp_path / "file", weight, 0)
+    with (tmp_path / "file").open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, weight.nbytes)
+
+    assert bytes_written(tmp_path / "file", weight) == MIB

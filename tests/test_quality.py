@@ -1,0 +1,181 @@
+"""Perplexity: its definition, what is refused, and the sweep that shows what quantization costs a trained model."""
+
+import json
+import re
+from math import exp, log
+from pathlib import Path
+
+import pytest
+import torch
+from cli import Cli
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from zi_experiments import config, preflight, quality
+from zi_experiments.config import ConfigError
+from zi_experiments.progress import silent
+
+TEXT = Path(config.__file__).parent / "data" / "moby-dick.txt"
+VOCABULARY, WINDOW = 512, 128
+
+
+def llama():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=256, tie_word_embeddings=False, **shape)
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small Llama that has read the shipped text for a few seconds, with a tokenizer made from it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train([str(TEXT)], trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    train(torch.tensor(tokenizer.encode(TEXT.read_text(encoding="utf-8")).ids)).save_pretrained(folder)
+    return folder
+
+
+def train(ids):
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
+    generator = torch.Generator().manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for one another at every step while other processes compute
+    for _ in range(200):
+        batch = ids[torch.randint(len(ids) - 32, (16, 1), generator=generator) + torch.arange(32)]
+        loss = model(batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.set_num_threads(threads)
+    return model
+
+
+@pytest.fixture
+def plan(make_plan, machine, checkpoint):
+    """`plan(*overrides)` → the plan of a run of the checkpoint on the shipped text."""
+
+    def plan(*overrides):
+        given = ["experiment=quality", "model=local", f"model.path={checkpoint}", f"workload.prompt_len={WINDOW}"]
+        return make_plan(*given, *overrides, on=machine("cpu"))
+
+    return plan
+
+
+def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large():
+    model = llama()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    windows = torch.arange(5 * 8).view(5, 8)
+
+    assert quality.perplexity(model, windows, 2, silent()) == pytest.approx(VOCABULARY, rel=1e-6)
+
+
+def test_a_model_that_knows_what_comes_next_is_not_perplexed():
+    """Each token's embedding points at the next one; the first token of a window, which nothing precedes, is not counted."""
+    model = llama()
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+        model.model.embed_tokens.weight.zero_()[:128].fill_diagonal_(1.0)
+        model.lm_head.weight.zero_()[1:129].fill_diagonal_(10.0)
+    windows = torch.arange(6 * 8).view(6, 8)
+
+    assert quality.perplexity(model, windows, 4, silent()) == pytest.approx(1.0, abs=1e-6)
+    assert quality.perplexity(model, windows.flip(1), 4, silent()) > 1e9
+
+
+def test_perplexity_does_not_depend_on_how_many_windows_go_at_a_time(plan):
+    windows = quality.windows(plan())[:7]
+    one, three = (quality.perplexity(llama(), windows, size, silent()) for size in (1, 3))
+
+    assert one == pytest.approx(three, rel=1e-5)
+
+
+def test_windows_are_the_text_in_order_without_its_end(plan, checkpoint):
+    windows = quality.windows(plan())
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    text = TEXT.read_text(encoding="utf-8")
+    seen = tokenizer.decode(windows.flatten().tolist()).strip()
+    assert text.startswith(seen)
+    assert len(text) - len(seen) < 8 * WINDOW
+    assert windows.shape[1] == WINDOW
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, r"cannot be read \(No such file or directory\): pass a text file"),
+        (b"\xff\xfe\xfa", "is not UTF-8: pass a text file in UTF-8"),
+        (b"Call me Ishmael.", rf"has \d+ tokens and a window takes {WINDOW}: pass .*workload.prompt_len=\d+"),
+        (b"", rf"has 0 tokens and a window takes {WINDOW}: pass a longer text$"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_refused(plan, tmp_path, content, expected):
+    text = tmp_path / "my.txt"
+    if content is not None:
+        text.write_bytes(content)
+
+    with pytest.raises(ConfigError, match=rf"^workload.text={re.escape(str(text))} {expected}"):
+        preflight.check(plan(f"workload.text={text}"), None)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gemma2"])
+def test_a_checkpoint_without_a_tokenizer_is_refused(plan, tmp_path, family):
+    """transformers makes OPT, Qwen and Gemma a tokenizer that knows no word."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+
+    with pytest.raises(ConfigError, match=rf"{tmp_path} has none that loads.*pass workload.text=null"):
+        preflight.check(plan(f"weights.path={tmp_path}"), None)
+
+
+def test_a_tokenizer_of_another_model_is_refused(plan, tmp_path, checkpoint):
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    shape = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"vocab_size": 256}))
+
+    with pytest.raises(ConfigError, match=r"gives token \d+ and the model knows 256: pass weights.path="):
+        preflight.check(plan(f"model.path={tmp_path}"), None)
+
+
+def test_a_sweep_shows_what_quantization_costs(tmp_path, checkpoint, plan):
+    cli = Cli(tmp_path)
+    (tmp_path / "my.txt").write_text(TEXT.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    done = cli.run(
+        "-m",
+        "experiment=quality",
+        "model=local",
+        f"model.path={checkpoint}",
+        f"workload.prompt_len={WINDOW}",
+        "workload.batch_size=16",
+        "workload.text=my.txt",
+        "quant=fp16,int8-g32,int4-g128",
+        "tracking=none",
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {result["choices"]["quant"]: result for result in cli.results()}
+    found = {quant: result["metrics"]["perplexity"] for quant, result in results.items()}
+    windows = quality.windows(plan(f"workload.text={tmp_path / 'my.txt'}"))
+    assert found["fp16"] == pytest.approx(plain_perplexity(checkpoint, windows), rel=1e-4)
+    assert found["fp16"] < VOCABULARY / 4
+    assert abs(log(found["int8-g32"] / found["fp16"])) < 0.0005
+    assert 0.001 < log(found["int4-g128"] / found["fp16"]) < 0.05
+    table = done.stdout[done.stdout.index("3 runs") :]
+    assert "perplexity" in table
+    for quant, value in found.items():
+        assert re.search(rf"quant={quant} .*{value:.4f}", table)
+
+
+def plain_perplexity(folder, windows):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        losses = [model(window[None], labels=window[None]).loss.double() for window in windows]
+    return exp(torch.stack(losses).mean())

@@ -1,0 +1,126 @@
+"""A model that computes something else is found out, by the name of the part that is wrong."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cli import Cli, wait_for
+from families import group_quantize
+
+from zi_experiments.config import Quant
+from zi_experiments.reference import round_trip
+from zi_experiments.verify import greedy_fraction, rel_error
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    """What verification said, by (family, fault)."""
+    script = Path(__file__).parent / "faults.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path_factory.mktemp("faults"))], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
+    return {(family, fault): problem for family, fault, problem in found}
+
+
+@pytest.mark.parametrize(
+    ("family", "fault", "said"),
+    [
+        ("llama", "nothing", None),
+        ("llama", "layer 1", r"model\.layers\.1 is the first part"),
+        ("llama", "both layers", r"model\.layers\.0 is the first part"),
+        ("llama", "scales of another type", r"model\.layers\.1 is the first part"),
+        ("llama", "not a number", r"model\.layers\.0 is the first part .*not finite"),
+        ("llama", "embedding", "the embedding is the first part"),
+        ("llama", "head", "the final norm and head is the first part"),
+        ("llama", "tokens", "generate gives .*the cache of keys and values is not right"),
+        ("mixtral", "nothing", None),
+        ("mixtral", "an expert", r"model\.layers\.1 is the first part"),
+        ("mixtral", "tokens", "the cache of keys and values is not right"),
+    ],
+)
+def test_what_is_wrong_is_named(problems, family, fault, said):
+    problem = problems[family, fault]
+
+    if said is None:
+        assert problem is None
+    else:
+        assert re.search(said, problem), problem
+
+
+def test_weights_that_are_damaged_on_disk_end_the_run(tmp_path):
+    """Between loading and measuring, somebody else writes over the file of a weight."""
+    cli = Cli(tmp_path)
+    process = cli.start("model=deep", "offload=nvme", f"offload.path={tmp_path / 'disk'}", "tracking=none")
+    wait_for(process, "load: done")
+    (file,) = list((tmp_path / "disk").rglob("*20_param*"))
+    with file.open("r+b") as stored:
+        stored.write(bytes(file.stat().st_size // 2))
+    output, _ = process.communicate()
+
+    assert process.returncode == 1, output
+    (result,) = cli.results()
+    assert result["status"] == "error"
+    assert result["error"]["type"] == "VerificationFailed"
+    assert re.search(r"model\.decoder\.layers\.\d+ is the first part", result["error"]["message"]), result["error"]
+    assert result["verification"]["passed"] is False
+    assert result["metrics"] is None
+    assert result["samples"] is None
+    assert not list((tmp_path / "disk").iterdir())
+
+
+def test_a_run_says_that_it_was_not_verified(tmp_path):
+    cli = Cli(tmp_path)
+    done = cli.run("verify=off", "tracking=none")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = cli.results()
+    assert result["verification"] is None
+    assert result["config"]["verify"] == "off"
+    assert "not verified" in done.stdout
+    assert "verify:" not in done.stdout
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("group_dim", [0, 1])
+@pytest.mark.parametrize("shape", [(128, 256), (3, 128, 256)])
+def test_the_format_is_what_its_definition_says(bits, group_size, group_dim, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expanded = round_trip(weight, Quant(name="", bits=bits, group_size=group_size, group_dim=group_dim))
+
+    assert torch.equal(expanded, group_quantize(weight, bits, group_size, group_dim))
+    groups = (weight if group_dim else weight.mT).unflatten(-1, (-1, group_size))
+    error = ((expanded - weight) if group_dim else (expanded - weight).mT).unflatten(-1, (-1, group_size)).abs()
+    half_a_step = (groups.amax(-1) - groups.amin(-1)) / (2**bits - 1) / 2
+    assert (error.amax(-1) <= half_a_step * (1 + 1e-9)).all()
+    assert (error.amax(-1) > 0.8 * half_a_step).float().mean() > 0.5, "of all the values in a group, one is near a half"
+
+
+def test_a_group_of_equal_values_is_kept():
+    weight = torch.full((2, 64), 0.25, dtype=torch.float16)
+
+    assert torch.equal(round_trip(weight, Quant(name="", bits=4, group_size=64, group_dim=1)), weight)
+
+
+def test_rel_error_is_that_of_the_worst_token():
+    expected = torch.ones(1, 3, 4)
+    actual = expected.clone()
+    actual[0, 1] *= 1.5
+
+    assert rel_error(expected, expected) == 0
+    assert rel_error(actual, expected) == pytest.approx(0.5)
+
+
+def test_a_logit_within_the_tolerance_ties():
+    logits = torch.tensor([[[1.0, 0.995, 0.5], [1.0, 0.9, 2.0]]])
+
+    assert greedy_fraction(torch.tensor([[0, 2]]), logits, 0.01) == 1
+    assert greedy_fraction(torch.tensor([[1, 2]]), logits, 0.01) == 1
+    assert greedy_fraction(torch.tensor([[1, 2]]), logits, 0.001) == 0.5
+    assert greedy_fraction(torch.tensor([[2, 0]]), logits, 0.01) == 0

@@ -1,0 +1,94 @@
+"""How well the loaded weights predict a text: perplexity, which shows what quantization costs."""
+
+from math import exp, isfinite
+from pathlib import Path
+from typing import Any
+
+from zi_experiments.config import ConfigError
+from zi_experiments.plan import Plan
+from zi_experiments.progress import Progress
+
+
+def windows(plan: Plan) -> Any:
+    """The tokens of `workload.text`, without special ones, cut into windows of `workload.prompt_len`; the rest is dropped.
+
+    Returns an int64 tensor of shape (windows, prompt_len). Raises `ConfigError` when the text cannot be read or fills no
+    window, and when the checkpoint has no tokenizer for it.
+    """
+    import torch
+
+    name, length = plan.run.workload.text, plan.run.workload.prompt_len
+    assert name is not None
+    tokenizer = _tokenizer(plan)
+    ids = tokenizer(_read(name), add_special_tokens=False, verbose=False).input_ids
+    if len(ids) < length:
+        raise ConfigError(
+            f"workload.text={name} has {len(ids)} tokens and a window takes {length}: pass a longer text"
+            + (f", or workload.prompt_len={len(ids)}" if len(ids) > 1 else "")
+        )
+    vocabulary = plan.architecture.config.get_text_config().vocab_size
+    if max(ids) >= vocabulary:
+        raise ConfigError(
+            f"the tokenizer of {plan.run.weights.path} gives token {max(ids)} and the model knows {vocabulary}: "
+            "pass weights.path=… with the tokenizer of this model"
+        )
+    count = len(ids) // length
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+def _read(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"workload.text={name} cannot be read ({error.strerror}): pass a text file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"workload.text={name} is not UTF-8: pass a text file in UTF-8") from error
+
+
+def _tokenizer(plan: Plan) -> Any:
+    from transformers import AutoTokenizer
+
+    path = plan.run.weights.path
+    assert path is not None
+    folder = Path(path).expanduser()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else path)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(_no_tokenizer(path)) from error
+    # without its files, transformers makes some families an empty one
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ConfigError(_no_tokenizer(path))
+    return tokenizer
+
+
+def _no_tokenizer(path: str) -> str:
+    return (
+        f"workload.text needs the model's tokenizer and {path} has none that loads: save it there (tokenizer.json), or pass "
+        "workload.text=null"
+    )
+
+
+def perplexity(model: Any, windows: Any, batch_size: int, progress: Progress) -> float:
+    """exp of the mean negative log likelihood of every token but the first of each window, given those before it.
+
+    `windows` is int64 of shape (windows, length), on the model's device; `batch_size` of them go through the model at a
+    time. The 16-bit logits are normalised in 32 bits, a window at a time, since a vocabulary's worth of them for each
+    token is large. Every rank calls this with all windows, since each holds a part of the weights.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    progress.begin("perplexity", len(windows), "windows")
+    total = 0.0
+    with torch.inference_mode():
+        for batch in windows.split(batch_size):
+            logits = model(batch, attention_mask=torch.ones_like(batch), use_cache=False).logits
+            for window, scores in zip(batch, logits, strict=True):
+                losses = cross_entropy(scores[:-1].float(), window[1:], reduction="none")
+                total += float(losses.double().sum())
+            progress.advance(len(batch))
+    progress.end()
+    mean = total / windows[:, 1:].numel()
+    if not isfinite(mean):
+        raise ValueError("the model's logits are not finite, so the text has no perplexity")
+    return exp(mean)
