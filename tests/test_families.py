@@ -21,6 +21,9 @@ the same checkpoint in plain transformers, its matrices quantized and expanded b
 logits and greedy tokens are equal bit for bit, and that the verification of every run agrees. Bits are those of a parameter
 as stored, scales and minima included, group size 64.
 
+The same cells, and some with other groups, in float16 on an H200: logits and tokens are equal in all of them
+([`families-h200.json`](results/families-h200.json)).
+
 | family | quantized | int4 bits | int8 bits | {columns} |
 |---|---|---|---|{rules}|
 """

@@ -69,7 +69,7 @@ def test_no_two_modules_need_each_other():
         ("progress", set()),
         ("memory", set()),
         ("workload", set()),
-        ("quality", {"config", "plan", "progress"}),
+        ("quality", {"architecture", "config", "plan", "progress"}),
         ("weights", {"architecture"}),
         ("reference", {"architecture", "config", "plan", "weights"}),
         ("verify", {"architecture", "distributed", "engines", "plan", "progress", "reference", "workload"}),

@@ -422,15 +422,16 @@ def test_two_gpus_hold_what_one_cannot(make_plan, machine):
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu"])
-def test_the_experts_that_are_expanded_at_once_count_as_gpu_memory(plan_of, machine, offload):
+def test_the_experts_that_are_expanded_at_once_count_as_gpu_memory(make_plan, machine, offload):
     """Those of a Mixtral layer take 1.9 GB in 16 bits beside its weights."""
-    roomy = plan_of("mixtral-8x7b", offload, "int4")
+    overrides = ["model=mixtral-8x7b", f"offload={offload}", "quant=int4", "verify=off"]
+    roomy = make_plan(*overrides)
     weights = roomy.placement.gpu_bytes + (0 if offload == "none" else 2 * roomy.layer_numel * 2)
     needed = weights + 2 * 8 * 2 * 14336 * 4096 + roomy.kv_cache_bytes
 
-    plan_of("mixtral-8x7b", offload, "int4", on=machine(gpu_memory_bytes=needed))
+    make_plan(*overrides, on=machine(gpu_memory_bytes=needed))
     with pytest.raises(ConfigError, match="on each GPU"):
-        plan_of("mixtral-8x7b", offload, "int4", on=machine(gpu_memory_bytes=needed - 1))
+        make_plan(*overrides, on=machine(gpu_memory_bytes=needed - 1))
 
 
 def test_weights_larger_than_host_memory_are_refused(refusal, machine):
@@ -480,7 +481,22 @@ def test_one_sequence_too_long_for_the_gpu_is_refused(refusal, machine):
     refusal(*overrides, on=machine(gpu_memory_bytes=15 * GIB))
 
 
-def test_keys_and_values_in_host_memory_take_none_of_the_gpu(make_plan, machine):
+def test_verification_takes_a_layer_and_what_is_outside_of_layers(refusal, make_plan, machine):
+    """OPT-13B in INT4: two packed layers and the largest expanded matrix stay there, so that little else fits."""
+    reference = 2 * (50272 * 5120 + 2050 * 5120 + 2 * 5120 + 12 * 5120**2 + 13 * 5120)
+    tight = ["model=opt-13b", "offload=cpu", "quant=int4", "workload.batch_size=1"]
+    plan = make_plan(*tight)
+    assert plan.reference_bytes == reference
+    needed = plan.placement.gpu_bytes + 4 * plan.layer_numel + plan.expanded_bytes + reference
+
+    make_plan(*tight, on=machine(gpu_memory_bytes=needed))
+    message = refusal(*tight, on=machine(gpu_memory_bytes=needed - 1))
+
+    assert message.startswith("verification needs 1.2 GB")
+    assert message.endswith(": pass verify=off")
+
+
+def test_keys_and_values_in_host_memory_take_little_of_the_gpu(make_plan, machine):
     card = machine(gpu_memory_bytes=48 * GIB)
 
     make_plan("model=opt-13b", "workload=zero-inference", "workload.batch_size=1000", "kv_cache=cpu", on=card)

@@ -108,6 +108,15 @@ class Plan:
         return max(layers.values())
 
     @cached_property
+    def reference_bytes(self) -> int:
+        """What verification holds beside the model: plain 16-bit weights of one decoder layer, embeddings and head."""
+        sizes: Counter[int | None] = Counter()
+        for p in self.architecture.parameters:
+            sizes[p.layer] += p.numel
+        outside = sizes.pop(None, 0)
+        return ELEMENT_BYTES * (outside + max(sizes.values()))
+
+    @cached_property
     def outside_numel(self) -> int:
         """Stored elements of embeddings, head and final norm."""
         return sum(self.stored_numel(p) for p in self.architecture.parameters if p.layer is None)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from zi_experiments import architecture, hardware
 from zi_experiments.architecture import Architecture, Parameter
-from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Profile, Run
+from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Profile, Run, Verify
 from zi_experiments.hardware import Machine
 from zi_experiments.plan import ELEMENT_BYTES, Plan
 
@@ -123,6 +123,8 @@ def _check_host(plan: Plan) -> None:
             f"keys and values of {run.workload.batch_size} sequences take {_gb(kv)} of host memory, beside {_gb(weights)} "
             f"of weights, and {_gb(machine.host_memory_bytes)} are available: pass {_smaller_batch(plan, kv, room)}"
         )
+    if machine.device == "cpu":
+        _check_verification(plan, weights, machine.host_memory_bytes)
 
 
 def _check_gpu(plan: Plan, memory: int) -> None:
@@ -146,6 +148,15 @@ def _check_gpu(plan: Plan, memory: int) -> None:
         raise ConfigError(
             f"keys and values of {run.workload.batch_size} sequences take {_gb(kv)} on each GPU, beside {_gb(weights + live)} "
             f"of weights, and each has {_gb(memory)}: pass {way_out}"
+        )
+    _check_verification(plan, weights + live, memory)
+
+
+def _check_verification(plan: Plan, weights: int, memory: int) -> None:
+    if plan.run.verify is Verify.on and weights + plan.reference_bytes > memory:
+        raise ConfigError(
+            f"verification needs {_gb(plan.reference_bytes)} for one layer, embeddings and head in 16 bits, beside "
+            f"{_gb(weights)} of weights, and there are {_gb(memory)}: pass verify=off"
         )
 
 

@@ -4,6 +4,7 @@ from math import exp, isfinite
 from pathlib import Path
 from typing import Any
 
+from zi_experiments.architecture import local_or_hub
 from zi_experiments.config import ConfigError
 from zi_experiments.plan import Plan
 from zi_experiments.progress import Progress
@@ -50,9 +51,8 @@ def _tokenizer(plan: Plan) -> Any:
 
     path = plan.run.weights.path
     assert path is not None
-    folder = Path(path).expanduser()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else path)
+        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(path))
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(_no_tokenizer(path)) from error
     # without its files, transformers makes some families an empty one

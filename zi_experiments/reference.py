@@ -21,7 +21,10 @@ def round_trip(weight: Any, quant: Quant) -> Any:
     import torch
 
     if weight.dim() > 2:
-        return torch.stack([round_trip(matrix, quant) for matrix in weight])
+        expanded = torch.empty_like(weight)
+        for matrix, place in zip(weight, expanded, strict=True):
+            place.copy_(round_trip(matrix, quant))
+        return expanded
     assert quant.group_dim is not None
     groups = weight.unflatten(quant.group_dim, (-1, quant.group_size))
     within = quant.group_dim + 1
