@@ -83,6 +83,9 @@ def save_checkpoint(
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms too, so that a misplaced one shows
             parameter.add_(torch.randn_like(parameter) * 0.05)
+        for name, buffer in model.named_buffers():  # DeepSeek's routers have one that decides
+            if name in model.state_dict():
+                buffer.add_(torch.randn_like(buffer) * 0.05)
     if layout == "bin":
         model.config.save_pretrained(folder)
         torch.save(model.state_dict(), folder / "pytorch_model.bin")

@@ -124,9 +124,9 @@ def _from_checkpoint(plan: Plan, progress: Progress) -> Any:
     path = plan.run.weights.path
     assert path is not None
 
-    def convert(name: str, parameter: Any, tensor: Any) -> Any:
-        progress.advance(_bytes(parameter))
-        return quantized.pack(parameter, tensor) if quantized.is_quantized(parameter) else tensor
+    def convert(held: Any, tensor: Any) -> Any:
+        progress.advance(_bytes(held))
+        return quantized.pack(held, tensor) if quantized.is_quantized(held) else tensor
 
     config = plan.architecture.config
     with patches.partitioning_at_the_end(model_class(config), _quantizer(plan)), patches.loading(convert):

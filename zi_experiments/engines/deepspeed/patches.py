@@ -72,18 +72,16 @@ def not_quantizing() -> AbstractContextManager[None]:
     return replaced(partition_parameters, "WEIGHT_QUANTIZATION_LAYERS", lambda original: ())
 
 
-def loading(convert: Callable[[str, Any, Any], Any]) -> AbstractContextManager[None]:
-    """Let each parameter take `convert(name, parameter, tensor)` instead of a checkpoint's `tensor`."""
+def loading(convert: Callable[[Any, Any], Any]) -> AbstractContextManager[None]:
+    """Let each parameter or buffer take `convert(what it holds now, tensor)` instead of a checkpoint's `tensor`."""
     from torch import nn
 
     def wrap(original: Any) -> Any:
         def load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any) -> None:
-            mine = {prefix + name: parameter for name, parameter in self._parameters.items() if parameter is not None}
-            converted = {
-                name: convert(name, parameter, state_dict[name])
-                for name, parameter in mine.items()
-                if name in state_dict
+            mine = {
+                prefix + name: held for name, held in (self._parameters | self._buffers).items() if held is not None
             }
+            converted = {name: convert(held, state_dict[name]) for name, held in mine.items() if name in state_dict}
             original(self, converted, prefix, *args)
 
         return load_from_state_dict
