@@ -66,6 +66,12 @@ GROUPS = list(
     product(("int4", "int8"), ((32, 1), (128, 1), (32, 0), (64, 0)))
 )  # (quant, (group size, group dimension))
 GROUPED_FAMILIES = ("llama", "mixtral", "gpt2")  # plain layers, stacked experts, Conv1D
+LAYOUTS = {  # checkpoints of other types and layouts, by (family, layout)
+    ("opt", "sharded"): torch.float32,
+    ("llama", "safetensors"): torch.float32,
+    ("mixtral", "bin"): torch.bfloat16,
+    ("gpt2", "bin"): torch.float32,
+}
 GEN_LEN = 6
 IDS = torch.randint(5, 250, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -149,7 +155,10 @@ def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", **settin
 
 def main() -> None:
     folder, *families = sys.argv[1:]
-    for cell, checkpoint, expected in [cell for family in families for cell in cells(Path(folder) / family, family)]:
+    make = (cells, layout_cells)
+    for cell, checkpoint, expected in [
+        c for family in families for f in make for c in f(Path(folder) / family, family)
+    ]:
         print(json.dumps({**cell, **compare(checkpoint, *expected, **cell)}), flush=True)
 
 
@@ -172,6 +181,15 @@ def cells(folder: Path, family: str):
         yield cell, folder / "checkpoint", expected
 
 
+def layout_cells(folder: Path, family: str):
+    """The same for checkpoints of other types and layouts; from DeepSpeed alone they give noise or an error."""
+    for layout, dtype in [(layout, dtype) for (name, layout), dtype in LAYOUTS.items() if name == family]:
+        checkpoint = folder / layout / "checkpoint"
+        save_checkpoint(checkpoint, family, dtype, layout=layout)
+        cell = {"family": family, "quant": "int4", "offload": "nvme", "layout": layout}
+        yield cell, checkpoint, outputs(plain(checkpoint, 4))
+
+
 def outputs(model) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         return model(IDS.to(model.device)).logits, generate(model, IDS.to(model.device))
@@ -186,6 +204,7 @@ def compare(
     quant: str,
     offload: str,
     kv_cache: str = "gpu",
+    layout: str = "safetensors",
     **groups: int,
 ) -> dict:
     from zi_experiments import progress

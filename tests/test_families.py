@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from families import FAMILIES, GROUPED_FAMILIES, GROUPS, OFFLOADS, QUANTS
+from families import FAMILIES, GROUPED_FAMILIES, GROUPS, LAYOUTS, OFFLOADS, QUANTS
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 HEADER = """# Families
@@ -53,8 +53,8 @@ def results(tmp_path_factory):
     return {key(**result): result for result in found}
 
 
-def key(family, quant, offload, kv_cache="gpu", group_size=64, group_dim=1, **figures):
-    return family, quant, offload, kv_cache, group_size, group_dim
+def key(family, quant, offload, kv_cache="gpu", group_size=64, group_dim=1, layout=None, **figures):
+    return family, quant, offload, kv_cache, group_size, group_dim, layout
 
 
 def is_equal(result):
@@ -83,6 +83,15 @@ def test_other_groups(results, family, quant, groups):
 
     assert is_equal(result), result
     assert result["stored_bytes"] == result["planned_bytes"]
+
+
+@pytest.mark.parametrize(("family", "layout"), LAYOUTS)
+def test_other_checkpoints(results, family, layout):
+    """fp32, the run's own type, several files and pickled ones; alone, DeepSpeed makes noise or an error of most."""
+    result = results[key(family, "int4", "nvme", layout=layout)]
+
+    assert is_equal(result), result
+    assert result["disk_bytes"] == result["planned_disk_bytes"] > 0
 
 
 def test_the_page_says_what_was_found(results, pytestconfig):
