@@ -62,9 +62,8 @@ FAMILIES = {
 LAYERS = {"bloom": "n_layer", "gptj": "n_layer", "gpt2": "n_layer"}
 QUANTS = {"fp16": 16, "int4": 4, "int8": 8}
 OFFLOADS = ("none", "cpu", "nvme")
-GROUPS = list(
-    product(("int4", "int8"), ((32, 1), (128, 1), (32, 0), (64, 0)))
-)  # (quant, (group size, group dimension))
+# (quant, (group size, group dimension))
+GROUPS = list(product(("int4", "int8"), ((32, 1), (128, 1), (32, 0), (64, 0))))
 GROUPED_FAMILIES = ("llama", "mixtral", "gpt2")  # plain layers, stacked experts, Conv1D
 LAYOUTS = {  # checkpoints of other types and layouts, by (family, layout)
     ("opt", "sharded"): torch.float32,
@@ -126,7 +125,7 @@ def plain(folder: Path, bits: int, **groups: int):
     return model
 
 
-def generate(model, ids=IDS):
+def generate(model, ids):
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -155,10 +154,8 @@ def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", **settin
 
 def main() -> None:
     folder, *families = sys.argv[1:]
-    make = (cells, layout_cells)
-    for cell, checkpoint, expected in [
-        c for family in families for f in make for c in f(Path(folder) / family, family)
-    ]:
+    everything = [cell for family in families for cell in cells(Path(folder) / family, family)]
+    for cell, checkpoint, expected in everything:
         print(json.dumps({**cell, **compare(checkpoint, *expected, **cell)}), flush=True)
 
 
@@ -179,10 +176,6 @@ def cells(folder: Path, family: str):
         expected = outputs(plain(folder / "checkpoint", QUANTS[quant], group_size=size, group_dim=dim))
         cell = {"family": family, "quant": quant, "offload": "cpu", "group_size": size, "group_dim": dim}
         yield cell, folder / "checkpoint", expected
-
-
-def layout_cells(folder: Path, family: str):
-    """The same for checkpoints of other types and layouts; from DeepSpeed alone they give noise or an error."""
     for layout, dtype in [(layout, dtype) for (name, layout), dtype in LAYOUTS.items() if name == family]:
         checkpoint = folder / layout / "checkpoint"
         save_checkpoint(checkpoint, family, dtype, layout=layout)

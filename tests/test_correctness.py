@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import plain, save_checkpoint, tiny_config
-from logits import IDS
+from families import IDS, plain, save_checkpoint, tiny_config
 
 
 def deepspeed_result(tmp_path: Path, *, offload: str = "cpu", ranks: int = 1, **arguments) -> dict:

@@ -29,6 +29,20 @@ def test_a_lookup_gives_the_rows_of_the_expanded_table(bits, group_dim):
     assert module.weight.dim() == 1, "the parameter is as it was: packed and flat"
 
 
+def test_an_embedding_that_multiplies_with_its_table_has_all_of_it():
+    class Scored(nn.Embedding):
+        def forward(self, ids):
+            return torch.nn.functional.linear(super().forward(ids), self.weight)
+
+    quant = Quant(name="", bits=4, group_size=32, group_dim=1)
+    module = Scored(128, 64, dtype=torch.bfloat16)
+    table = round_trip(module.weight.detach().clone(), quant)
+    quantize(module.weight, quant)
+    expand_in_forward(module)
+
+    assert torch.equal(module(IDS), table[IDS] @ table.T)
+
+
 def test_a_lookup_expands_no_other_rows():
     """Of 50,272 rows only 6 are expanded: nothing as large as the table is allocated."""
     module = nn.Embedding(50272, 64, dtype=torch.bfloat16)

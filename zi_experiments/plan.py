@@ -101,25 +101,26 @@ class Plan:
     @cached_property
     def layer_numel(self) -> int:
         """Stored elements of the largest decoder layer."""
-        layers: Counter[int] = Counter()
-        for p in self.architecture.parameters:
-            if p.layer is not None:
-                layers[p.layer] += self.stored_numel(p)
-        return max(layers.values())
+        return max(self._sizes(self.stored_numel)[1])
 
     @cached_property
     def reference_bytes(self) -> int:
         """What verification holds beside the model: plain 16-bit weights of one decoder layer, embeddings and head."""
-        sizes: Counter[int | None] = Counter()
-        for p in self.architecture.parameters:
-            sizes[p.layer] += p.numel
-        outside = sizes.pop(None, 0)
-        return ELEMENT_BYTES * (outside + max(sizes.values()))
+        outside, layers = self._sizes(lambda p: p.numel)
+        return ELEMENT_BYTES * (outside + max(layers))
 
     @cached_property
     def outside_numel(self) -> int:
         """Stored elements of embeddings, head and final norm."""
-        return sum(self.stored_numel(p) for p in self.architecture.parameters if p.layer is None)
+        return self._sizes(self.stored_numel)[0]
+
+    def _sizes(self, size: Callable[[Parameter], int]) -> tuple[int, list[int]]:
+        """Size of what is outside of decoder layers, and of each layer."""
+        sizes: Counter[int | None] = Counter()
+        for p in self.architecture.parameters:
+            sizes[p.layer] += size(p)
+        outside = sizes.pop(None, 0)
+        return outside, list(sizes.values())
 
     @cached_property
     def persistence_numel(self) -> int:

@@ -112,9 +112,8 @@ def _compare(plan: Plan, seen: _Observed, prompt_len: int, progress: Progress) -
             parts["the embedding"] = rel_error(theirs, mine)
         output = local = forward(*args, **kwargs)
         if not torch.equal(mine, theirs):
-            local = forward(
-                *_replaced(args, mine, theirs), **{k: _replaced([v], mine, theirs)[0] for k, v in kwargs.items()}
-            )
+            given = {name: theirs if value is mine else value for name, value in kwargs.items()}
+            local = forward(*(theirs if value is mine else value for value in args), **given)
         parts[f"{reference.layers_name}.{index}"] = rel_error(_hidden_out(seen.outputs[index]), _hidden_out(local))
         progress.advance()
         return output
@@ -187,7 +186,3 @@ def _hidden_in(args: Any, kwargs: Any) -> Any:
 
 def _hidden_out(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _replaced(values: Any, old: Any, new: Any) -> list[Any]:
-    return [new if value is old else value for value in values]
