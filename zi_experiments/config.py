@@ -82,6 +82,7 @@ class Offload:
     device: OffloadDevice
     path: str | None  # null: inside the run's output folder
     pin_memory: bool | None  # null: whenever host memory allows it
+    resident: Any  # share of the decoder layers' weights that stays on the GPU, from 0 to 1, or "auto": as much as fits
     buffer_count: int | None
     buffer_size: int | None  # elements, not bytes
     use_gds: bool
@@ -127,7 +128,7 @@ class Hardware:
 @dataclass
 class Engine:
     name: str
-    profile: Profile
+    profile: Profile | None  # DeepSpeed's only
 
 
 @dataclass
@@ -139,13 +140,19 @@ class Weights:
 
 @dataclass
 class Workload:
-    batch_size: int  # sequences over all ranks
+    batch_size: int  # sequences over all ranks, of one micro-batch
+    micro_batches: int  # that go through each layer while its weights are there
     prompt_len: int
     gen_len: int
     warmup: int
     repeats: int
     seed: int
     text: str | None  # a file on which perplexity is measured; null: none
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a pass, over all ranks and micro-batches."""
+        return self.batch_size * self.micro_batches
 
 
 @dataclass
@@ -245,7 +252,8 @@ def _validate(run: Run) -> None:
 
 def _workload(run: Run) -> str | None:
     work, ranks = run.workload, run.hardware.num_gpus
-    for name, least in (("batch_size", 1), ("prompt_len", 1), ("gen_len", 1), ("warmup", 0), ("repeats", 1)):
+    for name in ("batch_size", "micro_batches", "prompt_len", "gen_len", "warmup", "repeats"):
+        least = 0 if name == "warmup" else 1
         if getattr(work, name) < least:
             return f"workload.{name} must be at least {least}, not {getattr(work, name)}: pass workload.{name}={least}"
     if ranks < 1:
@@ -296,6 +304,13 @@ def _offload(run: Run) -> str | None:
             return f"offload.aio is only used with offload=nvme, not offload={offload.device.value}: pass offload=nvme"
         if offload.use_gds:
             return "offload.use_gds=true is only used with offload=nvme: pass offload=nvme"
+    share = offload.resident if isinstance(offload.resident, float | int) else -1
+    if offload.resident != "auto" and not 0 <= share <= 1:
+        return (
+            f"offload.resident={offload.resident} is not a share: pass offload.resident=auto, or a number from 0 to 1"
+        )
+    if offload.device is OffloadDevice.none and offload.resident != 0:
+        return "offload.resident means nothing with offload=none, where everything stays on the GPU: pass offload=cpu"
     if offload.device is OffloadDevice.none and offload.pin_memory is not None:
         return "offload.pin_memory means nothing with offload=none: pass offload=cpu"
     if offload.use_gds and run.hardware.device is DeviceType.cpu:
@@ -346,4 +361,31 @@ def _hardware(run: Run) -> str | None:
     return None
 
 
-_CHECKS = (_model, _workload, _text, _quant, _offload, _hardware)
+def _engine(run: Run) -> str | None:
+    if run.engine.name == "deepspeed":
+        if run.engine.profile is None:
+            return "engine.profile=null is not a profile of engine=deepspeed: pass engine.profile=tuned, or reference"
+    elif run.engine.profile is not None:
+        return f"engine.profile is only used with engine=deepspeed, not engine={run.engine.name}: pass engine=deepspeed"
+    return None
+
+
+def _streaming(run: Run) -> str | None:
+    """What only the engine that moves whole layers can do."""
+    if run.engine.name == "stream":
+        for key in ("buffer_count", "buffer_size"):
+            if getattr(run.offload, key) is not None:
+                return f"offload.{key} is only used with engine=deepspeed: engine=stream computes its buffers; leave it out"
+        if run.offload.use_gds:
+            return "offload.use_gds=true is only used with engine=deepspeed: pass offload.use_gds=false"
+        return None
+    if run.offload.resident != 0:
+        return f"offload.resident is only used with engine=stream, not engine={run.engine.name}: pass engine=stream"
+    if run.workload.micro_batches > 1:
+        return (
+            f"workload.micro_batches is only used with engine=stream, not engine={run.engine.name}: pass engine=stream"
+        )
+    return None
+
+
+_CHECKS = (_model, _workload, _text, _quant, _offload, _hardware, _engine, _streaming)

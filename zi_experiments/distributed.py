@@ -1,4 +1,4 @@
-"""Start torch.distributed for DeepSpeed, inside a worker or in a process of the user's own."""
+"""Start torch.distributed, inside a worker or in a process of the user's own."""
 
 import socket
 from typing import Any
@@ -21,11 +21,12 @@ def init(device: str) -> None:
             f"only {', '.join(sorted(present))} of RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set: "
             "set all of them (torchrun does), or none"
         )
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
+    import torch
 
-    get_accelerator().set_device(int(environment.distributed_variables()["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False)
+    if device == "cuda":
+        torch.cuda.set_device(launched_local_rank())
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
 def rank() -> int:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from zi_experiments import zero3
 from zi_experiments.config import OffloadDevice, Profile
 from zi_experiments.plan import Plan
 
@@ -39,8 +40,8 @@ def build(plan: Plan, nvme_path: str | None = None) -> dict[str, Any]:
             "device": "nvme",
             "pin_memory": plan.pin_memory,
             "nvme_path": nvme_path,
-            "buffer_count": plan.buffer_count,
-            "buffer_size": plan.buffer_numel,
+            "buffer_count": zero3.buffer_count(plan),
+            "buffer_size": zero3.buffer_numel(plan),
         }
         config["aio"] = _aio(plan, reference)
     return config
@@ -50,7 +51,7 @@ def _reference_zero(plan: Plan) -> dict[str, Any]:
     hidden = plan.architecture.hidden_size
     return {
         "stage3_prefetch_bucket_size": 2 * hidden * hidden,
-        "stage3_param_persistence_threshold": plan.persistence_numel,
+        "stage3_param_persistence_threshold": zero3.persistence_numel(plan),
         "stage3_max_live_parameters": 2 * hidden * hidden,
     }
 
@@ -61,11 +62,11 @@ def _tuned_zero(plan: Plan) -> dict[str, Any]:
         "leaf_module": {"classes": [plan.architecture.layer_class]},
         # a bucket smaller than a layer leaves part of the next layer to be fetched on demand
         "stage3_prefetch_bucket_size": plan.layer_numel,
-        "stage3_param_persistence_threshold": plan.persistence_numel,
+        "stage3_param_persistence_threshold": zero3.persistence_numel(plan),
         # plain F.linear, so that what is computed is bit for bit what transformers computes
         "memory_efficient_linear": False,
         # a tied embedding stays live for the whole pass: without room for it nothing would be prefetched
-        "stage3_max_live_parameters": plan.live_layers * plan.layer_numel + plan.outside_numel,
+        "stage3_max_live_parameters": zero3.live_layers(plan) * plan.layer_numel + plan.outside_numel,
     }
 
 
@@ -76,7 +77,7 @@ def _aio(plan: Plan, reference: bool) -> dict[str, Any]:
     if aio.intra_op_parallelism is not None:
         threads = {"intra_op_parallelism": aio.intra_op_parallelism}
     return {
-        "block_size": plan.swap_block_bytes,
+        "block_size": zero3.swap_block_bytes(plan),
         "queue_depth": 64 if aio.queue_depth is None else aio.queue_depth,
         **threads,
         "use_gds": plan.run.offload.use_gds,

@@ -40,7 +40,7 @@ def derive(
 ) -> Metrics:
     """The metrics of a run."""
     work, passes = plan.run.workload, samples.measured
-    batch, bound = work.batch_size, plan.bound
+    batch, bound = work.sequences, plan.bound
     prefill = [batch * work.prompt_len / one.ttft_s for one in passes]
     total = [batch * work.gen_len / one.total_s for one in passes]
     decode = [batch * len(one.step_s) / sum(one.step_s) for one in passes if one.step_s]
@@ -60,7 +60,7 @@ def derive(
         gpu_peak_bytes=gpu_peak_bytes,
         host_peak_bytes=host_peak_bytes,
         disk_peak_bytes=disk_peak_bytes,
-        link_bytes_per_s=plan.streamed_bytes_per_pass / step if step else None,
+        link_bytes_per_s=plan.link_bytes_per_pass / step if step else None,
         fraction_of_bound=bound.decode_step_s / step if step and bound.decode_step_s else None,
         prefill_fraction_of_bound=bound.prefill_s / ttft if bound.prefill_s else None,
         perplexity=perplexity,

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from zi_experiments import architecture, hardware
+from zi_experiments import architecture, engines, hardware
 from zi_experiments.architecture import Architecture, Parameter
 from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Profile, Run, Verify
 from zi_experiments.hardware import Machine
-from zi_experiments.plan import ELEMENT_BYTES, Plan
+from zi_experiments.plan import Plan
 
 
 def plan_run(run: Run) -> Plan:
@@ -19,9 +19,10 @@ def build(run: Run, arch: Architecture, machine: Machine) -> Plan:
     _check_lengths(run, arch)
     _check_groups(run, arch)
     dtype = choose_dtype(arch, machine)
-    plan = Plan(run=run, architecture=arch, machine=machine, dtype=dtype, pin_memory=False)
+    plan = Plan(run=run, architecture=arch, machine=machine, dtype=dtype)
     if machine.device == "cpu":
         _check_choices(run)
+    plan = replace(plan, stored=engines.get(run.engine.name).storage(plan))
     _check_host(plan)
     if machine.gpu_memory_bytes is not None:
         _check_gpu(plan, machine.gpu_memory_bytes)
@@ -42,7 +43,7 @@ def _pin(plan: Plan) -> bool:
         return offload.pin_memory
     if plan.run.engine.profile is Profile.reference:
         return False
-    return plan.placement.cpu_bytes + plan.buffer_bytes_host() < 0.9 * plan.machine.host_memory_bytes
+    return plan.placement.cpu_bytes + plan.storage.host_buffer_bytes < 0.9 * plan.machine.host_memory_bytes
 
 
 def _check_lengths(run: Run, arch: Architecture) -> None:
@@ -99,16 +100,7 @@ def _check_choices(run: Run) -> None:
 
 def _check_host(plan: Plan) -> None:
     run, machine, placement = plan.run, plan.machine, plan.placement
-    buffers = plan.buffer_bytes_host()
-    if buffers > machine.host_memory_bytes:
-        profile = (
-            "" if run.engine.profile is Profile.tuned else ", or engine.profile=tuned, which computes smaller ones"
-        )
-        raise ConfigError(
-            f"{plan.buffer_count} NVMe buffers of {plan.buffer_numel} elements take {_gb(buffers)} of host memory and "
-            f"{_gb(machine.host_memory_bytes)} are available: pass a smaller offload.buffer_count{profile}"
-        )
-    weights = placement.cpu_bytes + buffers
+    weights = placement.cpu_bytes + plan.storage.host_buffer_bytes
     if weights > machine.host_memory_bytes:
         ways = [] if run.offload.device is OffloadDevice.nvme else ["offload=nvme"]
         ways += [] if run.quant.bits == 4 else ["quant=int4"]
@@ -120,7 +112,7 @@ def _check_host(plan: Plan) -> None:
     if weights + kv > machine.host_memory_bytes:
         room = machine.host_memory_bytes - weights
         raise ConfigError(
-            f"keys and values of {run.workload.batch_size} sequences take {_gb(kv)} of host memory, beside {_gb(weights)} "
+            f"keys and values of {run.workload.sequences} sequences take {_gb(kv)} of host memory, beside {_gb(weights)} "
             f"of weights, and {_gb(machine.host_memory_bytes)} are available: pass {_smaller_batch(plan, kv, room)}"
         )
     if machine.device == "cpu":
@@ -131,9 +123,7 @@ def _check_gpu(plan: Plan, memory: int) -> None:
     run, placement, ranks = plan.run, plan.placement, plan.run.hardware.num_gpus
     on_gpu = run.kv_cache.device is CacheDevice.gpu
     kv = (plan.kv_cache_bytes if on_gpu else plan.kv_slot_bytes) // ranks
-    live = plan.expanded_bytes
-    if run.offload.device is not OffloadDevice.none:
-        live += 2 * plan.layer_numel * ELEMENT_BYTES
+    live = plan.storage.gpu_buffer_bytes
     weights = placement.gpu_bytes // ranks
     if weights + live > memory:
         ways = ["offload=cpu"] if run.offload.device is OffloadDevice.none else ["a larger hardware.memory_gib"]
@@ -146,7 +136,7 @@ def _check_gpu(plan: Plan, memory: int) -> None:
         room = memory - weights - live
         way_out = _smaller_batch(plan, kv, room) + (", or kv_cache=cpu" if on_gpu else "")
         raise ConfigError(
-            f"keys and values of {run.workload.batch_size} sequences take {_gb(kv)} on each GPU, beside {_gb(weights + live)} "
+            f"keys and values of {run.workload.sequences} sequences take {_gb(kv)} on each GPU, beside {_gb(weights + live)} "
             f"of weights, and each has {_gb(memory)}: pass {way_out}"
         )
     _check_verification(plan, weights + live, memory)
@@ -166,8 +156,9 @@ def _smaller_batch(plan: Plan, kv_bytes: int, room_bytes: int) -> str:
     batch = work.batch_size * room_bytes // kv_bytes // ranks * ranks
     if batch:
         return f"workload.batch_size={batch}"
-    tokens = work.batch_size * (work.prompt_len + work.gen_len) * room_bytes // kv_bytes // ranks
-    return f"workload.prompt_len={max(1, tokens - work.gen_len)} workload.batch_size={ranks}"
+    tokens = work.sequences * (work.prompt_len + work.gen_len) * room_bytes // kv_bytes // ranks
+    fewer = f"workload.prompt_len={max(1, tokens - work.gen_len)} workload.batch_size={ranks}"
+    return fewer + (" workload.micro_batches=1" if work.micro_batches > 1 else "")
 
 
 def _gb(amount: int) -> str:

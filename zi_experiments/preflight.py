@@ -58,7 +58,15 @@ def _devices(plan: Plan) -> Iterator[str]:
 
 
 def _compiler(plan: Plan) -> Iterator[str]:
-    """DeepSpeed compiles its operators on first use."""
+    """What is compiled on first use."""
+    if plan.run.engine.name != "deepspeed":
+        if (
+            plan.machine.device == "cuda"
+            and plan.run.quant.bits < 16
+            and not any(map(shutil.which, ("cc", "gcc", "clang")))
+        ):
+            yield "Triton compiles the kernel that expands quantized weights and there is no C compiler: apt-get install gcc"
+        return
     if shutil.which("c++") is None and shutil.which("g++") is None:
         yield "DeepSpeed compiles operators and there is no C++ compiler: apt-get install g++"
     if plan.run.offload.device is OffloadDevice.nvme and not _has_libaio():
@@ -100,7 +108,7 @@ def _disk(plan: Plan, scratch: Path) -> Iterator[str]:
             "pass offload.path=/a/larger/disk" + ("" if plan.run.quant.bits == 4 else " or quant=int4")
         )
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    buffers = plan.buffer_bytes_host()
+    buffers = plan.storage.locked_bytes
     if os.geteuid() != 0 and locked not in (resource.RLIM_INFINITY, -1) and locked < buffers:
         yield f"offload=nvme locks {buffers / 1e9:.1f} GB of memory and the limit is {locked} bytes: ulimit -l unlimited"
 

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
-from zi_experiments.architecture import Parameter, decoder_layers, model_class
-from zi_experiments.config import Quant, WeightSource
+from zi_experiments import weights
+from zi_experiments.architecture import Parameter, decoder_layers
+from zi_experiments.config import Quant
 from zi_experiments.plan import Plan
-from zi_experiments.weights import PretrainedWeights, RandomWeights, without_zero3
 
 
 def round_trip(weight: Any, quant: Quant) -> Any:
@@ -46,17 +46,12 @@ class Reference:
         self._dtype = getattr(torch, plan.dtype)
         self._parameters = {p.name: p for p in plan.architecture.parameters}
         config = deepcopy(plan.architecture.config)
-        weights = plan.run.weights
-        self._weights: RandomWeights | PretrainedWeights = RandomWeights(weights.seed)
-        if weights.source is WeightSource.pretrained:
-            assert weights.path is not None
-            self._weights = PretrainedWeights(weights.path, config, self._dtype)
-        self.model = self._skeleton(config)
+        self._weights = weights.of(plan.run.weights, config, self._dtype)
+        self.model = weights.empty_model(self._weights, config, self._dtype, device)
         self.layers_name, self.layers = decoder_layers(self.model)
 
     def close(self) -> None:
-        if isinstance(self._weights, PretrainedWeights):
-            self._weights.close()
+        self._weights.close()
 
     def run(self, tokens: Any, layer: Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> Any:
         """Logits of shape (sequences, length, vocabulary) for `tokens` of shape (sequences, length).
@@ -110,17 +105,3 @@ class Reference:
         tensor = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
         self._weights.fill(parameter.name, tensor)
         return round_trip(tensor, self._plan.run.quant) if self._plan.is_quantized(parameter) else tensor
-
-    def _skeleton(self, config: Any) -> Any:
-        """The model as `from_pretrained` builds it, without memory for its parameters."""
-        from accelerate import init_empty_weights
-        from transformers.initialization import no_init_weights
-
-        with without_zero3(), init_empty_weights(include_buffers=False), no_init_weights():
-            model = model_class(config)._from_config(config, dtype=self._dtype)
-        model.tie_weights()
-        stored = self._weights.buffers() if isinstance(self._weights, PretrainedWeights) else {}
-        for name, buffer in model.named_buffers():
-            owner, _, key = name.rpartition(".")
-            model.get_submodule(owner)._buffers[key] = stored.get(name, buffer).to(self._device)
-        return model.eval()

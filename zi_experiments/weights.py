@@ -7,6 +7,7 @@ from typing import Any
 from zlib import crc32
 
 from zi_experiments.architecture import local_or_hub, model_class
+from zi_experiments.config import Weights, WeightSource
 
 
 class RandomWeights:
@@ -28,6 +29,12 @@ class RandomWeights:
             return
         generator = torch.Generator(tensor.device).manual_seed(crc32(f"{self._seed} {name}".encode()))
         tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+
+    def buffers(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
 
 
 class PretrainedWeights:
@@ -63,6 +70,29 @@ class PretrainedWeights:
 
     def close(self) -> None:
         self._folder.cleanup()
+
+
+def of(weights: Weights, config: Any, dtype: Any) -> RandomWeights | PretrainedWeights:
+    """The values of a run's `weights`, for a model of that configuration."""
+    if weights.source is WeightSource.random:
+        return RandomWeights(weights.seed)
+    assert weights.path is not None
+    return PretrainedWeights(weights.path, config, dtype)
+
+
+def empty_model(weights: RandomWeights | PretrainedWeights, config: Any, dtype: Any, device: Any) -> Any:
+    """The model as `from_pretrained` builds it, in eval mode: its buffers on a device, its parameters without memory."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with without_zero3(), init_empty_weights(include_buffers=False), no_init_weights():
+        model = model_class(config)._from_config(config, dtype=dtype)
+    model.tie_weights()
+    stored = weights.buffers()
+    for name, buffer in model.named_buffers():
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner)._buffers[key] = stored.get(name, buffer).to(device)
+    return model.eval()
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def _measure(
 ) -> Measurement:
     work = plan.run.workload
     ids = workload.prompts(
-        batch_size=work.batch_size,
+        batch_size=work.sequences,
         prompt_len=work.prompt_len,
         vocab_size=plan.architecture.config.get_text_config().vocab_size,
         seed=work.seed,

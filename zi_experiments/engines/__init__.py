@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from zi_experiments.config import ConfigError
-from zi_experiments.plan import Plan
+from zi_experiments.plan import Plan, Storage
 from zi_experiments.progress import Progress
 
 
@@ -23,6 +23,12 @@ class Session(Protocol):
 
 
 class Engine(Protocol):
+    def storage(self, plan: Plan) -> Storage:
+        """Where the engine keeps a plan's weights; figures only, on any machine.
+
+        Raises `ConfigError` for what the engine cannot do.
+        """
+
     def config(self, plan: Plan, scratch: str | None) -> dict[str, Any]:
         """The engine's own configuration for a plan, as it goes into the record."""
 
@@ -41,4 +47,4 @@ def get(name: str) -> Engine:
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise ConfigError(f"engine.name={name} is not an engine: pass engine=deepspeed") from error
+        raise ConfigError(f"engine.name={name} is not an engine: pass engine=deepspeed or engine=stream") from error

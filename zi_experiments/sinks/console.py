@@ -43,7 +43,8 @@ class ConsoleSink:
         assert metrics is not None
         assert plan is not None
         work = plan.run.workload
-        shape = f"{work.batch_size} × ({work.prompt_len} + {work.gen_len}) tokens"
+        blocks = f"{work.micro_batches} × " if work.micro_batches > 1 else ""
+        shape = f"{blocks}{work.batch_size} × ({work.prompt_len} + {work.gen_len}) tokens"
         table = Table(title=f"{escape(record.run.name)}: {shape}, {plan.dtype} on {plan.machine.gpu_name or 'CPU'}")
         table.add_column("")
         table.add_column("value", justify="right")
@@ -59,7 +60,7 @@ class ConsoleSink:
                 "time per token, p50 / p99", f"{_seconds(metrics.tpot_p50_s)} / {_seconds(metrics.tpot_p99_s)}"
             )
         if metrics.link_bytes_per_s:
-            table.add_row("weights over the link", f"{metrics.link_bytes_per_s / 1e9:.1f} GB/s")
+            table.add_row("over the link", f"{metrics.link_bytes_per_s / 1e9:.1f} GB/s")
         if metrics.fraction_of_bound is not None:
             table.add_row(f"of the bound ({plan.bound.limited_by})", f"{100 * metrics.fraction_of_bound:.0f} %")
         if metrics.perplexity is not None:

@@ -4,47 +4,17 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from zi_experiments import distributed, ds_config
+from zi_experiments import distributed, ds_config, zero3
 from zi_experiments.architecture import local_or_hub, model_class
-from zi_experiments.config import CacheDevice, WeightSource
+from zi_experiments.config import WeightSource
 from zi_experiments.engines.deepspeed import patches, quantized
 from zi_experiments.engines.deepspeed.disk import checking_writes
 from zi_experiments.engines.deepspeed.ops import build_ops
 from zi_experiments.engines.deepspeed.pinned import register_swap_buffers
-from zi_experiments.plan import Plan
+from zi_experiments.engines.session import HFSession, host_cache
+from zi_experiments.plan import Plan, Storage
 from zi_experiments.progress import Progress
 from zi_experiments.weights import RandomWeights
-
-
-class DeepSpeedSession:
-    """A model wrapped by a DeepSpeed engine."""
-
-    def __init__(self, engine: Any, hf_config: Any, plan: Plan) -> None:
-        self._engine = engine
-        self.model = engine.module
-        # transformers holds it by a weak reference: without this one it would forget that ZeRO-3 is on
-        self.model.hf_deepspeed_config = hf_config
-        self._cache = _host_cache(plan, engine.device) if plan.run.kv_cache.device is CacheDevice.cpu else None
-
-    def generate(self, input_ids: Any, gen_len: int, streamer: Any = None) -> Any:
-        import torch
-
-        ids = input_ids.to(self._engine.device)
-        if self._cache is not None:
-            self._cache.reset()
-        with torch.inference_mode():
-            return self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                min_new_tokens=gen_len,
-                max_new_tokens=gen_len,
-                do_sample=False,
-                past_key_values=self._cache,
-                streamer=streamer,
-            )
-
-    def close(self) -> None:
-        self._engine.destroy()
 
 
 def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
@@ -52,13 +22,21 @@ def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
     return ds_config.build(plan, scratch)
 
 
+def storage(plan: Plan) -> Storage:
+    """Where ZeRO stage 3 keeps the weights."""
+    return zero3.storage(plan)
+
+
 def prepare(plan: Plan, progress: Progress) -> None:
     """Compile the operators of this run, then start the distributed back end, which uses one of them on a CPU."""
     build_ops(plan, progress)
     distributed.init(plan.machine.device)
+    import deepspeed
+
+    deepspeed.init_distributed(auto_mpi_discovery=False)
 
 
-def load(plan: Plan, config: dict[str, Any], progress: Progress) -> DeepSpeedSession:
+def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     """Load the planned model into partitioned, offloaded and quantized storage, one parameter at a time.
 
     Needs `prepare`. From there the order is the reference script's: configuration, weights, `deepspeed.initialize`.
@@ -87,15 +65,9 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> DeepSpeedSes
     engine = deepspeed.initialize(model=model.eval(), config=config)[0]
     engine.module.eval()
     progress.end()
-    return DeepSpeedSession(engine, hf_config, plan)
-
-
-def _host_cache(plan: Plan, device: Any) -> Any:
-    from zi_experiments.kv_cache import HostCache  # with transformers' caches, which the launcher does without
-
-    work = plan.run.workload
-    sequences = work.batch_size // plan.run.hardware.num_gpus
-    return HostCache(plan.architecture.config, device, sequences, work.prompt_len + work.gen_len)
+    # transformers holds it by a weak reference: without this one it would forget that ZeRO-3 is on
+    engine.module.hf_deepspeed_config = hf_config
+    return HFSession(engine.module, engine.device, host_cache(plan, engine.device), engine.destroy)
 
 
 def _is_pretrained(plan: Plan) -> bool:
