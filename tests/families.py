@@ -135,21 +135,21 @@ def generate(model, ids):
     )
 
 
-def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", **settings):
+def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", engine: str = "deepspeed", **settings):
     """A checkpoint loaded as a worker loads it: its plan and its session."""
     from zi_experiments import engines, environment, planner, progress
     from zi_experiments.config import from_choices
 
-    choices = {"offload": offload, "quant": quant, "kv_cache": kv_cache}
+    choices = {"offload": offload, "quant": quant, "kv_cache": kv_cache, "engine": engine}
     choices |= {"model": "local", "weights": "pretrained", "tracking": "none"}
     run = from_choices(choices, {"model.path": str(folder), "weights.path": str(folder), **settings})
     plan = planner.plan_run(run)
     environment.set_variables(environment.worker_environment(cuda=plan.machine.device == "cuda"))
-    engine, told = engines.get("deepspeed"), progress.silent()
-    config = engine.config(plan, str(folder.parent / "disk") if offload == "nvme" else None)
-    engine.prepare(plan, told)
+    chosen, told = engines.get(engine), progress.silent()
+    config = chosen.config(plan, str(folder.parent / "disk") if offload == "nvme" else None)
+    chosen.prepare(plan, told)
     with torch.no_grad():
-        return plan, engine.load(plan, config, told)
+        return plan, chosen.load(plan, config, told)
 
 
 def main() -> None:

@@ -82,6 +82,9 @@ def worker_environment(cuda: bool) -> dict[str, str]:
     wanted = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if not cuda:
         wanted["DS_ACCELERATOR"] = "cpu"
+    elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # keys and values, verification and activations differ in size: what one leaves free fits the next
+        wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     unset = {name: value for name, value in wanted.items() if name not in os.environ}
     # torch looks for the ninja program, which pip puts beside python, also when the environment is not activated
     return unset | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])}

@@ -46,7 +46,7 @@ def detect(hardware: Hardware) -> Machine:
     gpu = _first_gpu() if device == "cuda" and gpus else None
     ceilings = hardware.ceilings
     if hardware.name == "auto" and gpu is not None:
-        ceilings = _known_ceilings(gpu.name) or ceilings
+        ceilings = _known_ceilings(gpu.name, ceilings) or ceilings
     memory = gpu.memory_bytes if gpu else None
     capped = hardware.memory_gib is not None and (memory is None or hardware.memory_gib * GIB < 0.97 * memory)
     if hardware.memory_gib is not None:
@@ -132,11 +132,12 @@ def _cpu_dtypes() -> tuple[str, ...]:
     return ("float16", "bfloat16") if torch.ops.mkldnn._is_mkldnn_fp16_supported() else ("bfloat16",)
 
 
-def _known_ceilings(gpu_name: str) -> Ceilings | None:
+def _known_ceilings(gpu_name: str, asked: Ceilings) -> Ceilings | None:
+    """Those of the file of that GPU; what the user has set counts before."""
     from omegaconf import OmegaConf
 
     for path in sorted((conf_dir() / "hardware").glob("*.yaml")):
         choice: Any = OmegaConf.load(path)
         if choice.gpu and is_gpu(gpu_name, choice.gpu):
-            return Ceilings(**choice.ceilings)
+            return Ceilings(**{**choice.ceilings, **{k: v for k, v in vars(asked).items() if v is not None}})
     return None

@@ -90,8 +90,9 @@ class _Job:
         scratch = preflight.scratch_folder(run, self._folder / "offload", self._record.run.id)
         preflight.check(plan, scratch)
         config = engines.get(run.engine.name).config(plan, str(scratch) if scratch else None)
-        (self._folder / "ds_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        self._update(ds_config=config)
+        kind = "ds_config" if run.engine.name == "deepspeed" else "engine_config"
+        (self._folder / f"{kind}.json").write_text(json.dumps(config, indent=2) + "\n")
+        self._update(**{kind: config})
         if run.tracking.mode is not TrackingMode.disabled:
             self._sinks.append(_wandb(run, self._console))
         for sink in self._sinks:

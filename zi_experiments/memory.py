@@ -48,11 +48,11 @@ def _resident_bytes() -> int:
 
 
 def _folder_bytes(folder: Path) -> int:
-    total = 0
+    sizes = {}  # by inode: a file may have two names
     for path in folder.rglob("*"):
         try:
             stat = path.stat()
         except OSError:
             continue  # it has just been removed
-        total += stat.st_blocks * 512
-    return total
+        sizes[stat.st_ino] = stat.st_blocks * 512
+    return sum(sizes.values())

@@ -30,6 +30,7 @@ class Storage:
     streamed_bytes_per_pass: int  # from host memory to the devices
     host_buffer_bytes: int = 0  # between disk and device
     gpu_buffer_bytes: int = 0  # on each GPU: weights on their way, or expanded
+    pinnable: bool = True  # whether the engine can keep weights in pinned host memory
     locked_bytes: int = 0  # of the host's buffers, those that the process locks in memory itself
 
 

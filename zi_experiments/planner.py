@@ -37,7 +37,7 @@ def choose_dtype(arch: Architecture, machine: Machine) -> str:
 def _pin(plan: Plan) -> bool:
     """Whether weights in host memory are pinned: as asked, or (tuned) when they leave a tenth of it free."""
     offload = plan.run.offload
-    if plan.machine.device != "cuda" or offload.device is OffloadDevice.none:
+    if plan.machine.device != "cuda" or offload.device is OffloadDevice.none or not plan.storage.pinnable:
         return False
     if offload.pin_memory is not None:
         return offload.pin_memory

@@ -44,7 +44,8 @@ class Record:
     config: dict[str, Any]
     status: Status = "error"
     error: Failure | None = None
-    ds_config: dict[str, Any] | None = None
+    ds_config: dict[str, Any] | None = None  # of engine=deepspeed
+    engine_config: dict[str, Any] | None = None  # of another engine
     plan: Plan | None = None
     environment: dict[str, Any] | None = None
     samples: Samples | None = None
@@ -61,6 +62,7 @@ class Record:
             "choices": self.choices,
             "config": self.config,
             "ds_config": self.ds_config,
+            "engine_config": self.engine_config,
             "plan": describe_plan(self.plan) if self.plan else None,
             "environment": self.environment,
             "samples": self.samples.to_dict() if self.samples else None,
@@ -85,5 +87,6 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "kv_cache_bytes": plan.kv_cache_bytes,
         "placement": asdict(plan.placement),
         "streamed_bytes_per_pass": plan.streamed_bytes_per_pass,
+        "kv_link_bytes_per_pass": plan.kv_link_bytes_per_pass,
         "bound": asdict(plan.bound) | {"source": plan.machine.ceilings.source},
     }

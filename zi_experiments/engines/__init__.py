@@ -40,11 +40,15 @@ class Engine(Protocol):
 
 
 def get(name: str) -> Engine:
-    """The engine of that name."""
+    """The engine of that name. Raises `ConfigError` when there is none."""
     module = f"{__name__}.{name}"
     try:
-        return import_module(module)
+        found: Any = import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise ConfigError(f"engine.name={name} is not an engine: pass engine=deepspeed or engine=stream") from error
+        found = None
+    if not hasattr(found, "load"):
+        raise ConfigError(f"engine.name={name} is not an engine: pass engine=deepspeed, stream, accelerate or fsdp")
+    engine: Engine = found
+    return engine

@@ -1,0 +1,131 @@
+"""Hugging Face accelerate: weights in ordinary host memory or in memory-mapped files, brought to each module as it is called.
+
+Its hooks copy without overlap, from pageable memory; files are read through the page cache.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from zi_experiments import distributed, weights
+from zi_experiments.config import ConfigError, OffloadDevice
+from zi_experiments.engines import sixteen_bit
+from zi_experiments.engines.modules import device_of, names_of, put
+from zi_experiments.engines.session import HFSession, host_cache
+from zi_experiments.plan import ELEMENT_BYTES, Plan, Storage
+from zi_experiments.progress import Progress
+
+Values = Iterator[tuple[list[str], Any]]  # of every parameter: all its names, and its value on the device
+
+
+def storage(plan: Plan) -> Storage:
+    """All weights where `offload` says, and those of one module at a time on the GPU."""
+    sixteen_bit.refuse_quantized(plan)
+    _check(plan)
+    everything = ELEMENT_BYTES * plan.architecture.num_parameters
+    streams, on_disk = sixteen_bit.crosses_link(plan), plan.run.offload.device is OffloadDevice.nvme
+    largest = _largest_module_bytes(plan)
+    return Storage(
+        weight_bytes=everything,
+        placement=sixteen_bit.placement(plan),
+        streamed_bytes_per_pass=everything if streams else 0,
+        host_buffer_bytes=largest if on_disk else 0,
+        gpu_buffer_bytes=largest if streams else 0,
+        pinnable=False,
+    )
+
+
+def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
+    """Which of accelerate's functions is called, and with which folder."""
+    offload = plan.run.offload.device
+    if offload is OffloadDevice.none:
+        return {"call": None}
+    if offload is OffloadDevice.cpu:
+        return {"call": "cpu_offload"}
+    return {"call": "disk_offload", "offload_dir": scratch}
+
+
+def prepare(plan: Plan, progress: Progress) -> None:
+    distributed.init(plan.machine.device)
+
+
+def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
+    """Load the planned model, one parameter at a time, and hook its modules."""
+    import torch
+
+    device, dtype = device_of(plan), getattr(torch, plan.dtype)
+    keep = {None: _on_device, "cpu_offload": _in_host_memory, "disk_offload": _on_disk}[config["call"]]
+    progress.begin("load", plan.weight_bytes, "bytes")
+    with closing(weights.of(plan.run.weights, plan.architecture.config, dtype)) as source:
+        model = weights.empty_model(source, plan.architecture.config, dtype, device)
+        keep(model, _values(plan, model, source, device, progress), device, config)
+    progress.end()
+    return HFSession(model, device, host_cache(plan, device))
+
+
+def _values(plan: Plan, model: Any, source: Any, device: Any, progress: Progress) -> Values:
+    parameters = {p.name: p for p in plan.architecture.parameters}
+    for names in names_of(model):
+        parameter = parameters[names[0]]
+        yield names, sixteen_bit.value(plan, source, parameter, device)
+        progress.advance(ELEMENT_BYTES * parameter.numel)
+
+
+def _on_device(model: Any, values: Values, device: Any, config: dict[str, Any]) -> None:
+    for names, value in values:
+        put(model, names, value)
+
+
+def _in_host_memory(model: Any, values: Values, device: Any, config: dict[str, Any]) -> None:
+    from accelerate import cpu_offload
+
+    held: dict[str, Any] = {}
+    for names, value in values:
+        held.update(dict.fromkeys(names, value.cpu()))
+    cpu_offload(model, execution_device=device, state_dict=held)
+
+
+def _on_disk(model: Any, values: Values, device: Any, config: dict[str, Any]) -> None:
+    from accelerate import disk_offload
+    from accelerate.utils import offload_weight, save_offload_index
+
+    folder = Path(config["offload_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    index: dict[str, Any] = {}
+    for (name, *others), value in values:
+        offload_weight(value, name, folder, index)
+        for other in others:  # accelerate wants a file for each name of a tied parameter
+            (folder / f"{other}.dat").hardlink_to(folder / f"{name}.dat")
+            index[other] = index[name]
+    save_offload_index(index, folder)
+    disk_offload(model, folder, execution_device=device)
+
+
+def _check(plan: Plan) -> None:
+    """Raise `ConfigError` for what accelerate has no counterpart of."""
+    offload, ranks = plan.run.offload, plan.run.hardware.num_gpus
+    if ranks > 1:
+        raise ConfigError(
+            f"engine=accelerate shards nothing over {ranks} GPUs: pass hardware.num_gpus=1, or engine=fsdp"
+        )
+    if offload.pin_memory:
+        raise ConfigError(
+            "engine=accelerate keeps weights in pageable memory: pass offload.pin_memory=false, or engine=fsdp"
+        )
+    if offload.use_gds or any(
+        setting is not None for setting in (offload.buffer_count, offload.buffer_size, *vars(offload.aio).values())
+    ):
+        raise ConfigError(
+            "offload.buffer_count, buffer_size, aio and use_gds are not used with engine=accelerate: "
+            "leave them out, or pass engine=deepspeed"
+        )
+
+
+def _largest_module_bytes(plan: Plan) -> int:
+    """Weights of the module that holds the most itself, not in modules of its own."""
+    modules: Counter[str] = Counter()
+    for p in plan.architecture.parameters:
+        modules[p.name.rpartition(".")[0]] += ELEMENT_BYTES * p.numel
+    return max(modules.values())

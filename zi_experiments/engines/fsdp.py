@@ -1,0 +1,85 @@
+"""PyTorch's FSDP2: each decoder layer sharded over the ranks, in host memory or not, and gathered before it runs.
+
+What is outside of the layers is gathered once and stays, which is FSDP2's default for the outermost module.
+"""
+
+from contextlib import closing
+from typing import Any
+
+from zi_experiments import distributed, weights
+from zi_experiments.architecture import decoder_layers
+from zi_experiments.config import ConfigError, OffloadDevice
+from zi_experiments.engines import sixteen_bit
+from zi_experiments.engines.modules import device_of, names_of, put
+from zi_experiments.engines.session import HFSession, host_cache
+from zi_experiments.plan import ELEMENT_BYTES, Plan, Storage
+from zi_experiments.progress import Progress
+
+PREFETCHED_LAYERS = 2
+
+
+def storage(plan: Plan) -> Storage:
+    """All weights where `offload` says; on each GPU what is outside of the layers, and the layers on their way."""
+    sixteen_bit.refuse_quantized(plan)
+    if plan.run.offload.device is OffloadDevice.nvme:
+        raise ConfigError("engine=fsdp keeps weights in memory: pass offload=cpu, or engine=accelerate")
+    everything, outside = ELEMENT_BYTES * plan.architecture.num_parameters, ELEMENT_BYTES * plan.outside_numel
+    # Over several ranks: the layer that computes, what it was gathered in, and the same of those prefetched. One rank
+    # gathers nothing and prefetches nothing: torch copies the parameters of a layer, one by one, when it is called.
+    live = 2 if plan.run.hardware.num_gpus == 1 else 2 + PREFETCHED_LAYERS
+    return Storage(
+        weight_bytes=everything,
+        placement=sixteen_bit.placement(plan),
+        streamed_bytes_per_pass=everything - outside if sixteen_bit.crosses_link(plan) else 0,
+        gpu_buffer_bytes=live * ELEMENT_BYTES * plan.layer_numel + outside,
+    )
+
+
+def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
+    """What FSDP2 is told."""
+    return {
+        "cpu_offload": sixteen_bit.crosses_link(plan),
+        "pin_memory": plan.pin_memory,
+        "forward_prefetch": PREFETCHED_LAYERS,
+    }
+
+
+def prepare(plan: Plan, progress: Progress) -> None:
+    distributed.init(plan.machine.device)
+
+
+def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
+    """Load the planned model, one decoder layer on the device at a time, of which each rank keeps its shard."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    device, dtype = device_of(plan), getattr(torch, plan.dtype)
+    mesh = init_device_mesh(device.type, (plan.run.hardware.num_gpus,))
+    policy = CPUOffloadPolicy(pin_memory=config["pin_memory"]) if config["cpu_offload"] else OffloadPolicy()
+    progress.begin("load", plan.weight_bytes, "bytes")
+    with closing(weights.of(plan.run.weights, plan.architecture.config, dtype)) as source:
+        model = weights.empty_model(source, plan.architecture.config, dtype, device)
+        names = {first: [first, *others] for first, *others in names_of(model)}
+        layers = list(decoder_layers(model)[1])
+        for index, module in [*enumerate(layers), (None, model)]:
+            for p in plan.architecture.parameters:
+                if p.layer == index:
+                    put(model, names[p.name], sixteen_bit.value(plan, source, p, device))
+                    progress.advance(ELEMENT_BYTES * p.numel)
+            fully_shard(module, mesh=mesh, offload_policy=policy)
+    _prefetch([model, *layers], config["forward_prefetch"])
+    progress.end()
+    return HFSession(model, device, host_cache(plan, device))
+
+
+def _prefetch(units: list[Any], count: int) -> None:
+    """Have each unit ask for the next ones, and make the buffers of all of them.
+
+    Buffers that a single rank's first pass makes in inference mode are inference tensors, of which torch wants the
+    version counter when it fills them (https://github.com/pytorch/pytorch/pull/197327).
+    """
+    for index, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + count])
+        unit.unshard()
+        unit.reshard()

@@ -1,0 +1,79 @@
+"""Layer streaming: whole decoder layers come to the device through a ring of slots, ahead of what computes.
+
+docs/stream.md has a picture of it.
+"""
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from zi_experiments import distributed, weights
+from zi_experiments.architecture import decoder_layers
+from zi_experiments.engines.modules import device_of, names_of, put
+from zi_experiments.engines.session import HFSession
+from zi_experiments.engines.stream import placement
+from zi_experiments.plan import Plan, Storage
+from zi_experiments.progress import Progress
+
+
+def storage(plan: Plan) -> Storage:
+    """Where the slabs are, and the buffers that they pass through."""
+    return placement.storage(plan)
+
+
+def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
+    """What was derived from the plan; `scratch` is the run's own folder on disk."""
+    placed = placement.place(plan)
+    return {
+        "slots": placement.SLOTS,
+        "slot_bytes": max(layer.streamed.nbytes for layer in placed),
+        "resident_bytes": sum(layer.resident.nbytes for layer in placed),
+        "layers_on_disk": sum(layer.on_disk for layer in placed),
+        "folder": scratch,
+    }
+
+
+def prepare(plan: Plan, progress: Progress) -> None:
+    distributed.init(plan.machine.device)
+
+
+def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
+    """Load the planned model: what stays onto the device, what is streamed into slabs."""
+    import torch
+
+    from zi_experiments.engines.stream.caches import make_cache
+    from zi_experiments.engines.stream.layers import StreamedLayer
+    from zi_experiments.engines.stream.loading import Loader
+
+    device, dtype = device_of(plan), getattr(torch, plan.dtype)
+    placed = placement.place(plan)
+    path = Path(config["folder"]) / f"rank{distributed.rank()}" if config["folder"] else None
+    progress.begin("load", plan.weight_bytes, "bytes")
+    with closing(weights.of(plan.run.weights, plan.architecture.config, dtype)) as values:
+        model = weights.empty_model(values, plan.architecture.config, dtype, device)
+        loader = Loader(plan, values, device, progress)
+        names = {first: [first, *others] for first, *others in names_of(model)}
+        for name, value in loader.outside():
+            put(model, names[name], value)
+        prefix, modules = decoder_layers(model)
+        expanded = torch.empty(placement.expanded_elements(placed), dtype=dtype, device=device)
+        resident = [loader.resident(f"{prefix}.{index}", layer) for index, layer in enumerate(placed)]
+        streamed = [index for index, layer in enumerate(placed) if layer.streamed.nbytes]
+        store = loader.store({f"{prefix}.{index}": placed[index] for index in streamed}, path)
+    source: Any = _source(plan, store, device) if streamed else None
+    for index, module in enumerate(modules):
+        layer = StreamedLayer(module, placed[index], resident[index], expanded, plan.run.workload.micro_batches)
+        if index in streamed:
+            layer.attach(source, streamed.index(index))
+    progress.end()
+    return HFSession(model, device, make_cache(plan, device), store.close)
+
+
+def _source(plan: Plan, store: Any, device: Any) -> Any:
+    import torch
+
+    from zi_experiments.engines.stream.ring import InPlace, Ring
+
+    if plan.run.hardware.num_gpus > 1:
+        return Ring(store, placement.SLOTS, device, torch.distributed.new_group())
+    return Ring(store, placement.SLOTS, device, None) if device.type == "cuda" else InPlace(store)

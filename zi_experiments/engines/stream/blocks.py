@@ -1,0 +1,56 @@
+"""The block schedule: several micro-batches go through a layer, one after the other, while its weights are there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+
+class BlockCache(Cache):  # type: ignore[misc]
+    """One cache for each micro-batch, of which the model outside of its layers sees the first: all are equally long."""
+
+    def __init__(self, parts: list[Cache]) -> None:
+        super().__init__(layers=parts[0].layers)
+        self.parts = parts
+
+    def reset(self) -> None:
+        for part in self.parts:
+            part.reset()
+        self.layers = self.parts[0].layers
+
+
+def in_blocks(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    """What `forward` returns for the whole batch, computed for a micro-batch at a time."""
+    batch = (args[0] if args else kwargs["hidden_states"]).shape[0]
+    blocks = max(count for count in range(1, blocks + 1) if batch % count == 0)
+    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+    if (blocks == 1 and not caches) or not all(isinstance(cache, BlockCache) for cache in caches):
+        return forward(*args, **kwargs)
+    outputs = []
+    for block in range(blocks):
+        mine = _block(args, batch, blocks, block), _block(kwargs, batch, blocks, block)
+        outputs.append(forward(*mine[0], **mine[1]))
+    return _join(outputs)
+
+
+def _block(value: Any, batch: int, blocks: int, block: int) -> Any:
+    """A micro-batch's part of what a layer is called with: of tensors that have a row, or some, for each sequence."""
+    if isinstance(value, tuple | list):
+        return type(value)(_block(one, batch, blocks, block) for one in value)
+    if isinstance(value, dict):
+        return {key: _block(one, batch, blocks, block) for key, one in value.items()}
+    if isinstance(value, BlockCache):
+        return value.parts[block]
+    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] % batch == 0:
+        rows = value.shape[0] // blocks
+        return value[block * rows : (block + 1) * rows]
+    return value
+
+
+def _join(outputs: list[Any]) -> Any:
+    if isinstance(outputs[0], torch.Tensor):
+        return torch.cat(outputs)
+    if isinstance(outputs[0], tuple):
+        return tuple(_join(list(parts)) for parts in zip(*outputs, strict=True))
+    return outputs[0]

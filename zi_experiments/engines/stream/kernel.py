@@ -1,0 +1,90 @@
+"""The expansion of quantized weights as a Triton kernel."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from zi_experiments.config import Quant
+
+BLOCK = 4096  # elements that one program expands
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _weights(code, scale, minimum, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    # rounded to 16 bits after the division too, as torch does it, so that the results are equal
+    quotient = tl.div_rn(code.to(tl.float32), scale.to(tl.float32)).to(dtype).to(tl.float32)
+    return (quotient + minimum.to(tl.float32)).to(dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _expand_groups(  # type: ignore[no-untyped-def]
+    codes, scales, minima, out, start, groups, bits: tl.constexpr, group_size: tl.constexpr, block: tl.constexpr
+):
+    """Groups along rows: a program has some of them, one below the other."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    group = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = group < groups
+    first = start // group_size + group
+    scale = tl.load(scales + first, mask=inside, other=1.0)[:, None]
+    minimum = tl.load(minima + first, mask=inside, other=0.0)[:, None]
+    each = first[:, None] * group_size + tl.arange(0, group_size)[None, :]
+    if bits == 4:
+        pair = first[:, None] * (group_size // 2) + tl.arange(0, group_size // 2)[None, :]
+        both = tl.load(codes + pair, mask=inside[:, None], other=0)
+        even, odd = _weights(both >> 4, scale, minimum, dtype), _weights(both & 15, scale, minimum, dtype)
+        tl.store(out + each, tl.interleave(even, odd), mask=inside[:, None])
+    else:
+        code = tl.load(codes + each, mask=inside[:, None], other=0)
+        tl.store(out + each, _weights(code, scale, minimum, dtype), mask=inside[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _expand_elements(  # type: ignore[no-untyped-def]
+    codes,
+    scales,
+    minima,
+    out,
+    start,
+    count,
+    columns,
+    bits: tl.constexpr,
+    group_size: tl.constexpr,
+    across_rows: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Any groups: each weight looks for its own."""
+    element = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = element < count
+    code = tl.load(codes + (start + element) // (8 // bits), mask=inside, other=0)
+    if bits == 4:
+        code = tl.where(element % 2 == 0, code >> 4, code & 15)
+    group = element // columns // group_size * columns + element % columns if across_rows else element // group_size
+    scale = tl.load(scales + start // group_size + group, mask=inside, other=1.0)
+    minimum = tl.load(minima + start // group_size + group, mask=inside, other=0.0)
+    tl.store(out + start + element, _weights(code, scale, minimum, out.dtype.element_ty), mask=inside)
+
+
+def expand_spans(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    minima: torch.Tensor,
+    out: torch.Tensor,
+    spans: list[tuple[int, int, int]],
+    quant: Quant,
+) -> None:
+    """Expand `spans` (first element, rows, columns) of packed integers into the same elements of `out`."""
+    bits, group_size = quant.bits, quant.group_size
+    assert group_size is not None
+    along_rows = quant.group_dim == 1
+    for start, rows, columns in spans:
+        count = rows * columns
+        kernel: Any
+        if along_rows and group_size & (group_size - 1) == 0 and group_size <= BLOCK:
+            block = BLOCK // group_size
+            kernel = _expand_groups[(triton.cdiv(count, BLOCK),)]
+            kernel(codes, scales, minima, out, start, count // group_size, bits, group_size, block)
+        else:
+            kernel = _expand_elements[(triton.cdiv(count, BLOCK),)]
+            kernel(codes, scales, minima, out, start, count, columns, bits, group_size, not along_rows, BLOCK)

@@ -1,0 +1,72 @@
+"""Decoder layers whose weights come and go: Hugging Face's own modules, with parameters that point into slabs."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from zi_experiments.engines.stream.blocks import in_blocks
+from zi_experiments.engines.stream.placement import LayerPlacement
+from zi_experiments.engines.stream.quantized import expand
+from zi_experiments.engines.stream.ring import Source
+from zi_experiments.engines.stream.slab import plain_views, views
+
+
+class StreamedLayer:
+    """Takes the place of the `forward` of one decoder layer.
+
+    Quantized parameters always point into `expanded`, the buffer that all layers share; of the others, those that stay
+    point into `resident`, and those that are streamed into the slot that their slab has come to.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        placed: LayerPlacement,
+        resident: torch.Tensor,
+        expanded: torch.Tensor,
+        micro_batches: int,
+    ) -> None:
+        self._layer, self._placed, self._resident = layer, placed, resident
+        first = placed.resident.elements
+        last = first + placed.streamed.elements
+        self._expanded = expanded[:first], expanded[first:last]
+        self._dtype, self._micro_batches = expanded.dtype, micro_batches
+        self._forward = layer.forward
+        self._slots: dict[int, dict[str, nn.Parameter]] = {}  # parameters in each slot, by its address
+        self._source: Source | None = None
+        self._index = 0
+        here = plain_views(resident, placed.resident, self._dtype)
+        here |= views(self._expanded[0], placed.resident.quantized)
+        self._point(_as_parameters(here | views(self._expanded[1], placed.streamed.quantized)))
+        layer.forward = self._run
+
+    def attach(self, source: Source, index: int) -> None:
+        """Where the slab comes from; `index` is the layer's among those that are streamed."""
+        self._source, self._index = source, index
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        expand(self._resident, self._placed.resident, self._expanded[0])
+        if self._source is None:
+            return in_blocks(self._forward, args, kwargs, self._micro_batches)
+        slab = self._source.take(self._index)
+        self._point(self._in_slot(slab))
+        expand(slab, self._placed.streamed, self._expanded[1])
+        output = in_blocks(self._forward, args, kwargs, self._micro_batches)
+        self._source.hand_back()
+        return output
+
+    def _in_slot(self, slab: torch.Tensor) -> dict[str, nn.Parameter]:
+        address = slab.data_ptr()
+        if address not in self._slots:
+            self._slots[address] = _as_parameters(plain_views(slab, self._placed.streamed, self._dtype))
+        return self._slots[address]
+
+    def _point(self, parameters: dict[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            owner, _, key = name.rpartition(".")
+            self._layer.get_submodule(owner)._parameters[key] = parameter
+
+
+def _as_parameters(tensors: dict[str, torch.Tensor]) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}

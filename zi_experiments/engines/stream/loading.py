@@ -1,0 +1,133 @@
+"""Fill slabs: each layer's weights are made or read, and quantized, on the device, then copied to where they live."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zi_experiments import distributed
+from zi_experiments.architecture import Parameter
+from zi_experiments.engines.stream.placement import BUFFERS, LayerPlacement
+from zi_experiments.engines.stream.quantized import expand, pack
+from zi_experiments.engines.stream.slab import Layout, lay_out, plain_views, views
+from zi_experiments.engines.stream.store import DirectFile, Store
+from zi_experiments.pinned import host_empty
+from zi_experiments.plan import Plan
+from zi_experiments.progress import Progress
+from zi_experiments.weights import PretrainedWeights, RandomWeights
+
+AHEAD = 4  # slabs whose pages are being pinned while others are filled
+
+
+class Loader:
+    """Loads one model; weights by their names from `weights`."""
+
+    def __init__(self, plan: Plan, weights: RandomWeights | PretrainedWeights, device: Any, progress: Progress) -> None:
+        self._plan, self._weights, self._device, self._progress = plan, weights, device, progress
+        self._dtype = getattr(torch, plan.dtype)
+        self._parameters = {p.name: p for p in plan.architecture.parameters}
+
+    def outside(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The parameters outside of decoder layers by name, on the device; quantized ones expanded again, for good."""
+        for parameter in self._parameters.values():
+            if parameter.layer is None:
+                layout = lay_out([("it", parameter)], self._quantized([parameter]), self._plan.run.quant, 1)
+                value = self._value(parameter)
+                if layout.quantized:
+                    slab = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device)
+                    pack(value, slab, layout, layout.quantized[0])
+                    expanded = torch.empty(layout.elements, dtype=self._dtype, device=self._device)
+                    expand(slab, layout, expanded)
+                    value = views(expanded, layout.quantized)["it"]
+                self._progress.advance(value.nbytes)
+                yield parameter.name, value
+
+    def resident(self, prefix: str, placed: LayerPlacement) -> torch.Tensor:
+        """The slab of what stays of a layer; `prefix` is its name in the model."""
+        slab = torch.empty(placed.resident.nbytes, dtype=torch.uint8, device=self._device)
+        self._fill(slab, prefix, placed.resident)
+        return slab
+
+    def store(self, layers: dict[str, LayerPlacement], path: Path | None) -> Store:
+        """What is streamed of each layer, given by their names: this rank's shares, in host memory or in the file `path`."""
+        placed = list(layers.values())
+        shares = [layer.streamed.nbytes // layer.streamed.shares for layer in placed]
+        on_disk = [share for share, layer in zip(shares, placed, strict=True) if layer.on_disk]
+        file, buffers = None, []
+        if on_disk:
+            assert path is not None
+            aio = self._plan.run.offload.aio
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = DirectFile(str(path), sum(on_disk), aio.block_size, aio.intra_op_parallelism, BUFFERS)
+            buffers = [self._host_empty(max(on_disk)) for _ in range(BUFFERS)]
+        slabs: list[torch.Tensor | int] = []
+        offset, spare = 0, cycle([(buffer, list[Future[None]]()) for buffer in buffers] or [(torch.empty(0), [])])
+        for prefix, layer, share, made in zip(layers, placed, shares, self._made(placed, shares), strict=True):
+            staging = self._staged(prefix, layer)
+            if made is not None:
+                made.copy_(staging, non_blocking=True)
+                slabs.append(made)
+            else:
+                assert file is not None
+                buffer, writes = next(spare)
+                _wait(writes)
+                buffer[:share].copy_(staging)
+                writes[:] = file.write(buffer[:share], offset)
+                slabs.append(offset)
+                offset += share
+        for _ in buffers:
+            _wait(next(spare)[1])
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        store = Store(slabs, file, buffers)
+        store.start(shares)
+        return store
+
+    def _staged(self, prefix: str, layer: LayerPlacement) -> torch.Tensor:
+        """This rank's share of a layer's slab, on the device."""
+        slab = torch.empty(layer.streamed.nbytes, dtype=torch.uint8, device=self._device)
+        self._fill(slab, prefix, layer.streamed)
+        share = len(slab) // layer.streamed.shares
+        return slab[distributed.rank() * share :][:share] if layer.streamed.shares > 1 else slab
+
+    def _fill(self, slab: torch.Tensor, prefix: str, layout: Layout) -> None:
+        for name, tensor in plain_views(slab, layout, self._dtype).items():
+            self._weights.fill(f"{prefix}.{name}", tensor)
+        for place in layout.quantized:
+            pack(self._value(self._parameters[f"{prefix}.{place.name}"]), slab, layout, place)
+        self._progress.advance(layout.nbytes)
+
+    def _value(self, parameter: Parameter) -> torch.Tensor:
+        value = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
+        self._weights.fill(parameter.name, value)
+        return value
+
+    def _quantized(self, parameters: list[Parameter]) -> set[str]:
+        return {p.name for p in parameters if self._plan.is_quantized(p)}
+
+    def _made(self, placed: list[LayerPlacement], shares: list[int]) -> Iterator[torch.Tensor | None]:
+        """Host memory for each slab, pinned by other threads a few slabs ahead; None for those on disk."""
+        with ThreadPoolExecutor(AHEAD, "pin") as threads:
+            waiting = [
+                None if layer.on_disk else threads.submit(self._host_empty, share)
+                for layer, share in zip(placed[:AHEAD], shares, strict=False)
+            ]
+            for index in range(len(placed)):
+                made = waiting[index]
+                ahead = index + AHEAD
+                if ahead < len(placed):
+                    waiting.append(None if placed[ahead].on_disk else threads.submit(self._host_empty, shares[ahead]))
+                yield made.result() if made is not None else None
+                waiting[index] = None
+
+    def _host_empty(self, nbytes: int) -> torch.Tensor:
+        made: torch.Tensor = host_empty(nbytes, torch.uint8, pinned=self._plan.pin_memory)
+        return made
+
+
+def _wait(requests: list[Future[None]]) -> None:
+    for request in requests:
+        request.result()

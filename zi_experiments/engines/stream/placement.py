@@ -1,0 +1,165 @@
+"""What stays on the device and what is streamed, and from where. Pure figures."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from math import ceil
+
+from zi_experiments.architecture import Parameter
+from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Verify
+from zi_experiments.engines.stream.slab import Layout, lay_out
+from zi_experiments.plan import ELEMENT_BYTES, Placement, Plan, Storage
+
+SLOTS = 3  # slabs on the GPU: one computes, one has arrived, one is on its way
+BUFFERS = 4  # slabs in host memory in front of them, when they come from disk
+GIB = 1 << 30
+RESERVE_BYTES = GIB  # CUDA's context, and the workspaces of its libraries
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPlacement:
+    """Where the weights of one decoder layer are between passes."""
+
+    resident: Layout  # stays on the device
+    streamed: Layout  # crosses to it in every pass
+    on_disk: bool  # whether it comes from there, or from host memory
+
+
+def place(plan: Plan) -> tuple[LayerPlacement, ...]:
+    """The placement of each decoder layer, in the order in which they run."""
+    layers = _layers(plan)
+    resident = plan.run.offload.resident
+    if plan.run.offload.device is OffloadDevice.none:
+        return _split(plan, layers, 0)
+    total: int = sum(_stored_bytes(plan, p) for layer in layers for _, p in layer)
+    if resident != "auto":
+        return _split(plan, layers, ceil((1 - resident) * total))
+    # what is streamed takes slots, which take room from what is resident
+    room, needed = _room(plan), 0
+    placed = _split(plan, layers, needed)
+    while (excess := sum(layer.resident.nbytes for layer in placed) + _buffer_bytes(placed) - room) > 0:
+        if needed >= total:
+            break  # nothing can stay, and the planner will say so if even that is too much
+        needed = min(total, sum(layer.streamed.nbytes for layer in placed) + excess)
+        placed = _split(plan, layers, needed)
+    return placed
+
+
+def storage(plan: Plan) -> Storage:
+    """Where this engine keeps the weights, in bytes over all ranks: each rank has what is resident to itself."""
+    for key in ("queue_depth", "single_submit", "overlap_events"):
+        if getattr(plan.run.offload.aio, key) is not None:
+            raise ConfigError(f"offload.aio.{key} is only used with engine=deepspeed: pass offload.aio.{key}=null")
+    placed, ranks, on_gpu = place(plan), plan.run.hardware.num_gpus, plan.machine.device == "cuda"
+    outside = ELEMENT_BYTES * sum(p.numel for p in plan.architecture.parameters if p.layer is None)
+    resident = outside + sum(layer.resident.nbytes for layer in placed)
+    host = sum(layer.streamed.nbytes for layer in placed if not layer.on_disk)
+    disk = sum(layer.streamed.nbytes for layer in placed if layer.on_disk)
+    largest = max((layer.streamed.nbytes for layer in placed if layer.on_disk), default=0)
+    expanded = ELEMENT_BYTES * expanded_elements(placed)
+    return Storage(
+        weight_bytes=resident + host + disk,
+        placement=Placement(
+            gpu_bytes=ranks * resident if on_gpu else 0,
+            cpu_bytes=host + (0 if on_gpu else ranks * resident),
+            nvme_bytes=disk,
+        ),
+        streamed_bytes_per_pass=host + disk if on_gpu else 0,
+        host_buffer_bytes=BUFFERS * largest + (0 if on_gpu else ranks * expanded),
+        gpu_buffer_bytes=_buffer_bytes(placed) if on_gpu else 0,
+    )
+
+
+def _layers(plan: Plan) -> list[list[tuple[str, Parameter]]]:
+    """The parameters of each decoder layer, with their names in it."""
+    parameters = sorted((p for p in plan.architecture.parameters if p.layer is not None), key=lambda p: p.layer or 0)
+    return [
+        [(p.name.partition(f".{index}.")[2], p) for p in layer]
+        for index, layer in groupby(parameters, lambda p: p.layer)
+    ]
+
+
+def _stored_bytes(plan: Plan, parameter: Parameter) -> int:
+    return ELEMENT_BYTES * plan.stored_numel(parameter)
+
+
+def _split(plan: Plan, layers: list[list[tuple[str, Parameter]]], needed: int) -> tuple[LayerPlacement, ...]:
+    """Stream at least `needed` bytes, evenly: a part of every layer, so that slots are small and copies steady."""
+    ranks = plan.run.hardware.num_gpus
+    quantized = {p.name for p in plan.architecture.parameters if plan.is_quantized(p)}
+    placed, sent = [], 0
+    for index, layer in enumerate(layers):
+        due = -(-needed * (index + 1) // len(layers))
+        chosen = {p.name for p in _choose(plan, [p for _, p in layer], due - sent)}
+        sent += sum(_stored_bytes(plan, p) for _, p in layer if p.name in chosen)
+        parts = (
+            lay_out(part, quantized, plan.run.quant, shares)
+            for part, shares in (
+                ([(name, p) for name, p in layer if p.name not in chosen], 1),
+                ([(name, p) for name, p in layer if p.name in chosen], ranks),
+            )
+        )
+        resident, streamed = parts
+        placed.append(LayerPlacement(resident=resident, streamed=streamed, on_disk=False))
+    if plan.run.offload.device is not OffloadDevice.nvme:
+        return tuple(placed)
+    in_memory = _fitting_host(plan, placed) if plan.run.offload.resident == "auto" else 0
+    spread = [(i + 1) * in_memory // len(placed) > i * in_memory // len(placed) for i in range(len(placed))]
+    return tuple(
+        LayerPlacement(resident=layer.resident, streamed=layer.streamed, on_disk=layer.streamed.nbytes > 0 and not held)
+        for layer, held in zip(placed, spread, strict=True)
+    )
+
+
+def _choose(plan: Plan, layer: list[Parameter], bytes_due: int) -> Iterator[Parameter]:
+    """Parameters of a layer that have at least so many bytes together: as few as possible, the last as small as enough."""
+    left = sorted(layer, key=lambda p: _stored_bytes(plan, p))
+    while bytes_due > 0 and left:
+        enough = (p for p in left if _stored_bytes(plan, p) >= bytes_due)
+        chosen = next(enough, left[-1])
+        left.remove(chosen)
+        bytes_due -= _stored_bytes(plan, chosen)
+        yield chosen
+
+
+def _room(plan: Plan) -> int:
+    """Bytes of one device that are left for resident layers and their buffers."""
+    machine, work, ranks = plan.machine, plan.run.workload, plan.run.hardware.num_gpus
+    outside = ELEMENT_BYTES * sum(p.numel for p in plan.architecture.parameters if p.layer is None)
+    if machine.gpu_memory_bytes is None:
+        return machine.host_memory_bytes * 9 // 10 // ranks - outside - plan.kv_cache_bytes - plan.reference_bytes
+    on_gpu = plan.run.kv_cache.device is CacheDevice.gpu
+    kv = (plan.kv_cache_bytes if on_gpu else plan.kv_slot_bytes) // ranks
+    measuring = kv + _activation_bytes(plan, work.batch_size // ranks)
+    verifying = 2 * plan.reference_bytes if plan.run.verify is Verify.on else 0
+    return machine.gpu_memory_bytes - RESERVE_BYTES - outside - max(measuring, verifying)
+
+
+def _activation_bytes(plan: Plan, sequences: int) -> int:
+    """What a forward pass holds beside weights, keys and values: an estimate from the widths of a layer's matrices."""
+    work, arch = plan.run.workload, plan.architecture
+    widest = max(max(p.shape[-2:]) for p in arch.parameters if p.layer is not None and len(p.shape) > 1)
+    within = sequences * work.prompt_len * (3 * widest + 6 * arch.hidden_size)
+    between = 3 * sequences * work.micro_batches * work.prompt_len * arch.hidden_size
+    logits: int = 5 * sequences * work.micro_batches * arch.config.get_text_config().vocab_size
+    return ELEMENT_BYTES * (within + between + logits)
+
+
+def _buffer_bytes(placed: tuple[LayerPlacement, ...]) -> int:
+    """Slots for what is streamed, and the buffer that a quantized layer is expanded into."""
+    return SLOTS * max(layer.streamed.nbytes for layer in placed) + ELEMENT_BYTES * expanded_elements(placed)
+
+
+def expanded_elements(placed: tuple[LayerPlacement, ...]) -> int:
+    """16-bit elements of the largest layer's quantized parameters, which all layers are expanded into one after the other."""
+    return max(layer.resident.elements + layer.streamed.elements for layer in placed)
+
+
+def _fitting_host(plan: Plan, placed: list[LayerPlacement]) -> int:
+    """Layers whose streamed part fits in host memory, beside the buffers for the others."""
+    if plan.machine.device == "cpu":
+        return 0  # what is resident has been given that memory
+    largest = max(layer.streamed.nbytes for layer in placed)
+    kv = plan.kv_cache_bytes if plan.run.kv_cache.device is CacheDevice.cpu else 0
+    room = plan.machine.host_memory_bytes * 8 // 10 - kv - BUFFERS * largest
+    return min(len(placed), max(0, room // largest)) if largest else 0

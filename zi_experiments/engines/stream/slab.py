@@ -1,0 +1,95 @@
+"""Where the parameters of a decoder layer lie in one flat slab of bytes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import lcm, prod
+from typing import Any
+
+from zi_experiments.architecture import Parameter
+from zi_experiments.config import Quant
+from zi_experiments.plan import ELEMENT_BYTES
+
+ALIGNMENT = 256  # bytes: what CUDA's own allocator gives, and every kernel is happy with
+PAGE = 4096  # bytes: what O_DIRECT reads, and what is pinned
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """One parameter of a layer."""
+
+    name: str  # within its layer
+    shape: tuple[int, ...]
+    start: (
+        int  # 16-bit element at which it begins: in the slab, or when quantized in the buffer that it is expanded into
+    )
+
+    @property
+    def end(self) -> int:
+        return self.start + prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A slab: 16-bit parameters, then the integers, the scales and the minima of all quantized ones.
+
+    Quantized matrices follow one another, so that one kernel expands them all into one buffer of `elements`.
+    """
+
+    plain: tuple[Place, ...]
+    quantized: tuple[Place, ...]
+    quant: Quant
+    shares: int  # ranks that hold equal shares of it
+
+    @cached_property
+    def elements(self) -> int:
+        """16-bit elements of the buffer that the quantized parameters are expanded into."""
+        return _up(max((place.end for place in self.quantized), default=0), _granule(self.quant))
+
+    @cached_property
+    def regions(self) -> tuple[slice, slice, slice]:
+        """Bytes of the integers, of the scales and of the minima."""
+        start = _up(max((place.end for place in self.plain), default=0) * ELEMENT_BYTES, ALIGNMENT)
+        if not self.elements:
+            return slice(start, start), slice(start, start), slice(start, start)
+        codes = _up(self.elements * self.quant.bits // 8, ALIGNMENT)
+        assert self.quant.group_size is not None
+        groups = _up(self.elements // self.quant.group_size * ELEMENT_BYTES, ALIGNMENT)
+        ends = (start + codes, start + codes + groups, start + codes + 2 * groups)
+        return slice(start, ends[0]), slice(ends[0], ends[1]), slice(ends[1], ends[2])
+
+    @cached_property
+    def nbytes(self) -> int:
+        return _up(self.regions[2].stop, PAGE * self.shares)
+
+
+def lay_out(parameters: Iterable[tuple[str, Parameter]], quantized: set[str], quant: Quant, shares: int) -> Layout:
+    """The slab of some parameters of a layer, given with their names in it; `quantized` has their names in the model."""
+    plain: list[Place] = []
+    packed: list[Place] = []
+    after = {True: 0, False: 0}
+    for name, parameter in parameters:
+        is_quantized = parameter.name in quantized
+        place = Place(name=name, shape=parameter.shape, start=after[is_quantized])
+        (packed if is_quantized else plain).append(place)
+        after[is_quantized] = _up(place.end, _granule(quant) if is_quantized else ALIGNMENT // ELEMENT_BYTES)
+    return Layout(plain=tuple(plain), quantized=tuple(packed), quant=quant, shares=shares)
+
+
+def plain_views(slab: Any, layout: Layout, dtype: Any) -> dict[str, Any]:
+    """The 16-bit parameters that lie in a slab (a uint8 tensor), by name."""
+    return views(slab[: layout.regions[0].start].view(dtype), layout.plain)
+
+
+def views(elements: Any, places: Iterable[Place]) -> dict[str, Any]:
+    """The parameters that lie in a flat tensor of 16-bit elements, by name."""
+    return {place.name: elements[place.start : place.end].view(place.shape) for place in places}
+
+
+def _granule(quant: Quant) -> int:
+    """Elements that quantized parameters begin at multiples of: whole groups, and aligned when expanded."""
+    return lcm(ALIGNMENT // ELEMENT_BYTES, quant.group_size or 1)
+
+
+def _up(amount: int, multiple: int) -> int:
+    return -(-amount // multiple) * multiple

@@ -1,0 +1,115 @@
+"""Where slabs wait for their turn: in host memory, or on disk behind a ring of host buffers."""
+
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+
+import torch
+
+from zi_experiments.engines.stream.slab import PAGE
+
+CHUNK_BYTES = 8 << 20  # of a request to the disk, unless offload.aio.block_size says otherwise
+PARALLEL = 4  # requests for a slab at a time, unless offload.aio.intra_op_parallelism says otherwise
+
+
+class DirectFile:
+    """A file of slabs that is read and written around the page cache, by several threads.
+
+    Buffers and offsets are multiples of a page. A request that is not carried out whole raises `OSError`.
+    """
+
+    def __init__(self, path: str, nbytes: int, chunk_bytes: int | None, parallel: int | None, slabs: int) -> None:
+        self._chunk_bytes = chunk_bytes or CHUNK_BYTES
+        self._parallel = parallel or PARALLEL
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
+        os.posix_fallocate(self._descriptor, 0, nbytes)  # a full disk is an error here and now
+        self._threads = ThreadPoolExecutor(self._parallel * slabs, "disk")
+
+    def read(self, buffer: torch.Tensor, offset: int, after: Callable[[], None]) -> list[Future[None]]:
+        """Start to fill a buffer from an offset, as soon as `after()` returns."""
+        return self._start(os.preadv, buffer, offset, after)
+
+    def write(self, buffer: torch.Tensor, offset: int) -> list[Future[None]]:
+        return self._start(os.pwritev, buffer, offset, lambda: None)
+
+    def _start(
+        self, request: Callable[..., int], buffer: torch.Tensor, offset: int, after: Callable[[], None]
+    ) -> list[Future[None]]:
+        part = -(-buffer.numel() // self._parallel // PAGE) * PAGE
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        return [
+            self._threads.submit(self._carry_out, request, view[start : start + part], offset + start, after)
+            for start in range(0, len(view), part)
+        ]
+
+    def _carry_out(self, request: Callable[..., int], view: memoryview, offset: int, after: Callable[[], None]) -> None:
+        after()
+        done = 0
+        while done < len(view):
+            moved = request(self._descriptor, [view[done : done + self._chunk_bytes]], offset + done)
+            if moved <= 0 or moved % PAGE:
+                raise OSError(f"{request.__name__} moved {moved} bytes at {offset + done} of the file of weights")
+            done += moved
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        os.close(self._descriptor)
+        os.unlink(self._path)
+
+
+class Store:
+    """This rank's share of every slab, handed out in the order of the layers, round and round.
+
+    A slab is a tensor in host memory, or the offset of its bytes in the file. Those on disk are read ahead, into as many
+    buffers as there are: each is read into again once `hand_back` says that it is no longer needed.
+    """
+
+    def __init__(self, slabs: list[torch.Tensor | int], file: DirectFile | None, buffers: list[torch.Tensor]) -> None:
+        self._slabs, self._file, self._buffers = slabs, file, buffers
+        self.sizes: list[int] = []
+        self._reads: deque[list[Future[None]]] = deque()  # under way or done, in the order of their slabs
+        on_disk = [index for index, slab in enumerate(slabs) if isinstance(slab, int)]
+        self._next = (on_disk[number % len(on_disk)] for number in count()) if on_disk else iter(())
+        self._taken = 0  # buffers handed out, ever
+
+    def start(self, sizes: list[int]) -> None:
+        """Begin to read ahead; `sizes` are the bytes of each slab's share."""
+        self.sizes = sizes
+        for buffer in self._buffers:
+            self._read(buffer, lambda: None)
+
+    def is_ready(self, index: int) -> bool:
+        """Whether `take` would not wait for the disk."""
+        return not isinstance(self._slabs[index], int) or all(part.done() for part in self._reads[0])
+
+    def take(self, index: int) -> torch.Tensor:
+        """A slab's bytes in host memory. Until `hand_back`, nothing else is written there."""
+        slab = self._slabs[index]
+        if not isinstance(slab, int):
+            return slab
+        for part in self._reads.popleft():
+            part.result()
+        self._taken += 1
+        return self._buffers[(self._taken - 1) % len(self._buffers)][: self.sizes[index]]
+
+    def hand_back(self, index: int, stream: torch.cuda.Stream | None) -> None:
+        """The slab taken last is not needed any more, once what has been launched on the stream is done."""
+        if not isinstance(self._slabs[index], int):
+            return
+        buffer = self._buffers[(self._taken - 1) % len(self._buffers)]
+        self._read(buffer, stream.record_event().synchronize if stream is not None else lambda: None)
+
+    def _read(self, buffer: torch.Tensor, after: Callable[[], None]) -> None:
+        index = next(self._next)
+        offset = self._slabs[index]
+        assert isinstance(offset, int)
+        assert self._file is not None
+        self._reads.append(self._file.read(buffer[: self.sizes[index]], offset, after))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._slabs, self._buffers = [], []
