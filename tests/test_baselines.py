@@ -7,7 +7,7 @@ from families import save_checkpoint
 from torch import nn
 
 from zi_experiments.config import ConfigError
-from zi_experiments.engines import accelerate, parameters
+from zi_experiments.engines import accelerate, modules
 
 BASELINES = ("accelerate", "fsdp")
 
@@ -38,9 +38,9 @@ def test_each_baseline_runs_with_each_offload_it_knows(cli):
     assert "pass offload=cpu, or engine=accelerate" in refused["error"]["message"]
     for result in results.values():
         check(result)
-    assert results["accelerate", "none"]["ds_config"] == {"call": None}
-    assert results["accelerate", "cpu"]["ds_config"] == {"call": "cpu_offload"}
-    assert results["fsdp", "cpu"]["ds_config"] == {"cpu_offload": False, "pin_memory": False, "forward_prefetch": 2}
+    assert results["accelerate", "none"]["engine_config"] == {"call": None}
+    assert results["accelerate", "cpu"]["engine_config"] == {"call": "cpu_offload"}
+    assert results["fsdp", "cpu"]["engine_config"] == {"cpu_offload": False, "pin_memory": False, "forward_prefetch": 2}
     on_disk = results["accelerate", "nvme"]
     placed = on_disk["plan"]["placement"]["nvme_bytes"]
     assert on_disk["metrics"]["disk_peak_bytes"] >= placed == on_disk["plan"]["weight_bytes"]
@@ -78,8 +78,8 @@ def tied():
 
 
 def test_tied_parameters_stay_one(tied):
-    (names,) = parameters.names_of(tied)
-    parameters.put(tied, names, torch.eye(4))
+    (names,) = modules.names_of(tied)
+    modules.put(tied, names, torch.eye(4))
 
     assert names == ["0.weight", "1.weight"]
     assert tied[0].weight is tied[1].weight

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from zi_experiments import hardware
+from zi_experiments.config import Ceilings
 
 
 @pytest.mark.parametrize(
@@ -21,12 +24,22 @@ def test_a_gpu_is_known_by_whole_words(name, model, is_one):
     assert hardware.is_gpu(name, model) is is_one
 
 
+UNKNOWN = Ceilings(link_bytes_per_s=None, hbm_bytes_per_s=None, flops=None, disk_bytes_per_s=None, source=None)
+
+
+def test_what_the_user_knows_of_a_gpu_counts_before_its_file():
+    ceilings = hardware._known_ceilings("NVIDIA H200", replace(UNKNOWN, link_bytes_per_s=55e9))
+
+    assert ceilings.link_bytes_per_s == 55e9
+    assert ceilings.flops == hardware._known_ceilings("NVIDIA H200", UNKNOWN).flops
+
+
 def test_a_known_gpu_has_the_ceilings_of_its_file():
-    ceilings = hardware._known_ceilings("NVIDIA H200")
+    ceilings = hardware._known_ceilings("NVIDIA H200", UNKNOWN)
 
     assert ceilings.link_bytes_per_s == 63e9
     assert "published" in ceilings.source
-    assert hardware._known_ceilings("NVIDIA L40S") is None
+    assert hardware._known_ceilings("NVIDIA L40S", UNKNOWN) is None
 
 
 def test_this_machine_is_detected(compose_run):

@@ -25,7 +25,7 @@ def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
     """What was derived from the plan; `scratch` is the run's own folder on disk."""
     placed = placement.place(plan)
     return {
-        "slots": placement.SLOTS,
+        "slots": placement.slots(plan),
         "slot_bytes": max(layer.streamed.nbytes for layer in placed),
         "resident_bytes": sum(layer.resident.nbytes for layer in placed),
         "layers_on_disk": sum(layer.on_disk for layer in placed),
@@ -75,5 +75,5 @@ def _source(plan: Plan, store: Any, device: Any) -> Any:
     from zi_experiments.engines.stream.ring import InPlace, Ring
 
     if plan.run.hardware.num_gpus > 1:
-        return Ring(store, placement.SLOTS, device, torch.distributed.new_group())
-    return Ring(store, placement.SLOTS, device, None) if device.type == "cuda" else InPlace(store)
+        return Ring(store, placement.slots(plan), device, torch.distributed.new_group())
+    return Ring(store, placement.slots(plan), device, None) if device.type == "cuda" else InPlace(store)

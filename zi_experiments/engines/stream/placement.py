@@ -10,10 +10,10 @@ from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Verif
 from zi_experiments.engines.stream.slab import Layout, lay_out
 from zi_experiments.plan import ELEMENT_BYTES, Placement, Plan, Storage
 
-SLOTS = 3  # slabs on the GPU: one computes, one has arrived, one is on its way
 BUFFERS = 4  # slabs in host memory in front of them, when they come from disk
 GIB = 1 << 30
-RESERVE_BYTES = GIB  # CUDA's context, and the workspaces of its libraries
+CONTEXT_BYTES = GIB  # of CUDA, with its kernels; a cap leaves it out
+LIBRARY_BYTES = GIB // 4  # workspaces of its libraries, and what the allocator cannot use
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ def place(plan: Plan) -> tuple[LayerPlacement, ...]:
     # what is streamed takes slots, which take room from what is resident
     room, needed = _room(plan), 0
     placed = _split(plan, layers, needed)
-    while (excess := sum(layer.resident.nbytes for layer in placed) + _buffer_bytes(placed) - room) > 0:
+    while (excess := sum(layer.resident.nbytes for layer in placed) + _buffer_bytes(plan, placed) - room) > 0:
         if needed >= total:
             break  # nothing can stay, and the planner will say so if even that is too much
         needed = min(total, sum(layer.streamed.nbytes for layer in placed) + excess)
@@ -66,8 +66,13 @@ def storage(plan: Plan) -> Storage:
         ),
         streamed_bytes_per_pass=host + disk if on_gpu else 0,
         host_buffer_bytes=BUFFERS * largest + (0 if on_gpu else ranks * expanded),
-        gpu_buffer_bytes=_buffer_bytes(placed) if on_gpu else 0,
+        gpu_buffer_bytes=_buffer_bytes(plan, placed) if on_gpu else 0,
     )
+
+
+def slots(plan: Plan) -> int:
+    """Slabs on the GPU: one computes, one is on its way, and unless memory is scarce one has arrived between them."""
+    return 2 if plan.run.offload.resident == "auto" else 3
 
 
 def _layers(plan: Plan) -> list[list[tuple[str, Parameter]]]:
@@ -132,7 +137,8 @@ def _room(plan: Plan) -> int:
     kv = (plan.kv_cache_bytes if on_gpu else plan.kv_slot_bytes) // ranks
     measuring = kv + _activation_bytes(plan, work.batch_size // ranks)
     verifying = 2 * plan.reference_bytes if plan.run.verify is Verify.on else 0
-    return machine.gpu_memory_bytes - RESERVE_BYTES - outside - max(measuring, verifying)
+    context = LIBRARY_BYTES + (0 if machine.gpu_memory_is_capped else CONTEXT_BYTES)
+    return machine.gpu_memory_bytes - context - outside - max(measuring, verifying)
 
 
 def _activation_bytes(plan: Plan, sequences: int) -> int:
@@ -145,9 +151,9 @@ def _activation_bytes(plan: Plan, sequences: int) -> int:
     return ELEMENT_BYTES * (within + between + logits)
 
 
-def _buffer_bytes(placed: tuple[LayerPlacement, ...]) -> int:
+def _buffer_bytes(plan: Plan, placed: tuple[LayerPlacement, ...]) -> int:
     """Slots for what is streamed, and the buffer that a quantized layer is expanded into."""
-    return SLOTS * max(layer.streamed.nbytes for layer in placed) + ELEMENT_BYTES * expanded_elements(placed)
+    return slots(plan) * max(layer.streamed.nbytes for layer in placed) + ELEMENT_BYTES * expanded_elements(placed)
 
 
 def expanded_elements(placed: tuple[LayerPlacement, ...]) -> int:
