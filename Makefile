@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 PY = $(or $(wildcard $(BIN)/python),$(PYTHON))
 IN_VENV = PATH="$(CURDIR)/$(BIN):$$PATH"
 .DEFAULT_GOAL := help
-.PHONY: help run test check format install system clean
+.PHONY: help run test bench-gpu check format install system clean
 
 # DeepSpeed compiles its operators on first use: a C++ compiler, libaio's headers and Python's. Root, or sudo without a
 # password, installs what is missing; others are told what to type.
@@ -26,13 +26,16 @@ apt="env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300";
 endef
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(STAMP) ## one run or a sweep: make run ARGS="model=opt-30b offload=nvme quant=int4"
 	@$(IN_VENV) python -m zi_experiments $(ARGS)
 
 test: $(STAMP) ## the tests: make test ARGS="-k packaging"
 	@$(IN_VENV) python -m pytest $(ARGS)
+
+bench-gpu: $(STAMP) ## the engines against what this machine's GPU can do: make bench-gpu ARGS="--list"
+	@$(IN_VENV) python benchmarks/gpu.py $(ARGS)
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/python -m ruff check .
@@ -56,4 +59,4 @@ system: ## what DeepSpeed compiles its operators with: check, and install with a
 
 clean: ## remove .venv and caches; outputs/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
-	find conf tests zi_experiments -name __pycache__ -prune -exec rm -rf {} +
+	find benchmarks conf tests zi_experiments -name __pycache__ -prune -exec rm -rf {} +

@@ -65,6 +65,15 @@ OFFLOADS = ("none", "cpu", "nvme")
 # (quant, (group size, group dimension))
 GROUPS = list(product(("int4", "int8"), ((32, 1), (128, 1), (32, 0), (64, 0))))
 GROUPED_FAMILIES = ("llama", "mixtral", "gpt2")  # plain layers, stacked experts, Conv1D
+# of engine=stream: (quant, offload, kv_cache, share that is resident, micro-batches)
+STREAMED = [
+    ("fp16", "cpu", "gpu", 0, 1),
+    ("int8", "none", "gpu", 0, 1),
+    ("int4", "cpu", "gpu", 0, 1),
+    ("int4", "nvme", "gpu", 0.5, 1),
+    ("int4", "cpu", "cpu", 0, 2),
+]
+STREAMED_GROUPS = [("int4", (32, 0)), ("int8", (128, 1))]
 LAYOUTS = {  # checkpoints of other types and layouts, by (family, layout)
     ("opt", "sharded"): torch.float32,
     ("llama", "safetensors"): torch.float32,
@@ -155,7 +164,8 @@ def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", engine: 
 def main() -> None:
     folder, *families = sys.argv[1:]
     everything = [cell for family in families for cell in cells(Path(folder) / family, family)]
-    for cell, checkpoint, expected in everything:
+    # streamed ones first, in a process that knows nothing of ZeRO-3 yet, as in a run
+    for cell, checkpoint, expected in sorted(everything, key=lambda one: "engine" not in one[0]):
         print(json.dumps({**cell, **compare(checkpoint, *expected, **cell)}), flush=True)
 
 
@@ -172,10 +182,15 @@ def cells(folder: Path, family: str):
         if quant == "int4":
             cell = {"family": family, "quant": quant, "offload": "cpu", "kv_cache": "cpu"}
             yield cell, folder / "checkpoint", expected
+        for _, offload, kv_cache, resident, micro_batches in [one for one in STREAMED if one[0] == quant]:
+            cell = {"family": family, "quant": quant, "offload": offload, "kv_cache": kv_cache, "engine": "stream"}
+            yield cell | {"resident": resident, "micro_batches": micro_batches}, folder / "checkpoint", expected
     for quant, (size, dim) in GROUPS if family in GROUPED_FAMILIES else ():
         expected = outputs(plain(folder / "checkpoint", QUANTS[quant], group_size=size, group_dim=dim))
         cell = {"family": family, "quant": quant, "offload": "cpu", "group_size": size, "group_dim": dim}
         yield cell, folder / "checkpoint", expected
+        if (quant, (size, dim)) in STREAMED_GROUPS:
+            yield cell | {"engine": "stream"}, folder / "checkpoint", expected
     for layout, dtype in [(layout, dtype) for (name, layout), dtype in LAYOUTS.items() if name == family]:
         checkpoint = folder / layout / "checkpoint"
         save_checkpoint(checkpoint, family, dtype, layout=layout)
@@ -197,6 +212,9 @@ def compare(
     quant: str,
     offload: str,
     kv_cache: str = "gpu",
+    engine: str = "deepspeed",
+    resident: float = 0,
+    micro_batches: int = 1,
     layout: str = "safetensors",
     **groups: int,
 ) -> dict:
@@ -204,11 +222,12 @@ def compare(
     from zi_experiments.verify import verify
 
     settings = {f"quant.{key}": value for key, value in groups.items()}
-    plan, session = load(checkpoint, quant, offload, kv_cache, **settings)
+    settings |= {"offload.resident": resident, "workload.micro_batches": micro_batches}
+    plan, session = load(checkpoint, quant, offload, kv_cache, engine, **settings)
     ids = IDS.to(logits.device)
     with torch.inference_mode():
         mine = session.model(ids).logits
-    stored = [parameter.ds_tensor for parameter in session.model.parameters()]
+    stored, on_disk = held_by_stream(session, checkpoint) if engine == "stream" else held_by_deepspeed(session)
     result = {
         "rel_error": float((mine.float() - logits.float()).norm() / logits.float().norm()),
         "tokens_equal": bool(torch.equal(session.generate(ids, GEN_LEN, None), tokens)),
@@ -216,12 +235,32 @@ def compare(
         "quantized_fraction": plan.quantized_fraction,
         "bits_per_weight": plan.bits_per_weight,
         "planned_bytes": plan.weight_bytes,
-        "stored_bytes": 2 * sum(tensor.ds_numel for tensor in stored),
+        "stored_bytes": stored,
         "planned_disk_bytes": plan.placement.nvme_bytes,
-        "disk_bytes": 2 * sum(tensor.ds_numel for tensor in stored if tensor.final_location is not None),
+        "disk_bytes": on_disk,
     }
     session.close()
     return result
+
+
+def held_by_deepspeed(session) -> tuple[int, int]:
+    """Bytes of all weights, and of those on disk."""
+    stored = [parameter.ds_tensor for parameter in session.model.parameters()]
+    on_disk = [tensor for tensor in stored if tensor.final_location is not None]
+    return 2 * sum(tensor.ds_numel for tensor in stored), 2 * sum(tensor.ds_numel for tensor in on_disk)
+
+
+def held_by_stream(session, checkpoint: Path) -> tuple[int, int]:
+    """The same: what is outside of layers, the slabs that stay with each layer, those in host memory, and the file."""
+    from zi_experiments.architecture import decoder_layers
+
+    layers = decoder_layers(session.model)[1]
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    outside = sum(p.nbytes for p in session.model.parameters() if id(p) not in inside)
+    resident = sum(layer.forward.__self__._resident.nbytes for layer in layers)
+    in_memory = sum(slab.nbytes for slab in session._close.__self__._slabs if isinstance(slab, torch.Tensor))
+    on_disk = sum(file.stat().st_size for file in (checkpoint.parent / "disk").glob("rank*"))
+    return outside + resident + in_memory + on_disk, on_disk
 
 
 if __name__ == "__main__":

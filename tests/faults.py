@@ -1,6 +1,6 @@
 """Run as a script, since DeepSpeed keeps state: what verification says of a loaded model in which one thing is wrong.
 
-python faults.py FOLDER, a line of JSON (fault, problem) for each
+python faults.py FOLDER, a line of JSON (engine, family, fault, problem) for each
 """
 
 import json
@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import torch
 from families import load, save_checkpoint
+
+from zi_experiments.architecture import decoder_layers
 
 
 @contextmanager
@@ -57,8 +59,59 @@ def other_tokens(session):
     yield SimpleNamespace(model=session.model, generate=generate)
 
 
+@contextmanager
+def changed_slab(session, index, change):
+    """What is streamed of one layer, changed in place for a while; `change` is given its integers, scales and minima."""
+    layer = decoder_layers(session.model)[1][index].forward.__self__
+    slab = layer._source.take(layer._index)
+    before = slab.clone()
+    codes, scales, minima = (slab[region] for region in layer._placed.streamed.regions)
+    change(codes, scales.view(torch.bfloat16), minima.view(torch.bfloat16))
+    yield session
+    slab.copy_(before)
+
+
+def an_eighth_of_the_codes_is_zero(codes, scales, minima):
+    codes[: codes.numel() // 8] = 0
+
+
+def a_scale_is_a_hundredth(codes, scales, minima):
+    scales[100] /= 100
+
+
+def a_minimum_is_not_a_number(codes, scales, minima):
+    minima[-1000] = float("nan")
+
+
+@contextmanager
+def changed_resident(session, index):
+    slab = decoder_layers(session.model)[1][index].forward.__self__._resident
+    before = slab.clone()
+    slab[: slab.numel() // 8] = 0
+    yield session
+    slab.copy_(before)
+
+
+@contextmanager
+def slabs_exchanged(session):
+    """Each layer is given the other one's weights, as if one slot had been overtaken."""
+    slabs = session._close.__self__._slabs
+    slabs.reverse()
+    yield session
+    slabs.reverse()
+
+
 FAULTS = {
-    "llama": {
+    ("stream", "llama"): {
+        "nothing": lambda session: changed_slab(session, 0, lambda *parts: None),
+        "integers": lambda session: changed_slab(session, 1, an_eighth_of_the_codes_is_zero),
+        "a scale": lambda session: changed_slab(session, 1, a_scale_is_a_hundredth),
+        "a minimum": lambda session: changed_slab(session, 0, a_minimum_is_not_a_number),
+        "what stays": lambda session: changed_resident(session, 1),
+        "exchanged": slabs_exchanged,
+        "tokens": other_tokens,
+    },
+    ("deepspeed", "llama"): {
         "nothing": lambda session: changed(session, "lm_head.weight", lambda stored: None),
         "layer 1": lambda session: changed(session, "model.layers.1.mlp.up_proj.weight", an_eighth_is_zero),
         "both layers": both_layers,
@@ -70,7 +123,7 @@ FAULTS = {
         "head": lambda session: changed(session, "lm_head.weight", an_eighth_is_zero),
         "tokens": other_tokens,
     },
-    "mixtral": {
+    ("deepspeed", "mixtral"): {
         "nothing": lambda session: changed(session, "lm_head.weight", lambda stored: None),
         "an expert": lambda session: changed(session, "model.layers.1.mlp.experts.down_proj", an_eighth_is_zero),
         "tokens": other_tokens,
@@ -83,14 +136,15 @@ def main() -> None:
     from zi_experiments.verify import verify
 
     folder = Path(sys.argv[1])
-    for family in FAULTS:
+    for family in {family for _, family in FAULTS}:
         save_checkpoint(folder / family / "checkpoint", family)
-    for family, faults in FAULTS.items():
-        plan, session = load(folder / family / "checkpoint", "int4", "cpu")
+    for (engine, family), faults in FAULTS.items():
+        settings = {"offload.resident": 0.5} if engine == "stream" else {}
+        plan, session = load(folder / family / "checkpoint", "int4", "cpu", engine=engine, **settings)
         for fault, put in faults.items():
             with put(session) as faulty:
                 problem = verify(faulty, plan, progress.silent()).problem
-            print(json.dumps([family, fault, problem]), flush=True)
+            print(json.dumps([engine, family, fault, problem]), flush=True)
         session.close()
 
 

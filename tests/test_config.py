@@ -98,6 +98,10 @@ def test_values_live_in_yaml_only(schema):
         ("workload.seed", "7", 7),
         ("offload.device", "cpu", OffloadDevice.cpu),
         ("offload.pin_memory", "false", False),
+        ("offload.resident", "0.25", 0.25),
+        ("offload.resident", "1", 1),
+        ("offload.resident", "auto", "auto"),
+        ("workload.micro_batches", "3", 3),
         ("quant.bits", "8", 8),
         ("quant.group_size", "32", 32),
         ("quant.group_dim", "0", 0),
@@ -111,7 +115,8 @@ def test_values_live_in_yaml_only(schema):
     ],
 )
 def test_promised_names_reach_the_run(compose_run, key, typed, value):
-    reached = compose_run(f"{key}={typed}")
+    streamed = ["engine=stream"] if key in ("offload.resident", "workload.micro_batches") else []
+    reached = compose_run(f"{key}={typed}", *streamed)
     for name in key.split("."):
         reached = getattr(reached, name)
 
@@ -148,6 +153,21 @@ RULES = [
     (["offload=none", "offload.pin_memory=true"], "offload.pin_memory", "offload=cpu"),
     (["offload=nvme", "hardware=cpu", "offload.use_gds=true"], "offload.use_gds", "offload.use_gds=false"),
     (["offload=nvme", "offload.aio.block_size=5000"], "offload.aio.block_size", "1048576"),
+    (["offload.resident=0.5"], "offload.resident", "engine=stream"),
+    (["offload.resident=auto"], "offload.resident", "engine=stream"),
+    (["engine=stream", "offload.resident=1.5"], "offload.resident", "offload.resident=auto"),
+    (["engine=stream", "offload.resident=-0.1"], "offload.resident", "offload.resident=auto"),
+    (["engine=stream", "offload.resident=nan"], "offload.resident", "offload.resident=auto"),
+    (["engine=stream", "offload.resident=Auto"], "offload.resident", "offload.resident=auto"),
+    (["engine=stream", "offload.resident=null"], "offload.resident", "offload.resident=auto"),
+    (["engine=stream", "offload=none", "offload.resident=0.5"], "offload.resident", "offload=cpu"),
+    (["engine=stream", "workload.micro_batches=0"], "workload.micro_batches", "workload.micro_batches=1"),
+    (["workload.micro_batches=2"], "workload.micro_batches", "engine=stream"),
+    (["engine=stream", "engine.profile=tuned"], "engine.profile", "engine=deepspeed"),
+    (["engine.profile=null"], "engine.profile", "engine.profile=tuned"),
+    (["engine=stream", "offload=nvme", "offload.buffer_count=4"], "offload.buffer_count", "offload.buffer_count=null"),
+    (["engine=stream", "offload=nvme", "offload.buffer_size=4096"], "offload.buffer_size", "offload.buffer_size=null"),
+    (["engine=stream", "offload=nvme", "offload.use_gds=true"], "offload.use_gds", "offload.use_gds=false"),
     (["model=local"], "model.path", "model.path=/models/my-model"),
     (["weights=pretrained", "weights.path=null"], "weights.path", "weights.path=/models/my-model"),
     (["weights.path=/models/x"], "weights.path", "weights=pretrained"),
@@ -244,6 +264,19 @@ def test_an_unknown_key_fails_at_compose(compose, key):
 def test_an_unknown_choice_lists_the_known_ones(compose):
     with pytest.raises(ConfigCompositionException, match=r"opt-13b"):
         compose("model=opt-13")
+
+
+def test_an_unknown_engine_lists_the_known_ones(compose):
+    with pytest.raises(ConfigCompositionException, match=r"(?s)accelerate.*deepspeed.*fsdp.*stream"):
+        compose("engine=nonsense")
+
+
+@pytest.mark.parametrize("name", ["session", "modules", "stream.ring", "nonsense"])
+def test_what_is_no_engine_lists_those_that_are(make_plan, name):
+    with pytest.raises(
+        ConfigError, match=rf"^engine\.name={name} .*: pass engine=deepspeed, stream, accelerate or fsdp$"
+    ):
+        make_plan("engine=stream", f"engine.name={name}", "quant=fp16")
 
 
 def test_a_missing_value_is_refused_by_name(compose):

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from zi_experiments import zero3
 from zi_experiments.record import Record, RunInfo
 from zi_experiments.sinks.console import show_plan, show_sweep
 
@@ -46,7 +47,8 @@ YELLOW, RESET = "\x1b[33m", "\x1b[0m"
 def with_fewer_quantizable(plan, keep):
     """The plan of a model of which only parameters that `keep` accepts can be quantized."""
     parameters = tuple(replace(p, quantizable=p.quantizable and keep(p)) for p in plan.architecture.parameters)
-    return replace(plan, architecture=replace(plan.architecture, parameters=parameters))
+    changed = replace(plan, architecture=replace(plan.architecture, parameters=parameters))
+    return replace(changed, stored=zero3.storage(changed))
 
 
 def test_a_plan_says_how_much_is_quantized_and_what_it_takes(make_plan):

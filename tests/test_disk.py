@@ -5,12 +5,13 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import threading
 from contextlib import suppress
 
 import pytest
 import torch
-from cli import Cli
+from cli import Cli, wait_for
 
 from zi_experiments.engines.deepspeed.disk import bytes_written
 
@@ -98,6 +99,71 @@ def test_a_limit_on_the_size_of_files_ends_the_run(cli):
     message = check_failed(done, result, disk)
     assert f"holds {limit} of the {768 * 24576 * 2} bytes" in message
     assert f"a file may have {limit} bytes at most: ulimit -f unlimited" in message
+
+
+# --- engine=stream --------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_an_error_before_anything_is_written(small_disk):
+    made = f"DirectFile({str(small_disk / 'rank0')!r}, {600 * MIB}, None, None, 1)"
+    code = f"from zi_experiments.engines.stream.store import DirectFile; {made}; print('made')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr.splitlines()[-1]
+    assert done.stdout == ""
+
+
+def check_streamed(done, result, disk):
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert result["status"] == "error"
+    assert result["metrics"] is None
+    assert result["samples"] is None
+    message = result["error"]["message"]
+    assert "\n" not in message
+    assert message in done.stdout
+    assert not list(disk.glob("zi-*"))
+    return message
+
+
+def test_a_limit_on_the_size_of_files_ends_a_streamed_run(cli):
+    """The file of all layers is above it: nothing is loaded, let alone measured."""
+    disk = cli.folder / "disk"
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8 * MIB, 8 * MIB))
+
+    done = cli.run(
+        *("engine=stream", "offload=nvme", f"offload.path={disk}", "quant=fp16", "tracking=none"), preexec_fn=limited
+    )
+
+    (result,) = cli.results()
+    message = check_streamed(done, result, disk)
+    assert "File too large" in message
+    assert "during load" in message
+    assert result["verification"] is None
+
+
+def test_a_file_that_is_cut_off_during_a_run_ends_it(cli):
+    """What can no longer be read is an error, not another model's figures."""
+    disk = cli.folder / "disk"
+    process = cli.start(
+        *("engine=stream", "offload=nvme", f"offload.path={disk}", "quant=fp16", "tracking=none"),
+        *("model.architecture.num_hidden_layers=6", "workload.repeats=500"),
+    )
+    wait_for(process, "measure:")
+    (file,) = disk.glob("zi-*/rank0")
+    os.truncate(file, file.stat().st_size // 2)
+    output, _ = process.communicate()
+
+    (result,) = cli.results()
+    assert process.returncode == 1, output
+    assert result["status"] == "error"
+    assert result["error"]["type"] == "OSError"
+    assert "preadv moved 0 bytes at " in result["error"]["message"]
+    assert "during measure" in result["error"]["message"]
+    assert result["metrics"] is None
+    assert not list(disk.glob("zi-*"))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from families import FAMILIES, GROUPED_FAMILIES, GROUPS, LAYOUTS, OFFLOADS, QUANTS
+from families import FAMILIES, GROUPED_FAMILIES, GROUPS, LAYOUTS, OFFLOADS, QUANTS, STREAMED, STREAMED_GROUPS
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 HEADER = """# Families
@@ -16,16 +16,24 @@ HEADER = """# Families
 Written by `make test ARGS="tests/test_families.py --update-golden"`, from what the tests compute, and compared with it by
 every `make test`.
 
-Each cell is a tiny model of the family, built on the spot: a float16 checkpoint, loaded by DeepSpeed for a bfloat16 run, and
+Each cell is a tiny model of the family, built on the spot: a float16 checkpoint, loaded by an engine for a bfloat16 run, and
 the same checkpoint in plain transformers, its matrices quantized and expanded by code of the tests' own. `equal` means that
 logits and greedy tokens are equal bit for bit, and that the verification of every run agrees. Bits are those of a parameter
 as stored, scales and minima included, group size 64.
+
+## engine=deepspeed
 
 The same cells, and some with other groups, in float16 on an H200: logits and tokens are equal in all of them
 ([`families-h200.json`](results/families-h200.json)).
 
 | family | quantized | int4 bits | int8 bits | {columns} |
 |---|---|---|---|{rules}|
+"""
+STREAM_HEADER = """
+## engine=stream
+
+| family | {columns} |
+|---|{rules}|
 """
 
 
@@ -53,8 +61,24 @@ def results(tmp_path_factory):
     return {key(**result): result for result in found}
 
 
-def key(family, quant, offload, kv_cache="gpu", group_size=64, group_dim=1, layout=None, **figures):
-    return family, quant, offload, kv_cache, group_size, group_dim, layout
+def key(
+    family,
+    quant,
+    offload,
+    kv_cache="gpu",
+    group_size=64,
+    group_dim=1,
+    layout=None,
+    engine="deepspeed",
+    resident=0,
+    micro_batches=1,
+    **figures,
+):
+    return family, quant, offload, kv_cache, group_size, group_dim, layout, engine, resident, micro_batches
+
+
+def streamed(family, quant, offload, kv_cache, resident, micro_batches):
+    return key(family, quant, offload, kv_cache, engine="stream", resident=resident, micro_batches=micro_batches)
 
 
 def is_equal(result):
@@ -85,6 +109,26 @@ def test_other_groups(results, family, quant, groups):
     assert result["stored_bytes"] == result["planned_bytes"]
 
 
+@pytest.mark.parametrize(("family", "cell"), product(FAMILIES, STREAMED))
+def test_what_is_streamed(results, family, cell):
+    """Held are whole slabs: what is outside of layers, those that stay, those in host memory, and the file on disk."""
+    result = results[streamed(family, *cell)]
+
+    assert is_equal(result), result
+    assert result["stored_bytes"] == result["planned_bytes"]
+    assert result["disk_bytes"] == result["planned_disk_bytes"]
+    assert (result["disk_bytes"] > 0) == ("nvme" in cell)
+
+
+@pytest.mark.parametrize(("family", "groups"), product(GROUPED_FAMILIES, STREAMED_GROUPS))
+def test_other_groups_are_streamed(results, family, groups):
+    quant, (size, dim) = groups
+    result = results[key(family, quant, "cpu", "gpu", size, dim, engine="stream")]
+
+    assert is_equal(result), result
+    assert result["stored_bytes"] == result["planned_bytes"]
+
+
 @pytest.mark.parametrize(("family", "layout"), LAYOUTS)
 def test_other_checkpoints(results, family, layout):
     """fp32, the run's own type, several files and pickled ones; alone, DeepSpeed makes noise or an error of most."""
@@ -106,8 +150,21 @@ def test_the_page_says_what_was_found(results, pytestconfig):
         columns=" | ".join([*map(" ".join, product(QUANTS, OFFLOADS)), "int4 cpu, kv_cache=cpu"]),
         rules="|".join(["---"] * len(columns)),
     )
-    page = header + "".join(lines)
+    page = header + "".join(lines) + streamed_table(results)
     if pytestconfig.getoption("update_golden"):
         DOCS.write_text(page)
 
     assert DOCS.read_text() == page
+
+
+def streamed_table(results):
+    columns = []
+    for quant, offload, kv_cache, resident, micro_batches in STREAMED:
+        settings = [f"resident={resident}"] * (resident > 0) + [f"kv_cache={kv_cache}"] * (kv_cache != "gpu")
+        settings += [f"micro_batches={micro_batches}"] * (micro_batches > 1)
+        columns.append(", ".join([f"{quant} {offload}", *settings]))
+    lines = []
+    for family in FAMILIES:
+        cells = ["equal" if is_equal(results[streamed(family, *cell)]) else "**differs**" for cell in STREAMED]
+        lines.append(f"| {family} | {' | '.join(cells)} |\n")
+    return STREAM_HEADER.format(columns=" | ".join(columns), rules="|".join(["---"] * len(columns))) + "".join(lines)

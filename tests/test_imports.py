@@ -17,6 +17,7 @@ SOURCES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
+LAUNCHER = ("config", "plan", "ds_config", "metrics", "record", "preflight", "launch", "job")
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "wandb"}
 
 
@@ -77,6 +78,20 @@ def test_no_two_modules_need_each_other():
         ("pinned", set()),
         ("kv_cache", {"pinned"}),
         ("engines.sixteen_bit", {"architecture", "config", "distributed", "plan"}),
+        ("engines.session", {"config", "kv_cache", "plan"}),
+        ("engines.modules", {"distributed", "plan"}),
+        ("engines.stream.slab", {"architecture", "config", "plan"}),
+        ("engines.stream.placement", {"architecture", "config", "engines.stream.slab", "plan"}),
+        ("engines.stream.quantized", {"config", "engines.stream.kernel", "engines.stream.slab"}),
+        ("engines.stream.kernel", {"config"}),
+        ("engines.stream.store", {"engines.stream.slab"}),
+        ("engines.stream.ring", {"engines.stream.store"}),
+        ("engines.stream.blocks", set()),
+        ("engines.stream.caches", {"config", "engines.session", "engines.stream.blocks", "plan"}),
+        (
+            "engines.stream.layers",
+            {f"engines.stream.{name}" for name in ("blocks", "placement", "quantized", "ring", "slab")},
+        ),
         ("measure", {"engines", "progress"}),
         ("metrics", {"measure", "plan"}),
         ("record", {"measure", "metrics", "plan", "verify"}),
@@ -108,12 +123,29 @@ def test_arrows_do_not_point_back(name, allowed):
         ("engines.sixteen_bit", {"transformers", "accelerate", "deepspeed", "wandb"}),
         ("engines.accelerate", {"hydra", "omegaconf", "transformers", "deepspeed", "wandb"}),
         ("engines.fsdp", {"hydra", "omegaconf", "transformers", "accelerate", "deepspeed", "wandb"}),
+        ("engines.session", {"hydra", "omegaconf", "transformers", "accelerate", "deepspeed", "wandb"}),
+        ("engines.stream", {"hydra", "omegaconf", "transformers", "accelerate", "deepspeed", "wandb", "triton"}),
+        ("engines.stream.slab", {"torch", "os", "hydra", "omegaconf", *HEAVY}),
+        ("engines.stream.placement", {"torch", "os", "hydra", "omegaconf", *HEAVY}),
+        ("engines.stream.quantized", {"triton", "transformers"}),
+        ("engines.stream.store", {"transformers"}),
+        ("engines.stream.ring", {"transformers"}),
         ("architecture", {"deepspeed"}),
         ("hardware", {"deepspeed", "transformers"}),
     ],
 )
 def test_a_room_never_imports_what_is_not_its_own(name, never):
     assert packages(TREES[name]).isdisjoint(never)
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith("engines.stream")])
+def test_streaming_knows_no_other_library_for_it(name):
+    assert packages(TREES[name]).isdisjoint({"deepspeed", "accelerate", "hydra", "omegaconf", "wandb"})
+
+
+def test_only_the_kernel_imports_triton():
+    """CPU builds of torch come without it."""
+    assert {name for name, tree in TREES.items() if "triton" in packages(tree)} == {"engines.stream.kernel"}
 
 
 def test_only_its_engine_imports_deepspeed():
@@ -134,7 +166,7 @@ def test_typed_past_the_door():
     assert users <= {"__main__", "config", "job"}
 
 
-@pytest.mark.parametrize("name", ["config", "plan", "ds_config", "metrics", "record", "preflight", "launch", "job"])
+@pytest.mark.parametrize("name", [*LAUNCHER, "engines.stream", "engines.stream.placement"])
 def test_importing_what_the_launcher_needs_loads_nothing_heavy(name):
     code = f"import sys, zi_experiments.{name}; print(*{HEAVY!r} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -354,6 +354,37 @@ def test_a_bound_takes_the_ceilings_that_are_known(make_plan, machine):
     assert (bound.limited_by, bound.prefill_s) == ("link", bound.decode_step_s)
 
 
+def test_keys_and_values_in_host_memory_cross_the_link_too(make_plan):
+    """Of a decode step at least the prompt's; prefill makes them on the GPU."""
+    there, away = (opt_13b(make_plan, "offload=cpu", f"kv_cache={device}") for device in ("gpu", "cpu"))
+    kv = 8 * 512 * KV_PER_TOKEN
+
+    assert there.link_bytes_per_pass == there.streamed_bytes_per_pass == STREAMED
+    assert (away.kv_link_bytes_per_pass, away.link_bytes_per_pass) == (kv, STREAMED + kv)
+    assert away.bound.decode_step_s == pytest.approx((STREAMED + kv) / 63e9)
+    assert away.bound.prefill_s == there.bound.prefill_s
+
+
+def test_on_a_cpu_nothing_crosses_a_link(make_plan, machine):
+    plan = opt_13b(make_plan, "offload=cpu", "kv_cache=cpu", on=machine("cpu"))
+
+    assert plan.link_bytes_per_pass == 0
+
+
+def test_micro_batches_are_sequences_of_one_pass(make_plan):
+    one, four, large = (
+        opt_13b(
+            make_plan, "engine=stream", "kv_cache=cpu", f"workload.micro_batches={count}", f"workload.batch_size={size}"
+        )
+        for count, size in ((1, 8), (4, 8), (1, 32))
+    )
+
+    assert four.kv_cache_bytes == large.kv_cache_bytes == 4 * one.kv_cache_bytes
+    assert four.bound == large.bound
+    assert four.streamed_bytes_per_pass == one.streamed_bytes_per_pass, "they go through a layer while it is there"
+    assert four.kv_link_bytes_per_pass == 4 * one.kv_link_bytes_per_pass
+
+
 def test_no_ceiling_no_bound(make_plan, machine):
     bound = opt_13b(make_plan, "offload=cpu", on=machine("cpu")).bound
 

@@ -18,34 +18,41 @@ from zi_experiments.verify import greedy_fraction, rel_error
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
-    """What verification said, by (family, fault)."""
+    """What verification said, by (engine, family, fault)."""
     script = Path(__file__).parent / "faults.py"
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path_factory.mktemp("faults"))], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
-    return {(family, fault): problem for family, fault, problem in found}
+    return {(engine, family, fault): problem for engine, family, fault, problem in found}
 
 
 @pytest.mark.parametrize(
-    ("family", "fault", "said"),
+    ("engine", "family", "fault", "said"),
     [
-        ("llama", "nothing", None),
-        ("llama", "layer 1", r"model\.layers\.1 is the first part"),
-        ("llama", "both layers", r"model\.layers\.0 is the first part"),
-        ("llama", "scales of another type", r"model\.layers\.1 is the first part"),
-        ("llama", "not a number", r"model\.layers\.0 is the first part .*not finite"),
-        ("llama", "embedding", "the embedding is the first part"),
-        ("llama", "head", "the final norm and head is the first part"),
-        ("llama", "tokens", "generate gives .*the cache of keys and values is not right"),
-        ("mixtral", "nothing", None),
-        ("mixtral", "an expert", r"model\.layers\.1 is the first part"),
-        ("mixtral", "tokens", "the cache of keys and values is not right"),
+        ("stream", "llama", "nothing", None),
+        ("stream", "llama", "integers", r"model\.layers\.1 is the first part"),
+        ("stream", "llama", "a scale", r"model\.layers\.1 is the first part"),
+        ("stream", "llama", "a minimum", r"model\.layers\.0 is the first part .*not finite"),
+        ("stream", "llama", "what stays", r"model\.layers\.1 is the first part"),
+        ("stream", "llama", "exchanged", r"model\.layers\.0 is the first part"),
+        ("stream", "llama", "tokens", "the cache of keys and values is not right"),
+        ("deepspeed", "llama", "nothing", None),
+        ("deepspeed", "llama", "layer 1", r"model\.layers\.1 is the first part"),
+        ("deepspeed", "llama", "both layers", r"model\.layers\.0 is the first part"),
+        ("deepspeed", "llama", "scales of another type", r"model\.layers\.1 is the first part"),
+        ("deepspeed", "llama", "not a number", r"model\.layers\.0 is the first part .*not finite"),
+        ("deepspeed", "llama", "embedding", "the embedding is the first part"),
+        ("deepspeed", "llama", "head", "the final norm and head is the first part"),
+        ("deepspeed", "llama", "tokens", "generate gives .*the cache of keys and values is not right"),
+        ("deepspeed", "mixtral", "nothing", None),
+        ("deepspeed", "mixtral", "an expert", r"model\.layers\.1 is the first part"),
+        ("deepspeed", "mixtral", "tokens", "the cache of keys and values is not right"),
     ],
 )
-def test_what_is_wrong_is_named(problems, family, fault, said):
-    problem = problems[family, fault]
+def test_what_is_wrong_is_named(problems, engine, family, fault, said):
+    problem = problems[engine, family, fault]
 
     if said is None:
         assert problem is None

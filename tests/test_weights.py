@@ -148,3 +148,14 @@ def test_closing_a_checkpoint_leaves_it_as_it_was(tmp_path, monkeypatch):
 
     assert list(scratch.iterdir()) == []
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoint").iterdir()} == before
+
+
+def test_a_checkpoint_without_a_weight_is_refused_by_its_name(tmp_path):
+    """For every engine that reads one: transformers would make the weight up, for the reference too."""
+    save_checkpoint(tmp_path, "llama", torch.float32, layout="bin")
+    state = torch.load(tmp_path / "pytorch_model.bin")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+
+    with pytest.raises(ValueError, match=r"no weights for model\.layers\.1\.mlp\.up_proj\.weight"):
+        PretrainedWeights(str(tmp_path), tiny_config("llama"), torch.bfloat16)

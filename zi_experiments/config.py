@@ -375,7 +375,9 @@ def _streaming(run: Run) -> str | None:
     if run.engine.name == "stream":
         for key in ("buffer_count", "buffer_size"):
             if getattr(run.offload, key) is not None:
-                return f"offload.{key} is only used with engine=deepspeed: engine=stream computes its buffers; leave it out"
+                return (
+                    f"offload.{key} is only used with engine=deepspeed: pass offload.{key}=null, which has it computed"
+                )
         if run.offload.use_gds:
             return "offload.use_gds=true is only used with engine=deepspeed: pass offload.use_gds=false"
         return None

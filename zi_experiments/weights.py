@@ -47,13 +47,15 @@ class PretrainedWeights:
     def __init__(self, path: str, config: Any, dtype: Any) -> None:
         self._folder = TemporaryDirectory(prefix="zi-checkpoint-")
         with without_zero3():
-            self._model = model_class(config).from_pretrained(
+            self._model, report = model_class(config).from_pretrained(
                 local_or_hub(path),
                 config=config,
                 dtype=dtype,
                 device_map={"": "disk"},
                 offload_folder=self._folder.name,
+                output_loading_info=True,
             )
+        refuse_incomplete(path, self._model, report)
 
     def fill(self, name: str, tensor: Any) -> None:
         """Fill a parameter's tensor in place, on its device."""
@@ -70,6 +72,16 @@ class PretrainedWeights:
 
     def close(self) -> None:
         self._folder.cleanup()
+
+
+def refuse_incomplete(path: str, model: Any, report: dict[str, Any]) -> None:
+    """Raise `ValueError` when transformers reports that a checkpoint lacks weights, which it would make up."""
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    if missing := sorted(set(report["missing_keys"]) - tied):
+        raise ValueError(
+            f"{path} has no weights for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''} "
+            f"({len(missing)} of the model's parameters): the checkpoint is incomplete or of another model"
+        )
 
 
 def of(weights: Weights, config: Any, dtype: Any) -> RandomWeights | PretrainedWeights:

@@ -14,7 +14,7 @@ from zi_experiments.engines.deepspeed.pinned import register_swap_buffers
 from zi_experiments.engines.session import HFSession, host_cache
 from zi_experiments.plan import Plan, Storage
 from zi_experiments.progress import Progress
-from zi_experiments.weights import RandomWeights
+from zi_experiments.weights import RandomWeights, refuse_incomplete
 
 
 def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
@@ -105,12 +105,7 @@ def _from_checkpoint(plan: Plan, progress: Progress) -> Any:
         model, report = model_class(config).from_pretrained(
             local_or_hub(path), config=config, dtype=_dtype(plan), output_loading_info=True
         )
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    if missing := sorted(set(report["missing_keys"]) - tied):
-        raise ValueError(
-            f"{path} has no weights for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''} "
-            f"({len(missing)} of the model's parameters): the checkpoint is incomplete or of another model"
-        )
+    refuse_incomplete(path, model, report)
     return model
 
 

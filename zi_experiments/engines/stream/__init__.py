@@ -3,7 +3,7 @@
 docs/stream.md has a picture of it.
 """
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
         "slots": placement.slots(plan),
         "slot_bytes": max(layer.streamed.nbytes for layer in placed),
         "resident_bytes": sum(layer.resident.nbytes for layer in placed),
+        "workspace_bytes": placement.workspace_bytes(plan),
         "layers_on_disk": sum(layer.on_disk for layer in placed),
         "folder": scratch,
     }
@@ -49,9 +50,10 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     placed = placement.place(plan)
     path = Path(config["folder"]) / f"rank{distributed.rank()}" if config["folder"] else None
     progress.begin("load", plan.weight_bytes, "bytes")
-    with closing(weights.of(plan.run.weights, plan.architecture.config, dtype)) as values:
+    with ExitStack() as stack, torch.no_grad():
+        values = stack.enter_context(closing(weights.of(plan.run.weights, plan.architecture.config, dtype)))
         model = weights.empty_model(values, plan.architecture.config, dtype, device)
-        loader = Loader(plan, values, device, progress)
+        loader = stack.enter_context(closing(Loader(plan, values, device, progress)))
         names = {first: [first, *others] for first, *others in names_of(model)}
         for name, value in loader.outside():
             put(model, names[name], value)

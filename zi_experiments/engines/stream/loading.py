@@ -1,5 +1,6 @@
 """Fill slabs: each layer's weights are made or read, and quantized, on the device, then copied to where they live."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
@@ -12,13 +13,14 @@ from zi_experiments import distributed
 from zi_experiments.architecture import Parameter
 from zi_experiments.engines.stream.placement import BUFFERS, LayerPlacement
 from zi_experiments.engines.stream.quantized import expand, pack
-from zi_experiments.engines.stream.slab import Layout, lay_out, plain_views, views
+from zi_experiments.engines.stream.slab import Layout, Place, lay_out, plain_views, views
 from zi_experiments.engines.stream.store import DirectFile, Store
 from zi_experiments.pinned import host_empty
 from zi_experiments.plan import Plan
 from zi_experiments.progress import Progress
 from zi_experiments.weights import PretrainedWeights, RandomWeights
 
+READERS = 4  # modules of a checkpoint that are read at a time
 AHEAD = 4  # slabs whose pages are being pinned while others are filled
 
 
@@ -29,6 +31,11 @@ class Loader:
         self._plan, self._weights, self._device, self._progress = plan, weights, device, progress
         self._dtype = getattr(torch, plan.dtype)
         self._parameters = {p.name: p for p in plan.architecture.parameters}
+        # a checkpoint is read module by module, several at a time; random weights keep the device busy one by one
+        self._readers = ThreadPoolExecutor(READERS if isinstance(weights, PretrainedWeights) else 1, "read")
+
+    def close(self) -> None:
+        self._readers.shutdown()
 
     def outside(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The parameters outside of decoder layers by name, on the device; quantized ones expanded again, for good."""
@@ -94,10 +101,22 @@ class Loader:
         return slab[distributed.rank() * share :][:share] if layer.streamed.shares > 1 else slab
 
     def _fill(self, slab: torch.Tensor, prefix: str, layout: Layout) -> None:
-        for name, tensor in plain_views(slab, layout, self._dtype).items():
-            self._weights.fill(f"{prefix}.{name}", tensor)
-        for place in layout.quantized:
-            pack(self._value(self._parameters[f"{prefix}.{place.name}"]), slab, layout, place)
+        plain = plain_views(slab, layout, self._dtype)
+        modules = defaultdict(list)
+        for place in (*layout.plain, *layout.quantized):
+            modules[place.name.rpartition(".")[0]].append(place)
+
+        @torch.no_grad()
+        def fill_module(places: list[Place]) -> None:
+            for place in places:
+                name = f"{prefix}.{place.name}"
+                if place.name in plain:
+                    self._weights.fill(name, plain[place.name])
+                else:
+                    pack(self._value(self._parameters[name]), slab, layout, place)
+
+        for _ in self._readers.map(fill_module, modules.values()):
+            pass  # a failure is raised here
         self._progress.advance(layout.nbytes)
 
     def _value(self, parameter: Parameter) -> torch.Tensor:

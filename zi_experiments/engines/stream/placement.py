@@ -13,7 +13,7 @@ from zi_experiments.plan import ELEMENT_BYTES, Placement, Plan, Storage
 BUFFERS = 4  # slabs in host memory in front of them, when they come from disk
 GIB = 1 << 30
 CONTEXT_BYTES = GIB  # of CUDA, with its kernels; a cap leaves it out
-LIBRARY_BYTES = GIB // 4  # workspaces of its libraries, and what the allocator cannot use
+LIBRARY_BYTES = GIB // 8  # workspaces of its libraries, and what the allocator cannot use
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,21 +129,22 @@ def _choose(plan: Plan, layer: list[Parameter], bytes_due: int) -> Iterator[Para
 
 def _room(plan: Plan) -> int:
     """Bytes of one device that are left for resident layers and their buffers."""
-    machine, work, ranks = plan.machine, plan.run.workload, plan.run.hardware.num_gpus
+    machine, ranks = plan.machine, plan.run.hardware.num_gpus
     outside = ELEMENT_BYTES * sum(p.numel for p in plan.architecture.parameters if p.layer is None)
     if machine.gpu_memory_bytes is None:
         return machine.host_memory_bytes * 9 // 10 // ranks - outside - plan.kv_cache_bytes - plan.reference_bytes
     on_gpu = plan.run.kv_cache.device is CacheDevice.gpu
     kv = (plan.kv_cache_bytes if on_gpu else plan.kv_slot_bytes) // ranks
-    measuring = kv + _activation_bytes(plan, work.batch_size // ranks)
+    measuring = kv + workspace_bytes(plan)
     verifying = 2 * plan.reference_bytes if plan.run.verify is Verify.on else 0
     context = LIBRARY_BYTES + (0 if machine.gpu_memory_is_capped else CONTEXT_BYTES)
     return machine.gpu_memory_bytes - context - outside - max(measuring, verifying)
 
 
-def _activation_bytes(plan: Plan, sequences: int) -> int:
-    """What a forward pass holds beside weights, keys and values: an estimate from the widths of a layer's matrices."""
+def workspace_bytes(plan: Plan) -> int:
+    """What a rank's pass holds beside weights, keys and values: an estimate from the widths of a layer's matrices."""
     work, arch = plan.run.workload, plan.architecture
+    sequences = work.batch_size // plan.run.hardware.num_gpus
     widest = max(max(p.shape[-2:]) for p in arch.parameters if p.layer is not None and len(p.shape) > 1)
     within = sequences * work.prompt_len * (3 * widest + 6 * arch.hidden_size)
     between = 3 * sequences * work.micro_batches * work.prompt_len * arch.hidden_size

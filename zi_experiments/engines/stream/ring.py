@@ -54,10 +54,7 @@ class Ring:
         self._send()
 
     def take(self, index: int) -> Any:
-        if self._computed % len(self._sizes) != index:
-            raise RuntimeError(
-                f"layer {index} of the streamed ones runs out of turn: they have to run one after the other"
-            )
+        _check_turn(index, self._computed % len(self._sizes))
         self._send(at_least=self._computed + 1)
         slot = self._computed % len(self._slots)
         if self._side is not None:
@@ -94,3 +91,8 @@ class Ring:
             if self._side is not None:
                 self._arrived[slot].record(self._side)
         self._store.hand_back(index, self._side)
+
+
+def _check_turn(index: int, turn: int) -> None:
+    if index != turn:
+        raise RuntimeError(f"streamed layer {index} runs instead of layer {turn}: they have to run one after the other")

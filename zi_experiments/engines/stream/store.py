@@ -1,5 +1,6 @@
 """Where slabs wait for their turn: in host memory, or on disk behind a ring of host buffers."""
 
+import errno
 import os
 from collections import deque
 from collections.abc import Callable
@@ -25,7 +26,15 @@ class DirectFile:
         self._parallel = parallel or PARALLEL
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
-        os.posix_fallocate(self._descriptor, 0, nbytes)  # a full disk is an error here and now
+        try:
+            os.posix_fallocate(self._descriptor, 0, nbytes)  # a full disk is an error here and now
+        except OSError as error:
+            os.close(self._descriptor)
+            os.unlink(path)
+            advice = "ulimit -f unlimited" if error.errno == errno.EFBIG else "pass offload.path=/a/larger/disk"
+            raise OSError(
+                f"no room for the {nbytes} bytes of weights in {path} ({error.strerror}): {advice}"
+            ) from error
         self._threads = ThreadPoolExecutor(self._parallel * slabs, "disk")
 
     def read(self, buffer: torch.Tensor, offset: int, after: Callable[[], None]) -> list[Future[None]]:

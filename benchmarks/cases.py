@@ -1,0 +1,147 @@
+"""What `make bench-gpu` runs, and what it should reach: the list, and how each target is computed from what was measured."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Entry = dict[str, Any]  # what the JSON file says about a case
+Entries = dict[str, Entry]  # by the case's name
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    what: str
+    wanted: float
+    achieved: Callable[[Entry, Entries], float | None]  # of a case that ran; None where another one is missing
+    at_most: bool = False
+
+    def judge(self, entry: Entry, entries: Entries) -> Entry:
+        value = self.achieved(entry, entries) if entry["metrics"] else None
+        met = None if value is None else (value <= self.wanted if self.at_most else value >= self.wanted)
+        limit = "at_most" if self.at_most else "at_least"
+        return {"what": self.what, limit: self.wanted, "achieved": value, "met": met}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    group: str
+    engine: str
+    overrides: tuple[str, ...]
+    targets: tuple[Target, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}/{self.engine}"
+
+    @property
+    def on_disk(self) -> bool:
+        return "offload=nvme" in self.overrides
+
+
+def figure(what: str, name: str, wanted: float, *, at_most: bool = False) -> Target:
+    """A target for one of the run's metrics."""
+    return Target(what=what, wanted=wanted, achieved=lambda entry, _: entry["metrics"][name], at_most=at_most)
+
+
+def of_link(wanted: float) -> Target:
+    def achieved(entry: Entry, _: Entries) -> float:
+        return float(entry["metrics"]["link_bytes_per_s"] / entry["ceilings"]["link_bytes_per_s"])
+
+    return Target(what="of the link", wanted=wanted, achieved=achieved)
+
+
+def of_disk(wanted: float) -> Target:
+    def achieved(entry: Entry, _: Entries) -> float | None:
+        rate = entry["plan"]["placement"]["nvme_bytes"] / entry["metrics"]["tpot_p50_s"]
+        ceiling = entry["ceilings"].get("disk_bytes_per_s")
+        return rate / ceiling if ceiling else None
+
+    return Target(what="of the disk", wanted=wanted, achieved=achieved)
+
+
+def of_best_placement(wanted: float, budget_gib: float) -> Target:
+    """Against the bytes that no placement can keep out of the link: what does not fit beside what computing takes."""
+
+    def achieved(entry: Entry, _: Entries) -> float:
+        plan = entry["plan"]
+        needed = 2 * plan["num_parameters"] + plan["kv_cache_bytes"] + entry["engine_config"]["workspace_bytes"]
+        least = max(0, needed - budget_gib * GIB)
+        return float(least / entry["ceilings"]["link_bytes_per_s"] / entry["metrics"]["tpot_p50_s"])
+
+    return Target(what="of the best placement", wanted=wanted, achieved=achieved)
+
+
+def times(what: str, wanted: float, other: str | float) -> Target:
+    """Decoded tokens per second as a multiple of another case's, or of a number."""
+
+    def achieved(entry: Entry, entries: Entries) -> float | None:
+        mine = entry["metrics"]["decode_tok_per_s"]
+        if isinstance(other, float):
+            return float(mine / other)
+        metrics = entries.get(other, {}).get("metrics")
+        return mine / metrics["decode_tok_per_s"] if metrics else None
+
+    return Target(what=f"× {what}", wanted=wanted, achieved=achieved)
+
+
+REFERENCE = ("engine=deepspeed", "engine.profile=reference", "offload.pin_memory=true")
+TUNED = ("engine=deepspeed", "engine.profile=tuned")
+FLEXGEN_FP16, FLEXGEN_INT4 = 16.2, 35.8  # tok/s: FlexGen 0.1.8 with OPT-13B on an H200, 8 sequences, prompt 512
+
+
+def workload(gen_len: int = 16, repeats: int = 2, warmup: int = 1) -> tuple[str, ...]:
+    return (f"workload.gen_len={gen_len}", f"workload.repeats={repeats}", f"workload.warmup={warmup}")
+
+
+def case(group: str, engine: str, what: str, *more: str, targets: tuple[Target, ...] = ()) -> Case:
+    """`what` is model, offload and quantization in that order."""
+    model, offload, quant = what.split()
+    overrides = (f"model={model}", f"offload={offload}", f"quant={quant}", *more)
+    return Case(group=group, engine=engine, overrides=overrides, targets=targets)
+
+
+STREAM, SHORT = "engine=stream", workload(6, 1)
+FP16_TARGETS = (
+    of_link(0.99),
+    figure("of the prefill bound", "prefill_fraction_of_bound", 0.95),
+    times("deepspeed reference, pinned", 1.25, "opt-13b-fp16/deepspeed-reference"),
+    times("FlexGen", 1.08, FLEXGEN_FP16),
+)
+INT4_TARGETS = (
+    of_link(0.97),
+    times("deepspeed reference, pinned", 2.0, "opt-13b-int4/deepspeed-reference"),
+    times("FlexGen", 1.7, FLEXGEN_INT4),
+)
+PLACED_TARGETS = (of_best_placement(0.95, 48), figure("of the plan's bound", "fraction_of_bound", 0.95))
+MICRO_TARGETS = (times("one micro-batch", 7.0, "opt-13b-fp16/stream"),)
+CASES = (
+    case("opt-13b-fp16", "stream", "opt-13b cpu fp16", STREAM, *workload(), targets=FP16_TARGETS),
+    case("opt-13b-fp16", "deepspeed-reference", "opt-13b cpu fp16", *REFERENCE, *workload(8, 1)),
+    case("opt-13b-fp16", "deepspeed-tuned", "opt-13b cpu fp16", *TUNED, *workload(8, 1)),
+    case("opt-13b-fp16", "accelerate", "opt-13b cpu fp16", "engine=accelerate", *workload(4, 1)),
+    case("opt-13b-fp16", "fsdp", "opt-13b cpu fp16", "engine=fsdp", *workload(8, 1)),
+    case("opt-13b-int4", "stream", "opt-13b cpu int4", STREAM, *workload(), targets=INT4_TARGETS),
+    case("opt-13b-int4", "deepspeed-reference", "opt-13b cpu int4", *REFERENCE, *workload(repeats=1)),
+    case("opt-13b-int4", "deepspeed-tuned", "opt-13b cpu int4", *TUNED, *workload(repeats=1)),
+    case(
+        *("opt-175b-int4", "stream", "opt-175b cpu int4", STREAM, *SHORT),
+        targets=(of_link(0.95), figure("s to load", "load_s", 60, at_most=True)),
+    ),
+    case(
+        *("opt-30b-48gib", "stream", "opt-30b cpu fp16", STREAM, "hardware.memory_gib=48", "offload.resident=auto"),
+        *workload(),
+        targets=PLACED_TARGETS,
+    ),
+    # verification has made four passes before the first that is measured, so that nothing is left to warm up
+    case("opt-6.7b-nvme", "stream", "opt-6.7b nvme fp16", STREAM, *workload(4, 1, 0), targets=(of_disk(0.95),)),
+    case("opt-6.7b-nvme", "deepspeed-tuned", "opt-6.7b nvme fp16", *TUNED, *workload(3, 1, 0)),
+    case(
+        *("micro-batches", "stream", "opt-13b cpu fp16", STREAM, "workload.micro_batches=8", "kv_cache=gpu", *SHORT),
+        targets=MICRO_TARGETS,
+    ),
+    case(
+        *("kv-host", "stream", "opt-13b cpu fp16", STREAM, "workload.micro_batches=4", "kv_cache=cpu", *SHORT),
+        targets=(figure("of the bound", "fraction_of_bound", 0.9),),
+    ),
+)

@@ -1,0 +1,239 @@
+"""The engines against what this machine can do, measured in the same job: a table, and docs/results/bench-GPU.json.
+
+python benchmarks/gpu.py [--list] [--override KEY=VALUE] [NAME …]        NAME: a group, or GROUP/ENGINE
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import ceilings
+from cases import CASES, Case, Entries, Entry
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the checkout, whether it is installed or not
+
+
+def arguments(one: Case, measured: dict[str, float], extra: list[str]) -> list[str]:
+    """What a user would type after `python -m zi_experiments`."""
+    found = [f"hardware.ceilings.{name}={value:.4g}" for name, value in measured.items()]
+    extra = [each for each in extra if one.on_disk or not each.startswith("offload.path=")]
+    return [
+        "workload=zero-inference",
+        "tracking=none",
+        *one.overrides,
+        *found,
+        "hardware.ceilings.source=measured",
+        *extra,
+    ]
+
+
+def execute(typed: list[str], folder: Path, timeout_s: float) -> tuple[Entry | None, str]:
+    """Run a command; its record, if it left one, and its output. All of its processes end with it."""
+    command = [sys.executable, "-m", "zi_experiments", *typed, f"hydra.run.dir={folder}"]
+    folder.mkdir(parents=True)
+    log = folder / "output.txt"
+    with log.open("w") as output:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+        try:
+            child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            print(f"  stopped after {timeout_s:.0f} s", flush=True)
+        finally:
+            _end(child)
+    result = folder / "result.json"
+    return (json.loads(result.read_text()) if result.is_file() else None), log.read_text(errors="replace")
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    for sent, patience_s in ((signal.SIGTERM, 20), (signal.SIGKILL, 10)):
+        if child.poll() is None:
+            os.killpg(child.pid, sent)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(patience_s)
+
+
+def to_entry(record: Entry | None, output: str, typed: list[str], measured: dict[str, float]) -> Entry:
+    """What is kept of a run: nothing that names this machine."""
+    shown = [each for each in typed if not each.startswith("offload.path=")]
+    entry: Entry = {"command": "python -m zi_experiments " + shlex.join(shown), "ceilings": measured, "targets": []}
+    if record is None:
+        tail = " | ".join([line.strip() for line in output.splitlines() if line.strip()][-5:])
+        return entry | {"status": "error", "error": _without_paths(tail or "no output"), "metrics": None}
+    engine = {key: value for key, value in (record["engine_config"] or {}).items() if key != "folder"}
+    error, around = record["error"], record["environment"] or {}
+    kept = ("packages", "python", "gpu", "gpu_memory_bytes", "driver", "cpu", "cpu_cores", "host_memory_bytes")
+    return entry | {
+        "status": record["status"],
+        "error": _without_paths(f"{error['type']}: {error['message']}") if error else None,
+        "started_at": record["run"]["started_at"],
+        **{key: record[key] for key in ("metrics", "samples", "plan", "verification")},
+        "engine_config": engine or None,
+        "environment": {key: around.get(key) for key in kept},
+    }
+
+
+def _without_paths(text: str) -> str:
+    return re.sub(r"(?<![\w.])/(?:[\w.@+-]+/)+", "…/", text)[-1000:]
+
+
+def judge(entries: Entries, cases: tuple[Case, ...]) -> None:
+    """Compare what is there with the targets; some compare cases with one another."""
+    for one in cases:
+        if one.name in entries:
+            entries[one.name]["targets"] = [target.judge(entries[one.name], entries) for target in one.targets]
+
+
+def table(entries: Entries) -> Table:
+    """One row a case."""
+    made = Table(title="decode and prefill against what this machine was measured to do")
+    for name in ("case", "engine", "decode\ntok/s", "link\nGB/s", "of the\nbound", "prefill\ntok/s", "of the\nbound"):
+        made.add_column(name, justify="left" if name in ("case", "engine") else "right", no_wrap=True)
+    for name in ("load\ns", "verified", "target", "met"):
+        made.add_column(name, justify="right" if name == "load\ns" else "left")
+    for name, entry in entries.items():
+        group, _, engine = name.partition("/")
+        metrics = entry["metrics"]
+        if not metrics:
+            reason = f"[red]{entry['status']}[/] {escape(str(entry['error']))}"
+            made.add_row(group, engine, *[""] * 7, reason, "[red]no[/]")
+            continue
+        decode, prefill = metrics["decode_tok_per_s"], metrics["prefill_tok_per_s"]
+        link, checked = metrics["link_bytes_per_s"], entry["verification"]
+        shares = [_number(metrics[key], 3) for key in ("fraction_of_bound", "prefill_fraction_of_bound")]
+        figures = [_number(decode, 2), _number(link and link / 1e9, 1), shares[0], _number(prefill, 0), shares[1]]
+        verified = "yes" if checked and checked["passed"] else "no"
+        made.add_row(group, engine, *figures, _number(metrics["load_s"], 1), verified, *_verdicts(entry["targets"]))
+    return made
+
+
+def _verdicts(targets: list[Entry]) -> tuple[str, str]:
+    limits = [f"≥ {t['at_least']:g}" if "at_least" in t else f"≤ {t['at_most']:g}" for t in targets]
+    lines = [f"{_number(t['achieved'], 3)} {t['what']} ({limit})" for t, limit in zip(targets, limits, strict=True)]
+    words = {True: "[green]yes[/]", False: "[red]no[/]", None: "?"}
+    return "\n".join(lines), "\n".join(words[target["met"]] for target in targets)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def load_entries(path: Path) -> Entries:
+    """What an earlier job has left in the file."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))["cases"]) if path.is_file() else {}
+
+
+def save(path: Path, gpu: str, entries: Entries, order: tuple[Case, ...]) -> None:
+    """Write the file whole or not at all, in the order of the list."""
+    judge(entries, order)
+    known = [one.name for one in order if one.name in entries]
+    ordered = {name: entries[name] for name in [*known, *(name for name in entries if name not in known)]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    content = {"command": "make bench-gpu", "gpu": gpu, "cases": ordered}
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def choose(names: list[str], cases: tuple[Case, ...]) -> tuple[Case, ...]:
+    """The cases of these groups or names; all without any. Raises `ValueError` for a name that none has."""
+    known = {name for one in cases for name in (one.group, one.name)}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no case is called {', '.join(unknown)}: pass --list to see them")
+    return tuple(one for one in cases if not names or one.group in names or one.name in names)
+
+
+def measure(one: Case, fixed: dict[str, float], disk: Path) -> dict[str, float]:
+    """The ceilings of one case: machines are shared, so those that others use too are measured right before it."""
+    measured = {"link_bytes_per_s": ceilings.link_bytes_per_s()} | fixed
+    ceilings.release()
+    if one.on_disk:
+        try:
+            measured["disk_bytes_per_s"] = ceilings.disk_bytes_per_s(disk)
+        except OSError as error:
+            print(f"  the disk could not be measured: {error.strerror or error}", flush=True)
+    shown = ", ".join(f"{name.split('_')[0]} {value:.4g}" for name, value in measured.items())
+    print(f"  measured: {shown}", flush=True)
+    return measured
+
+
+def run_cases(
+    chosen: tuple[Case, ...],
+    entries: Entries,
+    extra: list[str],
+    timeout_s: float,
+    ceilings_of: Callable[[Case, Path], dict[str, float]],
+    keep: Callable[[], None],
+) -> None:
+    """Run one case after the other into `entries`, and call `keep` after each."""
+    (ROOT / "outputs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=ROOT / "outputs") as scratch:
+        paths = [each.partition("=")[2] for each in extra if each.startswith("offload.path=")]
+        disk = Path(paths[-1] if paths else scratch).expanduser()
+        for number, one in enumerate(chosen, 1):
+            print(f"{number}/{len(chosen)} {one.name}", flush=True)
+            began = time.perf_counter()
+            measured = ceilings_of(one, disk)
+            typed = arguments(one, measured, extra)
+            record, output = execute(typed, Path(scratch) / str(number), timeout_s)
+            entries[one.name] = entry = to_entry(record, output, typed, measured)
+            keep()
+            done = f"{_number(entry['metrics']['decode_tok_per_s'], 2)} tok/s" if entry["metrics"] else entry["error"]
+            print(f"  {entry['status']} in {time.perf_counter() - began:.0f} s: {done}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these groups or cases")
+    parser.add_argument("--list", action="store_true", help="show the cases and what each runs")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="added to all commands")
+    parser.add_argument("--output", type=Path, help="the JSON file; otherwise docs/results/bench-GPU.json")
+    parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="for one case")
+    asked = parser.parse_args()
+    try:
+        chosen = choose(asked.names, CASES)
+    except ValueError as error:
+        parser.error(str(error))
+    if asked.list:
+        for one in chosen:
+            print(f"{one.name:34} {' '.join(one.overrides)}")
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a time limit ends the case and shows the table
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("no GPU is visible: --list works without one")
+    gpu = torch.cuda.get_device_name(0)
+    slug = gpu.removeprefix("NVIDIA ").lower().replace(" ", "-")
+    path = asked.output or ROOT / "docs" / "results" / f"bench-{slug}.json"
+    fixed = {"flops": ceilings.flops(), "hbm_bytes_per_s": ceilings.hbm_bytes_per_s()}
+    entries = load_entries(path)
+    try:
+        run_cases(
+            *(chosen, entries, asked.override, asked.timeout),
+            ceilings_of=lambda one, disk: measure(one, fixed, disk),
+            keep=lambda: save(path, gpu, entries, CASES),
+        )
+    finally:
+        console = Console()
+        Console(width=None if console.is_terminal else 180).print(table(entries))
+    ok = [entries[one.name]["status"] == "ok" for one in chosen]
+    met = [target["met"] is True for one in chosen for target in entries[one.name]["targets"]]
+    return 0 if all(ok + met) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""What stays and what is streamed, for models as they ship: everything somewhere, evenly, and no more than it has to."""
+
+from itertools import pairwise, product
+from math import ceil
+
+import pytest
+
+from zi_experiments import planner
+from zi_experiments.architecture import Parameter
+from zi_experiments.config import ConfigError, Quant, Verify
+from zi_experiments.engines.stream import placement
+from zi_experiments.engines.stream.slab import ALIGNMENT, PAGE, lay_out
+
+GIB = 1 << 30
+MODELS = ("opt-125m", "opt-30b", "bloom-7b1", "mixtral-8x7b", "llama-3.1-70b", "qwen3-30b-a3b")
+QUANTS = ("fp16", "int4", "int8")
+SHARES = (0, 0.3, 0.5, 0.75, 1)
+
+
+@pytest.fixture(scope="session")
+def plan_stream(compose_run, describe, machine):
+    """`plan_stream(model, quant, offload, resident, ranks, gpu_gib, **workload)` → the plan of engine=stream."""
+
+    def plan_stream(
+        model,
+        quant="fp16",
+        offload="cpu",
+        resident=0,
+        *,
+        ranks=1,
+        gpu_gib=1000,
+        host_gib=4000,
+        kv_cache="gpu",
+        verify="on",
+        **work,
+    ):
+        run = compose_run(f"model={model}", "workload=zero-inference", "engine=stream", f"hardware.num_gpus={ranks}")
+        run.offload = compose_run(f"offload={offload}").offload
+        run.quant = compose_run(f"quant={quant}").quant
+        run.kv_cache = compose_run(f"kv_cache={kv_cache}").kv_cache
+        run.offload.resident, run.verify = resident, Verify(verify)
+        for name, value in work.items():
+            setattr(run.workload, name, value)
+        on = machine(gpu_memory_bytes=int(gpu_gib * GIB), host_memory_bytes=int(host_gib * GIB))
+        return planner.build(run, describe(run), on)
+
+    return plan_stream
+
+
+def layers_of(plan):
+    """The parameters of each layer, as the architecture has them."""
+    layers = {}
+    for parameter in plan.architecture.parameters:
+        if parameter.layer is not None:
+            layers.setdefault(parameter.layer, []).append(parameter)
+    return [layers[index] for index in sorted(layers)]
+
+
+def stored(plan, parameters):
+    return 2 * sum(plan.stored_numel(parameter) for parameter in parameters)
+
+
+def streamed_of(layer, parameters):
+    """Of a layer's parameters, those that are streamed."""
+    names = {place.name for place in layer.streamed.plain + layer.streamed.quantized}
+    return [parameter for parameter in parameters if parameter.name.partition(f".{parameter.layer}.")[2] in names]
+
+
+@pytest.mark.parametrize(("model", "quant", "resident"), product(MODELS, QUANTS, SHARES))
+def test_what_is_streamed_is_enough_and_even(plan_stream, model, quant, resident):
+    plan = plan_stream(model, quant, resident=resident)
+    layers, placed = layers_of(plan), placement.place(plan)
+    total = sum(stored(plan, layer) for layer in layers)
+    needed = ceil((1 - resident) * total)
+
+    assert len(placed) == len(layers)
+    sent = 0
+    for index, (layer, parameters) in enumerate(zip(placed, layers, strict=True)):
+        chosen = [stored(plan, [p]) for p in streamed_of(layer, parameters)]
+        smallest = min(chosen, default=0)
+        others = [size for p in parameters if (size := stored(plan, [p])) < smallest]
+        sent += sum(chosen)
+        due = ceil(needed * (index + 1) / len(layers))
+        assert sent >= due, "the first layers stream their share, however many"
+        assert sent - smallest < due or not chosen, "and no matrix more"
+        assert all(sent - smallest + size < due for size in others), "and none that is larger than it has to be"
+        if resident >= 0.5:
+            assert stored(plan, streamed_of(layer, parameters)) < stored(plan, parameters), (
+                "slots are less than a layer"
+            )
+    assert (sent == 0) == (resident == 1)
+    assert (sent == total) == (resident == 0)
+
+
+@pytest.mark.parametrize(("model", "quant", "resident"), product(MODELS, ("fp16", "int4"), (0.5, "auto")))
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_every_parameter_is_in_one_slab_where_kernels_and_disks_want_it(plan_stream, model, quant, resident, ranks):
+    gpu_gib = 24 if resident == "auto" else 1000
+    plan = plan_stream(model, quant, resident=resident, ranks=ranks, gpu_gib=gpu_gib, batch_size=4, prompt_len=32)
+
+    for layer, parameters in zip(placement.place(plan), layers_of(plan), strict=True):
+        shapes = {p.name.partition(f".{p.layer}.")[2]: (p.shape, plan.is_quantized(p)) for p in parameters}
+        places = [(place, False) for part in (layer.resident, layer.streamed) for place in part.plain]
+        places += [(place, True) for part in (layer.resident, layer.streamed) for place in part.quantized]
+        assert len(places) == len(shapes)
+        assert {place.name: (place.shape, quantized) for place, quantized in places} == shapes
+        assert layer.streamed.nbytes % (PAGE * ranks) == 0
+        assert layer.resident.nbytes % PAGE == 0
+        for part in (layer.resident, layer.streamed):
+            check_layout(part)
+
+
+@pytest.mark.parametrize("group_size", [32, 96])
+def test_parameters_of_odd_sizes_are_aligned(group_size):
+    shapes = {"a": (3,), "b": (5, group_size), "c": (7, 9), "d": (2, 3, group_size), "e": (1,)}
+    parameters = [
+        (name, Parameter(name=name, shape=shape, quantizable=True, layer=0)) for name, shape in shapes.items()
+    ]
+
+    check_layout(lay_out(parameters, {"b", "d"}, Quant(name="", bits=4, group_size=group_size, group_dim=1), 3))
+    check_layout(lay_out(parameters, set(), Quant(name="", bits=16, group_size=None, group_dim=None), 3))
+    check_layout(lay_out([], set(), Quant(name="", bits=16, group_size=None, group_dim=None), 1))
+
+
+def check_layout(layout):
+    for places, end in ((layout.plain, layout.regions[0].start // 2), (layout.quantized, layout.elements)):
+        starts = [place.start for place in places]
+        assert all(2 * start % ALIGNMENT == 0 for start in starts)
+        ends = [place.end for place in places]
+        assert all(one <= next_one for one, next_one in zip(ends, [*starts, end][1:], strict=False)), "none overlaps"
+    integers, scales, minima = layout.regions
+    assert all(region.start % ALIGNMENT == 0 for region in layout.regions)
+    assert integers.stop == scales.start
+    assert scales.stop == minima.start
+    assert minima.stop <= layout.nbytes
+    if layout.quantized:
+        groups = layout.elements // layout.quant.group_size
+        assert integers.stop - integers.start >= layout.elements * layout.quant.bits // 8
+        assert scales.stop - scales.start == minima.stop - minima.start >= 2 * groups
+        assert all(place.start % layout.quant.group_size == 0 for place in layout.quantized)
+
+
+# --- as much as fits ------------------------------------------------------------------------------------------------
+
+CARDS_GIB = (6, 12, 24, 80, 200)
+SMALL = {"batch_size": 1, "verify": "off"}
+LARGE = {"batch_size": 16, "prompt_len": 1024, "gen_len": 64}
+SPLIT = {"batch_size": 64, "micro_batches": 4, "prompt_len": 512, "kv_cache": "cpu", "ranks": 2, "verify": "off"}
+
+
+def gpu_bytes(plan):
+    """What a GPU has to hold: weights, slots, what is expanded, and keys and values."""
+    placed = placement.place(plan)
+    resident = sum(layer.resident.nbytes for layer in placed)
+    slots = placement.slots(plan) * max(layer.streamed.nbytes for layer in placed)
+    expanded = max(sum(p.numel for p in layer if plan.is_quantized(p)) for layer in layers_of(plan))
+    outside = sum(p.numel for p in plan.architecture.parameters if p.layer is None)
+    kv = plan.kv_cache_bytes if plan.run.kv_cache.device.value == "gpu" else plan.kv_slot_bytes
+    return resident + slots + 2 * expanded + 2 * outside + kv // plan.run.hardware.num_gpus
+
+
+@pytest.mark.parametrize(("model", "quant", "work"), product(MODELS, QUANTS, (SMALL, LARGE, SPLIT)), ids=str)
+def test_auto_fills_the_gpu_and_leaves_room_for_what_computes(plan_stream, model, quant, work):
+    streamed = []
+    for gpu_gib in CARDS_GIB:
+        try:
+            plan = plan_stream(model, quant, resident="auto", gpu_gib=gpu_gib, **work)
+        except ConfigError:
+            with pytest.raises(ConfigError):  # where not even everything streamed would fit
+                plan_stream(model, quant, resident=0, gpu_gib=gpu_gib, **work)
+            continue
+        free = plan.machine.gpu_memory_bytes - gpu_bytes(plan)
+        matrix = max(stored(plan, [p]) for p in plan.architecture.parameters if p.layer is not None)
+        streamed.append(plan.streamed_bytes_per_pass)
+        layers = sum(stored(plan, layer) for layer in layers_of(plan))
+        # where nothing can stay, the planner decides whether it fits
+        assert free >= (placement.workspace_bytes(plan) if streamed[-1] < layers else 0)
+        if work is SMALL and streamed[-1]:
+            assert free < 1.5 * GIB + matrix, "for a context and little else, and what is less than one matrix"
+    assert streamed
+    assert streamed == sorted(streamed, reverse=True), "more memory never streams more"
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_a_model_that_fits_is_not_streamed(plan_stream, quant):
+    plan = plan_stream("opt-125m", quant, resident="auto", gpu_gib=24)
+
+    assert plan.streamed_bytes_per_pass == 0
+    assert plan.placement.gpu_bytes == plan.weight_bytes
+
+
+def test_without_offload_nothing_is_streamed(plan_stream):
+    plan = plan_stream("opt-30b", "fp16", "none")
+
+    assert plan.streamed_bytes_per_pass == plan.placement.cpu_bytes == plan.placement.nvme_bytes == 0
+
+
+@pytest.mark.parametrize(("model", "quant"), [("opt-30b", "fp16"), ("mixtral-8x7b", "int8"), ("llama-3.1-70b", "int4")])
+@pytest.mark.parametrize("kv_cache", ["gpu", "cpu"])
+def test_auto_from_disk_keeps_in_host_memory_what_fits(plan_stream, model, quant, kv_cache):
+    counts = []
+    for host_gib in (8, 16, 32, 48, 256):
+        plan = plan_stream(model, quant, "nvme", "auto", gpu_gib=12, host_gib=host_gib, kv_cache=kv_cache, **SMALL)
+        placed = placement.place(plan)
+        slab = max(layer.streamed.nbytes for layer in placed)
+        held = [index for index, layer in enumerate(placed) if layer.streamed.nbytes and not layer.on_disk]
+        kv = plan.kv_cache_bytes if kv_cache == "cpu" else 0
+        used = plan.placement.cpu_bytes + plan.storage.host_buffer_bytes + kv
+        assert used <= 0.8 * plan.machine.host_memory_bytes
+        if len(held) < len(placed):
+            # each is counted as the largest, so that they can be spread
+            assert used + slab > 0.9 * 0.8 * plan.machine.host_memory_bytes, "hardly one more would fit"
+            gaps = [after - before for before, after in pairwise(held)]
+            assert not gaps or max(gaps) - min(gaps) <= 1, "spread, so that the disk reads ahead steadily"
+        assert plan.streamed_bytes_per_pass == plan.placement.nvme_bytes + plan.placement.cpu_bytes
+        counts.append(len(held))
+    assert counts == sorted(counts)
+    assert 0 < counts[1] < counts[-1] == len(placed)
+
+
+def test_a_share_from_disk_leaves_nothing_in_host_memory(plan_stream):
+    plan = plan_stream("opt-30b", "fp16", "nvme", 0.5)
+    buffers = placement.BUFFERS * max(layer.streamed.nbytes for layer in placement.place(plan))
+
+    assert plan.placement.cpu_bytes == 0
+    assert plan.placement.nvme_bytes == plan.streamed_bytes_per_pass > 0
+    assert plan.storage.host_buffer_bytes == buffers
+
+
+@pytest.mark.parametrize(("ranks", "resident", "offload"), product((1, 2, 4), (0, 0.5), ("cpu", "nvme")))
+def test_each_rank_has_what_is_resident_to_itself_and_a_share_of_the_rest(plan_stream, ranks, resident, offload):
+    plan = plan_stream("opt-30b", "int4", offload, resident, ranks=ranks)
+    placed = placement.place(plan)
+    outside = 2 * sum(p.numel for p in plan.architecture.parameters if p.layer is None)
+
+    assert plan.placement.gpu_bytes == ranks * (outside + sum(layer.resident.nbytes for layer in placed))
+    assert plan.streamed_bytes_per_pass == sum(layer.streamed.nbytes for layer in placed)
+    assert plan.weight_bytes == plan.placement.gpu_bytes // ranks + plan.streamed_bytes_per_pass
+
+
+@pytest.mark.parametrize("key", ["queue_depth", "single_submit", "overlap_events"])
+def test_a_setting_of_deepspeeds_disk_is_refused(make_plan, key):
+    with pytest.raises(ConfigError, match=rf"^offload\.aio\.{key} .*: pass offload\.aio\.{key}=null$"):
+        make_plan("engine=stream", "offload=nvme", f"offload.aio.{key}=1")

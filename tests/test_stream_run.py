@@ -1,0 +1,63 @@
+"""Whole runs with engine=stream on the CPU: one rank, two ranks that gather each other's shares, and what the record says."""
+
+import json
+
+import pytest
+from cli import Cli
+
+
+@pytest.fixture
+def cli(tmp_path):
+    return Cli(tmp_path)
+
+
+def check(result):
+    """Verification has compared logits and tokens with plain transformers."""
+    assert result["status"] == "ok", result["error"]
+    assert result["verification"]["passed"]
+    assert result["verification"]["max_rel_error"] == 0
+    assert result["verification"]["tokens_equal_fraction"] == 1
+    assert result["metrics"]["decode_tok_per_s"] > 0
+
+
+def test_two_ranks_bring_their_shares(cli):
+    """Five layers through three slots, from host memory and from disk; keys and values here or there, in blocks or not."""
+    done = cli.run(
+        *("-m", "engine=stream", "hardware=cpu", "hardware.num_gpus=2", "offload=cpu,nvme", "tracking=none"),
+        *("model.architecture.num_hidden_layers=5", "kv_cache=cpu", "workload.micro_batches=2"),
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {result["choices"]["offload"]: result for result in cli.results()}
+    for result in results.values():
+        check(result)
+    assert done.stdout.count("measure: done") == 2, "only rank 0 speaks"
+    on_disk = results["nvme"]
+    assert on_disk["metrics"]["disk_peak_bytes"] >= on_disk["plan"]["placement"]["nvme_bytes"] > 0
+    assert results["cpu"]["metrics"]["disk_peak_bytes"] == 0
+    assert not list((on_disk["folder"] / "offload").iterdir())
+
+
+def test_a_record_has_the_engines_own_configuration(cli):
+    done = cli.run(
+        *("engine=stream", "offload=nvme", "offload.resident=0.5", "quant=int8", "workload.micro_batches=3"),
+        *("offload.aio.block_size=65536", "offload.aio.intra_op_parallelism=2", "tracking=none"),
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = cli.results()
+    check(result)
+    assert result["ds_config"] is None
+    assert sum(result["plan"]["placement"].values()) == result["plan"]["weight_bytes"]
+    config = result["engine_config"]
+    assert {"slots": config["slots"], "layers_on_disk": config["layers_on_disk"]} == {"slots": 3, "layers_on_disk": 2}
+    assert 0 < config["resident_bytes"] < result["plan"]["weight_bytes"]
+    assert result["plan"]["placement"]["nvme_bytes"] <= 2 * config["slot_bytes"]
+    assert json.loads((result["folder"] / "engine_config.json").read_text()) == config
+    assert not (result["folder"] / "ds_config.json").exists()
+    steps, ttft = result["samples"]["step_s"][0], result["samples"]["ttft_s"][0]
+    sequences = 3 * result["config"]["workload"]["batch_size"]
+    assert result["metrics"]["decode_tok_per_s"] == pytest.approx(sequences * len(steps) / sum(steps))
+    assert result["metrics"]["prefill_tok_per_s"] == pytest.approx(
+        sequences * result["config"]["workload"]["prompt_len"] / ttft
+    )

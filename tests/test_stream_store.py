@@ -1,0 +1,200 @@
+"""Slabs come back as they were written, in the order of the layers and round and round, or not at all."""
+
+import os
+import resource
+import threading
+import time
+from itertools import product
+
+import pytest
+import torch
+
+from zi_experiments.engines.stream.ring import InPlace, Ring
+from zi_experiments.engines.stream.slab import PAGE
+from zi_experiments.engines.stream.store import DirectFile, Store
+from zi_experiments.pinned import host_empty
+
+SIZES = [7 * PAGE, 3 * PAGE, PAGE, 12 * PAGE, 5 * PAGE]  # of slabs; the layers of a model differ too
+ROUNDS = 4
+
+
+def slab_of(index):
+    """Bytes that no other slab has."""
+    return torch.randint(0, 256, (SIZES[index],), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
+
+
+def pages(nbytes):
+    return host_empty(nbytes, torch.uint8, pinned=False)
+
+
+def written(file, indices):
+    """The offsets of these slabs, once they are in the file."""
+    offsets, offset = {}, 0
+    for index in indices:
+        buffer = pages(SIZES[index])
+        buffer.copy_(slab_of(index))
+        for part in file.write(buffer, offset):
+            part.result()
+        offsets[index] = offset
+        offset += SIZES[index]
+    return offsets
+
+
+@pytest.fixture
+def store_of(tmp_path):
+    """`store_of(on_disk, chunk_bytes, parallel, buffers)` → the store of all slabs, of which some are on disk."""
+    stores = []
+
+    def store_of(on_disk, chunk_bytes=PAGE, parallel=3, buffers=2):
+        file = None
+        if on_disk:
+            nbytes = sum(SIZES[index] for index in on_disk)
+            file = DirectFile(str(tmp_path / "rank0"), nbytes, chunk_bytes, parallel, buffers)
+        offsets = written(file, on_disk) if on_disk else {}
+        slabs = [offsets.get(index, slab_of(index)) for index in range(len(SIZES))]
+        store = Store(slabs, file, [pages(max(SIZES)) for _ in range(buffers)] if on_disk else [])
+        store.start(SIZES)
+        stores.append(store)
+        return store
+
+    yield store_of
+    for store in stores:
+        store.close()
+
+
+@pytest.mark.parametrize("on_disk", [[], [0, 1, 2, 3, 4], [1, 3], [4]], ids=str)
+@pytest.mark.parametrize(("chunk_bytes", "parallel", "buffers"), [(PAGE, 3, 1), (2 * PAGE, 1, 2), (None, None, 4)])
+def test_slabs_come_back_round_and_round(store_of, on_disk, chunk_bytes, parallel, buffers):
+    store = store_of(on_disk, chunk_bytes, parallel, buffers)
+
+    for _, index in product(range(ROUNDS), range(len(SIZES))):
+        slab = store.take(index)
+        assert torch.equal(slab, slab_of(index)), index
+        if index in on_disk:
+            slab.fill_(0xAA)  # it is read anew: nothing of the last round is left in a buffer
+        store.hand_back(index, None)
+
+
+def test_a_buffer_is_not_read_into_before_it_is_handed_back(store_of):
+    """One buffer and two slabs on disk: the second can only come once the first has left."""
+    store = store_of([1, 3], buffers=1)
+    slab = store.take(1)
+
+    assert torch.equal(slab, slab_of(1))
+    assert not store._reads, "nothing is under way"
+    store.hand_back(1, None)
+    assert torch.equal(store.take(3), slab_of(3))
+
+
+def test_a_read_waits_for_what_still_uses_its_buffer(tmp_path):
+    """As a copy to the device does, after `hand_back`: `after` returns when it is done."""
+    file = DirectFile(str(tmp_path / "rank0"), SIZES[0], PAGE, 2, 1)
+    offsets = written(file, [0])
+    buffer, done = pages(SIZES[0]), threading.Event()
+    buffer.zero_()
+
+    parts = file.read(buffer, offsets[0], lambda: done.wait(10))
+    time.sleep(0.1)  # far longer than to read it takes
+    assert not any(part.done() for part in parts)
+    assert not buffer.any()
+    done.set()
+    for part in parts:
+        part.result(10)
+    assert torch.equal(buffer, slab_of(0))
+    file.close()
+
+
+def test_a_file_that_is_there_already_is_not_overwritten(tmp_path):
+    (tmp_path / "rank0").write_text("somebody else's")
+
+    with pytest.raises(FileExistsError):
+        DirectFile(str(tmp_path / "rank0"), PAGE, None, None, 1)
+    assert (tmp_path / "rank0").read_text() == "somebody else's"
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may have more than a MiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # Python ignores SIGXFSZ
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_that_finds_no_room_leaves_nothing(small_files, tmp_path):
+    open_before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="File too large"):
+        DirectFile(str(tmp_path / "rank0"), 2 << 20, None, None, 1)
+
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_close_removes_the_file_and_its_threads(store_of, tmp_path):
+    before = threading.active_count()
+    store = store_of([0, 1])
+    assert (tmp_path / "rank0").stat().st_size == SIZES[0] + SIZES[1]
+    assert threading.active_count() > before
+
+    store.close()
+
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == before
+    store.close = lambda: None
+
+
+def test_a_file_that_is_cut_off_is_an_error(store_of, tmp_path):
+    store = store_of([0, 1, 2, 3, 4], buffers=1)
+    (tmp_path / "rank0").open("r+b").truncate(SIZES[0] + PAGE)
+    assert torch.equal(store.take(0), slab_of(0))  # it was read before
+    store.hand_back(0, None)
+
+    with pytest.raises(OSError, match=rf"preadv moved 0 bytes at {SIZES[0] + PAGE} of the file of weights"):
+        store.take(1)
+
+
+# --- sources --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["in place", "ring of 2", "ring of 3", "ring of 8"])
+def source_of(request):
+    def source_of(store):
+        if request.param == "in place":
+            return InPlace(store)
+        return Ring(store, int(request.param.split()[-1]), torch.device("cpu"), None)
+
+    return source_of
+
+
+@pytest.mark.parametrize("on_disk", [[], [0, 1, 2, 3, 4], [1, 3]], ids=str)
+@pytest.mark.parametrize("buffers", [1, 4])
+def test_a_layer_is_given_its_own_slab_in_every_pass(store_of, source_of, on_disk, buffers):
+    source = source_of(store_of(on_disk, buffers=buffers))
+
+    for _, index in product(range(ROUNDS), range(len(SIZES))):
+        assert torch.equal(source.take(index), slab_of(index)), index
+        source.hand_back()
+
+
+def test_a_slab_stays_while_its_layer_computes(store_of):
+    """All that could come meanwhile has come: into other slots."""
+    ring = Ring(store_of([]), 3, torch.device("cpu"), None)
+    slab = ring.take(0)
+
+    assert ring._sent == 3
+    ring._send()
+    assert ring._sent == 3
+    assert torch.equal(slab, slab_of(0))
+    ring.hand_back()
+    assert ring._sent == 4
+
+
+@pytest.mark.parametrize("order", [[1], [0, 2], [0, 1, 2, 3, 4, 4], [0, 0]], ids=str)
+def test_layers_that_run_out_of_turn_are_an_error(store_of, order):
+    ring = Ring(store_of([]), 2, torch.device("cpu"), None)
+    for index in order[:-1]:
+        ring.take(index)
+        ring.hand_back()
+
+    with pytest.raises(RuntimeError, match=f"layer {order[-1]} runs instead of layer"):
+        ring.take(order[-1])
