@@ -119,6 +119,8 @@ class Store:
         self._reads.append(self._file.read(buffer[: self.sizes[index]], offset, after))
 
     def close(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # slabs of a pass that will not come are on their way
         if self._file is not None:
             self._file.close()
         self._slabs, self._buffers = [], []
