@@ -119,7 +119,7 @@ class Store:
         self._reads.append(self._file.read(buffer[: self.sizes[index]], offset, after))
 
     def close(self) -> None:
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()  # slabs of a pass that will not come are on their way
         if self._file is not None:
             self._file.close()
