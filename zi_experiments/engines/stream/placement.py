@@ -10,7 +10,7 @@ from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Verif
 from zi_experiments.engines.stream.slab import Layout, lay_out
 from zi_experiments.plan import ELEMENT_BYTES, Placement, Plan, Storage
 
-BUFFERS = 4  # slabs in host memory in front of them, when they come from disk
+BUFFERS = 4  # slabs in host memory in front of the GPU's slots, when they come from disk
 GIB = 1 << 30
 CONTEXT_BYTES = GIB  # of CUDA, with its kernels; a cap leaves it out
 LIBRARY_BYTES = GIB // 8  # workspaces of its libraries, and what the allocator cannot use
@@ -51,8 +51,7 @@ def storage(plan: Plan) -> Storage:
         if getattr(plan.run.offload.aio, key) is not None:
             raise ConfigError(f"offload.aio.{key} is only used with engine=deepspeed: pass offload.aio.{key}=null")
     placed, ranks, on_gpu = place(plan), plan.run.hardware.num_gpus, plan.machine.device == "cuda"
-    outside = ELEMENT_BYTES * sum(p.numel for p in plan.architecture.parameters if p.layer is None)
-    resident = outside + sum(layer.resident.nbytes for layer in placed)
+    resident = _outside_bytes(plan) + sum(layer.resident.nbytes for layer in placed)
     host = sum(layer.streamed.nbytes for layer in placed if not layer.on_disk)
     disk = sum(layer.streamed.nbytes for layer in placed if layer.on_disk)
     largest = max((layer.streamed.nbytes for layer in placed if layer.on_disk), default=0)
@@ -86,6 +85,11 @@ def _layers(plan: Plan) -> list[list[tuple[str, Parameter]]]:
 
 def _stored_bytes(plan: Plan, parameter: Parameter) -> int:
     return ELEMENT_BYTES * plan.stored_numel(parameter)
+
+
+def _outside_bytes(plan: Plan) -> int:
+    """Embeddings, head and final norm, which stay on the device in 16 bits."""
+    return ELEMENT_BYTES * sum(p.numel for p in plan.architecture.parameters if p.layer is None)
 
 
 def _split(plan: Plan, layers: list[list[tuple[str, Parameter]]], needed: int) -> tuple[LayerPlacement, ...]:
@@ -130,7 +134,7 @@ def _choose(plan: Plan, layer: list[Parameter], bytes_due: int) -> Iterator[Para
 def _room(plan: Plan) -> int:
     """Bytes of one device that are left for resident layers and their buffers."""
     machine, ranks = plan.machine, plan.run.hardware.num_gpus
-    outside = ELEMENT_BYTES * sum(p.numel for p in plan.architecture.parameters if p.layer is None)
+    outside = _outside_bytes(plan)
     if machine.gpu_memory_bytes is None:
         return machine.host_memory_bytes * 9 // 10 // ranks - outside - plan.kv_cache_bytes - plan.reference_bytes
     on_gpu = plan.run.kv_cache.device is CacheDevice.gpu

@@ -22,14 +22,15 @@ class InPlace:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._index = 0
+        self._computed = 0  # slabs, ever
 
     def take(self, index: int) -> Any:
-        self._index = index
+        _check_turn(index, self._computed % len(self._store.sizes))
         return self._store.take(index)
 
     def hand_back(self) -> None:
-        self._store.hand_back(self._index, None)
+        self._store.hand_back(self._computed % len(self._store.sizes), None)
+        self._computed += 1
 
 
 class Ring:

@@ -20,9 +20,7 @@ class Place:
 
     name: str  # within its layer
     shape: tuple[int, ...]
-    start: (
-        int  # 16-bit element at which it begins: in the slab, or when quantized in the buffer that it is expanded into
-    )
+    start: int  # 16-bit element: of the slab, or when quantized of the buffer that it is expanded into
 
     @property
     def end(self) -> int:
