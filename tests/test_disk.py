@@ -49,13 +49,19 @@ def fill_once_a_weight_is_there(disk, stop):
             os.posix_fallocate(file.fileno(), offset, MIB)
 
 
-def check_failed(done, result, disk):
+def error_line(done, result):
+    """What a run that ended with an error says, in one line."""
     assert done.returncode == 1, done.stdout + done.stderr
     assert result["status"] == "error"
     assert result["metrics"] is None
     assert result["samples"] is None
     message = result["error"]["message"]
     assert "\n" not in message
+    return message
+
+
+def check_failed(done, result, disk):
+    message = error_line(done, result)
     assert "during load" in message
     assert f"{disk}/zi-{result['run']['id']}/zero_stage_3/" in message
     assert "_param.tensor.swp holds " in message
@@ -115,12 +121,7 @@ def test_a_full_disk_is_an_error_before_anything_is_written(small_disk):
 
 
 def check_streamed(done, result, disk):
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert result["status"] == "error"
-    assert result["metrics"] is None
-    assert result["samples"] is None
-    message = result["error"]["message"]
-    assert "\n" not in message
+    message = error_line(done, result)
     assert message in done.stdout
     assert not list(disk.glob("zi-*"))
     return message

@@ -27,19 +27,6 @@ FAMILIES = [
 ]
 
 
-@pytest.fixture
-def model_of():
-    def model_of(family):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(tiny.config(family)).eval()
-
-    return model_of
-
-
-def prompts(batch, length, seed=0):
-    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
 def generate(model, ids, steps, cache=None):
     """Tokens and logits of greedy decoding: (batch, length + steps) and (steps, batch, vocabulary)."""
     out = model.generate(
@@ -57,7 +44,7 @@ def generate(model, ids, steps, cache=None):
 
 def assert_equal_to_the_default(model, cache, *passes):
     for number, (batch, length, steps) in enumerate(passes):
-        ids = prompts(batch, length, seed=number)
+        ids = tiny.prompts(batch, length, seed=number)
         tokens, logits = generate(model, ids, steps)
         cache.reset()
         cached_tokens, cached_logits = generate(model, ids, steps, cache)
@@ -70,8 +57,8 @@ def in_host_memory(cache):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_and_logits_equal_those_of_the_default_cache(model_of, family):
-    model = model_of(family)
+def test_tokens_and_logits_equal_those_of_the_default_cache(family):
+    model = tiny.model(family)
     cache = HostCache(model.config, "cpu", sequences=3, capacity=40)
 
     # longer than two windows in decoding, then in the prompt; other batches; then as at first
@@ -81,27 +68,27 @@ def test_tokens_and_logits_equal_those_of_the_default_cache(model_of, family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4_text"])
-def test_it_grows_when_a_pass_needs_more(model_of, family):
-    model = model_of(family)
+def test_it_grows_when_a_pass_needs_more(family):
+    model = tiny.model(family)
 
     cache = HostCache(model.config, "cpu", sequences=1, capacity=4)
     assert_equal_to_the_default(model, cache, (1, 3, 20), (2, 30, 10), (1, 3, 3))
 
 
-def test_memory_is_allocated_once(model_of):
-    model = model_of("gemma2")
+def test_memory_is_allocated_once():
+    model = tiny.model("gemma2")
     cache = HostCache(model.config, "cpu", sequences=2, capacity=40)
-    generate(model, prompts(2, 5), 30, cache)
+    generate(model, tiny.prompts(2, 5), 30, cache)
     before = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
 
     for batch, length in ((2, 10), (1, 38), (2, 3)):
         cache.reset()
-        generate(model, prompts(batch, length), 40 - length, cache)
+        generate(model, tiny.prompts(batch, length), 40 - length, cache)
 
     assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers] == before
 
 
-def test_one_layer_alone(model_of):
+def test_one_layer_alone():
     config = tiny.config("llama")
     config.num_hidden_layers = 1
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -140,8 +127,8 @@ class Compute:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v3", "gemma4_text"])
 @pytest.mark.parametrize("capacity", [40, 4])
-def test_compute_waits_for_copies_that_come_late(model_of, monkeypatch, family, capacity):
-    model = model_of(family)
+def test_compute_waits_for_copies_that_come_late(monkeypatch, family, capacity):
+    model = tiny.model(family)
     cache = HostCache(model.config, "cpu", sequences=2, capacity=capacity)
     side, copy_at_once = LateStream(), torch.Tensor.copy_
 
@@ -162,10 +149,10 @@ def test_compute_waits_for_copies_that_come_late(model_of, monkeypatch, family, 
     assert_equal_to_the_default(model, cache, (2, 5, 30), (1, 20, 10), (2, 5, 30))
 
 
-def test_a_prompt_in_pieces(model_of):
+def test_a_prompt_in_pieces():
     """Several tokens at once after others: the new ones need the window before each of them."""
-    model = model_of("gpt_oss")
-    ids = prompts(2, 40)
+    model = tiny.model("gpt_oss")
+    ids = tiny.prompts(2, 40)
     caches = DynamicCache(config=model.config), HostCache(model.config, "cpu", 2, 40)
 
     for piece in ids.split(9, dim=1):
@@ -175,14 +162,14 @@ def test_a_prompt_in_pieces(model_of):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "deepseek_v3"])
-def test_lengths_and_masks_are_those_of_the_default_cache(model_of, family):
-    model = model_of(family)
+def test_lengths_and_masks_are_those_of_the_default_cache(family):
+    model = tiny.model(family)
     caches = DynamicCache(config=model.config), HostCache(model.config, "cpu", 2, 40)
 
     for length in (3, 1, 1, 3, 1, 12, 1):
         for cache in caches:
             with torch.no_grad():
-                model(prompts(2, length), past_key_values=cache)
+                model(tiny.prompts(2, length), past_key_values=cache)
         theirs, ours = caches
         assert ours.get_seq_length() == theirs.get_seq_length()
         for index in range(len(theirs)):
@@ -191,16 +178,16 @@ def test_lengths_and_masks_are_those_of_the_default_cache(model_of, family):
 
 
 @pytest.mark.parametrize("family", ["opt", "deepseek_v3"])
-def test_a_step_writes_its_own_tokens_and_nothing_else(model_of, family):
-    model = model_of(family)
+def test_a_step_writes_its_own_tokens_and_nothing_else(family):
+    model = tiny.model(family)
     cache = HostCache(model.config, "cpu", sequences=2, capacity=40)
     with torch.no_grad():
-        model(prompts(2, 7), past_key_values=cache)
+        model(tiny.prompts(2, 7), past_key_values=cache)
         before = [buffer.clone() for layer in cache.layers for buffer in (layer.keys, layer.values)]
         for layer in cache.layers:
             for buffer in (layer.keys, layer.values):
                 buffer.view(40, -1)[7:] = torch.nan
-        model(prompts(2, 1), past_key_values=cache)
+        model(tiny.prompts(2, 1), past_key_values=cache)
 
     after = [buffer for layer in cache.layers for buffer in (layer.keys, layer.values)]
     for old, new in zip(before, after, strict=True):
@@ -209,16 +196,16 @@ def test_a_step_writes_its_own_tokens_and_nothing_else(model_of, family):
         assert torch.isnan(new.view(40, -1)[8:]).all()
 
 
-def test_a_window_writes_its_own_tokens_until_there_is_no_room_behind_them(model_of):
+def test_a_window_writes_its_own_tokens_until_there_is_no_room_behind_them():
     """Room for 16 tokens, a window of 8: seven are held, so the first seven and nine more are appended."""
-    model = model_of("mistral")
+    model = tiny.model("mistral")
     cache = HostCache(model.config, "cpu", sequences=2, capacity=100)
     buffer = None
     written = []
     with torch.no_grad():
         for length in [7] + [1] * 20:
             before = buffer.clone() if buffer is not None else None
-            model(prompts(2, length), past_key_values=cache)
+            model(tiny.prompts(2, length), past_key_values=cache)
             buffer = cache.layers[0].keys.view(torch.int32).view(2 * tiny.WINDOW, -1)  # bits: NaN is not NaN
             if before is not None:
                 written.append((buffer != before).any(1).nonzero().flatten().tolist())
@@ -228,14 +215,14 @@ def test_a_window_writes_its_own_tokens_until_there_is_no_room_behind_them(model
     assert written[10:19] == [[row] for row in range(7, 16)]
 
 
-def test_only_the_window_is_fetched(model_of):
-    model = model_of("gemma2")
+def test_only_the_window_is_fetched():
+    model = tiny.model("gemma2")
     cache = HostCache(model.config, "cpu", sequences=1, capacity=40)
     with torch.no_grad():
-        model(prompts(1, 12), past_key_values=cache)
+        model(tiny.prompts(1, 12), past_key_values=cache)
         for layer in cache.layers:
             if layer.is_sliding:
                 layer.keys.view(2 * tiny.WINDOW, -1)[: 12 - (tiny.WINDOW - 1)] = torch.nan
-        logits = model(prompts(1, 1), past_key_values=cache).logits
+        logits = model(tiny.prompts(1, 1), past_key_values=cache).logits
 
     assert torch.isfinite(logits).all()

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from zi_experiments.architecture import decoder_layers
 from zi_experiments.engines.stream.blocks import BlockCache, in_blocks
@@ -12,19 +12,6 @@ from zi_experiments.engines.stream.caches import DeviceCache
 # as they differ to a layer: a mask, alibi as a tensor of (batch · heads) rows, rotary tables as a tuple, windows, experts,
 # latents, layers that read what another layer was given
 FAMILIES = ["opt", "bloom", "llama", "gptj", "falcon", "gemma2", "gpt_oss", "mixtral", "deepseek_v3", "gemma4_text"]
-
-
-@pytest.fixture(scope="module")
-def model_of():
-    def model_of(family):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(tiny.config(family)).eval()
-
-    return model_of
-
-
-def prompts(batch, length, seed=0):
-    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def padded(ids):
@@ -76,9 +63,9 @@ SHARING = pytest.param("gemma4_text", marks=pytest.mark.xfail(strict=True, reaso
 
 
 @pytest.mark.parametrize("family", [*FAMILIES[:-1], SHARING])
-def test_a_pass_in_blocks_is_that_of_the_whole_batch(model_of, family):
-    model = model_of(family)
-    ids = prompts(6, 11)
+def test_a_pass_in_blocks_is_that_of_the_whole_batch(family):
+    model = tiny.model(family)
+    ids = tiny.prompts(6, 11)
     expected = generate(model, ids, 12, None)
     rows = put_blocks(model, 3)
     cache = BlockCache([DeviceCache(model.config, 40) for _ in range(3)])
@@ -90,9 +77,9 @@ def test_a_pass_in_blocks_is_that_of_the_whole_batch(model_of, family):
     assert set(rows) == {2}
 
 
-def test_each_block_has_the_keys_and_values_of_its_own_sequences(model_of):
-    model = model_of("llama")
-    ids, whole = prompts(4, 9), DynamicCache(config=model.config)
+def test_each_block_has_the_keys_and_values_of_its_own_sequences():
+    model = tiny.model("llama")
+    ids, whole = tiny.prompts(4, 9), DynamicCache(config=model.config)
     with torch.no_grad():
         model(ids, past_key_values=whole)
         put_blocks(model, 2)
@@ -105,13 +92,13 @@ def test_each_block_has_the_keys_and_values_of_its_own_sequences(model_of):
     assert parts[0].layers[0].keys.shape[0] == 2
 
 
-def test_reset_empties_every_block(model_of):
-    model = model_of("gemma2")
+def test_reset_empties_every_block():
+    model = tiny.model("gemma2")
     parts = [DeviceCache(model.config, 40) for _ in range(2)]
     cache = BlockCache(parts)
     put_blocks(model, 2)
     with torch.no_grad():
-        model(prompts(4, 9), past_key_values=cache)
+        model(tiny.prompts(4, 9), past_key_values=cache)
     assert cache.get_seq_length() == 9
 
     cache.reset()
@@ -120,10 +107,10 @@ def test_reset_empties_every_block(model_of):
 
 
 @pytest.mark.parametrize(("batch", "blocks", "rows"), [(4, 3, 2), (5, 3, 5), (1, 4, 1), (6, 4, 2), (2, 8, 1)])
-def test_a_batch_that_blocks_do_not_divide_has_fewer(model_of, batch, blocks, rows):
+def test_a_batch_that_blocks_do_not_divide_has_fewer(batch, blocks, rows):
     """Verification brings four sequences, whatever the run's own are."""
-    model = model_of("bloom")
-    ids = prompts(batch, 7)
+    model = tiny.model("bloom")
+    ids = tiny.prompts(batch, 7)
     expected = generate(model, ids, 5, None)
     seen = put_blocks(model, blocks)
     cache = BlockCache([DeviceCache(model.config, 20) for _ in range(blocks)])
@@ -132,10 +119,10 @@ def test_a_batch_that_blocks_do_not_divide_has_fewer(model_of, batch, blocks, ro
     assert set(seen) == {rows}
 
 
-def test_a_cache_of_transformers_own_is_one_block(model_of):
+def test_a_cache_of_transformers_own_is_one_block():
     """Such as one of a user who calls the model: it cannot be divided."""
-    model = model_of("llama")
-    ids = prompts(4, 7)
+    model = tiny.model("llama")
+    ids = tiny.prompts(4, 7)
     expected = generate(model, ids, 5, None)
     rows = put_blocks(model, 2)
 
@@ -146,9 +133,9 @@ def test_a_cache_of_transformers_own_is_one_block(model_of):
     assert set(rows) == {4}
 
 
-def test_without_a_cache_there_are_blocks(model_of):
-    model = model_of("mixtral")
-    ids = prompts(4, 7)
+def test_without_a_cache_there_are_blocks():
+    model = tiny.model("mixtral")
+    ids = tiny.prompts(4, 7)
     with torch.no_grad():
         expected = model(ids, attention_mask=padded(ids), use_cache=False).logits
         rows = put_blocks(model, 2)
@@ -181,7 +168,7 @@ def test_what_a_layer_returns_beside_its_output_is_joined():
 
 def assert_equal_to_the_default(model, cache, *passes):
     for number, (batch, length, steps) in enumerate(passes):
-        ids = prompts(batch, length, seed=number)
+        ids = tiny.prompts(batch, length, seed=number)
         tokens, logits = generate(model, ids, steps, None)
         cache.reset()
         cached_tokens, cached_logits = generate(model, ids, steps, cache)
@@ -190,30 +177,30 @@ def assert_equal_to_the_default(model, cache, *passes):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_and_logits_equal_those_of_the_default_cache(model_of, family):
-    model = model_of(family)
+def test_tokens_and_logits_equal_those_of_the_default_cache(family):
+    model = tiny.model(family)
 
     # other batches and lengths, more than there is room for, then as at first
     cache = DeviceCache(model.config, 24)
     assert_equal_to_the_default(model, cache, (3, 5, 12), (2, 9, 10), (3, 20, 15), (1, 3, 3), (3, 5, 12))
 
 
-def test_no_step_allocates_and_a_reset_keeps_the_room(model_of):
-    model = model_of("llama")
+def test_no_step_allocates_and_a_reset_keeps_the_room():
+    model = tiny.model("llama")
     cache = DeviceCache(model.config, 24)
 
     def addresses():
         return [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
 
     with torch.no_grad():
-        model(prompts(2, 5), past_key_values=cache)
+        model(tiny.prompts(2, 5), past_key_values=cache)
         first = addresses()
         for _ in range(19):
-            model(prompts(2, 1), past_key_values=cache)
+            model(tiny.prompts(2, 1), past_key_values=cache)
             assert addresses() == first
         cache.reset()
         assert cache.get_seq_length() == 0
-        model(prompts(2, 24), past_key_values=cache)
+        model(tiny.prompts(2, 24), past_key_values=cache)
         assert addresses() == first
-        model(prompts(2, 1), past_key_values=cache)
+        model(tiny.prompts(2, 1), past_key_values=cache)
         assert addresses() != first, "25 tokens need more room than 24"

@@ -1,6 +1,7 @@
 """Tiny configurations of many families, as they differ in what attention keeps: heads, widths, windows, latents."""
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 WINDOW = 8
 SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -71,3 +72,13 @@ FAMILIES = {
 def config(family):
     """The configuration of a tiny model, whose longest window is `WINDOW` tokens."""
     return AutoConfig.for_model(family.partition("-")[0], **FAMILIES[family])
+
+
+def model(family):
+    """That model with random weights, the same at each call."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(family)).eval()
+
+
+def prompts(batch, length, seed=0):
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
