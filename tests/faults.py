@@ -63,7 +63,7 @@ def other_tokens(session):
 def changed_slab(session, index, change):
     """What is streamed of one layer, changed in place for a while; `change` is given its integers, scales and minima."""
     layer = decoder_layers(session.model)[1][index].forward.__self__
-    slab = layer._source.take(layer._index)
+    slab = layer._source._store.take(layer._index)
     before = slab.clone()
     codes, scales, minima = (slab[region] for region in layer._placed.streamed.regions)
     change(codes, scales.view(torch.bfloat16), minima.view(torch.bfloat16))
