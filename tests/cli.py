@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -62,7 +61,7 @@ class Cli:
             preexec_fn=preexec_fn,
         )
 
-    def start(self, *arguments: str, **variables: str) -> subprocess.Popen:
+    def start(self, *arguments: str, preexec_fn=None, start_new_session=False, **variables: str) -> subprocess.Popen:
         return subprocess.Popen(
             self.command(*arguments),
             cwd=self.folder,
@@ -71,6 +70,8 @@ class Cli:
             stderr=subprocess.STDOUT,
             text=True,
             stdin=subprocess.DEVNULL,
+            preexec_fn=preexec_fn,
+            start_new_session=start_new_session,
         )
 
     def results(self) -> list[dict]:
@@ -93,13 +94,11 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 def workers(process: subprocess.Popen) -> list[psutil.Process]:
     """The worker processes under a launcher: those that multiprocessing spawned to do the work."""
     children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    return [child for child in children if "spawn_main" in _command(child)]
 
 
-def all_gone(processes: list[psutil.Process], timeout_s: float = 10.0) -> bool:
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes):
-            return True
-        time.sleep(0.1)
-    return False
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""  # it has just ended

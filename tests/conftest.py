@@ -1,17 +1,21 @@
 """What the tests share: runs composed from the real `conf/`, and machines written down by hand."""
 
 import os
+import shutil
+import subprocess
 from dataclasses import replace
 from functools import cache
 
 import hydra
 import pytest
+from reliability import Page
 
 from zi_experiments import architecture, config, planner
 from zi_experiments.config import Ceilings
 from zi_experiments.hardware import Machine
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test needs the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny models threads only wait for one another
 
 MACHINES = {
     "h200": Machine(
@@ -43,6 +47,14 @@ MACHINES = {
         driver=None,
     ),
 }
+
+
+SLOWEST = ("test_sweep.py", "test_families.py", "test_reliability.py", "test_verify.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest first, so that no process is left with one at the end."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
 
 
 def pytest_addoption(parser):
@@ -113,3 +125,26 @@ def plan_of(compose_run, describe, machine):
         return planner.build(run, describe(run), on or machine())
 
     return plan_of
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """An ext4 of its own, with room for the tiny models and not much more."""
+    if shutil.which("mkfs.ext4") is None:
+        pytest.skip("there is no mkfs.ext4")
+    image, folder = tmp_path / "image", tmp_path / "disk"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(512 * (1 << 20))
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+    mounted = subprocess.run(["mount", "-o", "loop", image, folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"nothing may be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def page(pytestconfig):
+    """docs/reliability.md."""
+    return Page(update=pytestconfig.getoption("update_golden"))

@@ -11,7 +11,7 @@ from zi_experiments.sinks.console import show_plan, show_sweep
 
 def record(status):
     run = RunInfo(id="1", name="one", group=None, started_at="", finished_at="", command="", git_revision=None)
-    return Record(run=run, folder="", choices={}, config={}, status=status)
+    return Record(run=run, folder="", choices={}, config={}, status=status).to_dict()
 
 
 def test_a_sweep_shows_what_differs_and_brackets_as_they_were_typed(capsys):

@@ -3,7 +3,6 @@
 import itertools
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import threading
@@ -21,23 +20,6 @@ MIB = 1 << 20
 @pytest.fixture
 def cli(tmp_path):
     return Cli(tmp_path)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """An ext4 of its own, with room for the tiny models and not much more."""
-    if shutil.which("mkfs.ext4") is None:
-        pytest.skip("there is no mkfs.ext4")
-    image, folder = tmp_path / "image", tmp_path / "disk"
-    folder.mkdir()
-    with image.open("wb") as file:
-        file.truncate(512 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
-    mounted = subprocess.run(["mount", "-o", "loop", image, folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"nothing may be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def fill_once_a_weight_is_there(disk, stop):

@@ -17,7 +17,7 @@ SOURCES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
-LAUNCHER = ("config", "plan", "ds_config", "metrics", "record", "preflight", "launch", "job")
+LAUNCHER = ("config", "plan", "ds_config", "metrics", "record", "checkpoint", "preflight", "launch", "job")
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "wandb"}
 
 
@@ -59,7 +59,11 @@ def test_no_two_modules_need_each_other():
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
-        ("config", set()),
+        ("folders", set()),
+        ("locks", set()),
+        ("signals", set()),
+        ("output_folder", set()),
+        ("config", {"folders"}),
         ("environment", set()),
         ("architecture", {"config"}),
         ("hardware", {"config", "environment"}),
@@ -67,7 +71,25 @@ def test_no_two_modules_need_each_other():
         ("planner", {"config", "architecture", "engines", "hardware", "plan"}),
         ("zero3", {"architecture", "config", "plan"}),
         ("ds_config", {"config", "plan", "zero3"}),
-        ("preflight", {"config", "environment", "hardware", "plan", "quality"}),
+        ("checkpoint", {"architecture", "config"}),
+        (
+            "preflight",
+            {
+                "checkpoint",
+                "config",
+                "ds_config",
+                "engines.deepspeed.ops",
+                "hardware",
+                "plan",
+                "quality",
+                "system",
+                "zero3",
+            },
+        ),
+        ("system", {"environment"}),
+        ("doctor", {"environment", "hardware", "system"}),
+        ("distributed", {"config", "environment", "system"}),
+        ("engines.deepspeed.ops", {"config", "plan", "progress", "system"}),
         ("progress", set()),
         ("memory", set()),
         ("workload", set()),
@@ -96,7 +118,11 @@ def test_no_two_modules_need_each_other():
         ("metrics", {"measure", "plan"}),
         ("record", {"measure", "metrics", "plan", "verify"}),
         ("sinks", {"record"}),
-        ("sinks.result_file", {"record"}),
+        ("sinks.result_file", {"folders", "record"}),
+        ("hashes", {"checkpoint"}),
+        ("resume", {"folders", "record"}),
+        ("scratch", {"config", "locks"}),
+        ("sweep", {"locks"}),
     ],
 )
 def test_arrows_do_not_point_back(name, allowed):
@@ -116,6 +142,7 @@ def test_arrows_do_not_point_back(name, allowed):
         ("workload", {"hydra", "omegaconf", "deepspeed"}),
         ("quality", {"hydra", "omegaconf", "deepspeed"}),
         ("weights", {"hydra", "omegaconf", "deepspeed", "wandb"}),
+        ("checkpoint", {"hydra", "omegaconf", "transformers", "deepspeed", "wandb"}),
         ("reference", {"hydra", "omegaconf", "deepspeed", "wandb"}),
         ("verify", {"hydra", "omegaconf", "transformers", "accelerate", "deepspeed", "wandb"}),
         ("pinned", {"deepspeed", "transformers"}),
@@ -132,6 +159,8 @@ def test_arrows_do_not_point_back(name, allowed):
         ("engines.stream.ring", {"transformers"}),
         ("architecture", {"deepspeed"}),
         ("hardware", {"deepspeed", "transformers"}),
+        ("system", {"hydra", "omegaconf", "psutil", "transformers", "deepspeed", "wandb"}),
+        ("doctor", {"hydra", "omegaconf", "psutil", "transformers", "deepspeed", "wandb"}),
     ],
 )
 def test_a_room_never_imports_what_is_not_its_own(name, never):
@@ -160,13 +189,13 @@ def test_only_its_sink_imports_wandb():
 
 
 def test_typed_past_the_door():
-    """Only the entry, the door and the job know the configuration as Hydra composes it."""
+    """Only the entry, the door, the job and a callback of Hydra's know the configuration as Hydra composes it."""
     users = {name for name, tree in TREES.items() if any(dotted.endswith(".DictConfig") for dotted in imported(tree))}
 
-    assert users <= {"__main__", "config", "job"}
+    assert users <= {"__main__", "config", "job", "output_folder"}
 
 
-@pytest.mark.parametrize("name", [*LAUNCHER, "engines.stream", "engines.stream.placement"])
+@pytest.mark.parametrize("name", [*LAUNCHER, "doctor", "engines.stream", "engines.stream.placement"])
 def test_importing_what_the_launcher_needs_loads_nothing_heavy(name):
     code = f"import sys, zi_experiments.{name}; print(*{HEAVY!r} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

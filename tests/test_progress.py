@@ -153,6 +153,17 @@ def test_a_long_phase_says_how_far_it_is_every_15_seconds(clock):
     ]
 
 
+def test_a_phase_of_one_step_says_how_long_it_has_taken(clock):
+    lines = shown(
+        clock,
+        (0, Event("build async_io", 0, 1, "operator")),
+        (16, Event("build async_io", 0, 1, "operator")),
+        (32, Event("build async_io", 0, 1, "operator")),
+    )
+
+    assert lines.splitlines()[1:] == ["build async_io: 16 s so far", "build async_io: 32 s so far"]
+
+
 def test_each_phase_is_timed_by_itself(clock):
     lines = shown(
         clock,

@@ -1,53 +1,65 @@
 """`python -m zi_experiments`: Hydra's entry point."""
 
-import signal
 import sys
-from typing import Any
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from zi_experiments import config
+from zi_experiments import config, environment, signals
+from zi_experiments.sweep import Sweep
 
 
 def main() -> None:
     """Compose the configuration from the command line and carry it out, once or as a sweep."""
     config.register()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sweep: list[Any] = []
+    signals.install()
+    environment.set_variables({"HYDRA_FULL_ERROR": "1"})  # it raises what it cannot compose, and prints no traceback
+    sweep, composed = Sweep(), list[DictConfig]()
 
     def run(cfg: DictConfig) -> None:
+        composed.append(cfg)
         _run(cfg, sweep)
 
     entry = hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(run)
     try:
         entry()
     except KeyboardInterrupt:
+        signals.acknowledge()
         sys.exit(130)
+    except Exception as error:
+        if composed and not isinstance(error, CompactHydraException):
+            raise
+        sys.exit(1 if composed else f"refused: {_reason(error)}")  # what was wrong with a run has been said
     finally:
-        if sweep:
+        if sweep.jobs:
             from zi_experiments.sinks.console import show_sweep
 
-            show_sweep(sweep)
+            show_sweep(sweep.jobs)
 
 
-def _run(cfg: DictConfig, sweep: list[Any]) -> None:
+def _reason(error: Exception) -> str:
+    behind = error.__cause__ if isinstance(error, CompactHydraException) else None
+    return f"{error} ({behind})" if behind else str(error)
+
+
+def _run(cfg: DictConfig, sweep: Sweep) -> None:
     from zi_experiments.job import RunFailed, run_job  # imports torch, which --help and --cfg do without
 
-    many = HydraConfig.get().mode is RunMode.MULTIRUN
-    record = None
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode is RunMode.MULTIRUN:
+        if not sweep.is_ours(Path(hydra_config.sweep.dir)):
+            sys.exit("refused: another process runs this sweep: wait for it, or pass hydra.sweep.dir=/another/folder")
+        # after a failure Hydra goes on with the sweep, and exits with 1 at its end
+        run_job(cfg, keep=True, tell=lambda result: sweep.add(list(hydra_config.overrides.task), result))
+        return
     try:
-        record = run_job(cfg)
-    except RunFailed as failed:
-        record = failed.record
-        if many:
-            raise  # Hydra goes on with the sweep and exits with 1 at its end
+        run_job(cfg)
+    except RunFailed:
         sys.exit(1)  # what was wrong has been said
-    finally:
-        if many and record is not None:
-            sweep.append((list(HydraConfig.get().overrides.task), record))
 
 
 if __name__ == "__main__":

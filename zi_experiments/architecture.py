@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from zi_experiments.config import ConfigError, Model, Run, WeightSource
+
+_LONGEST_QUOTE = 300  # characters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +90,7 @@ def read_config(run: Run) -> Any:
     """
     source = run.weights.path if run.weights.source is WeightSource.pretrained else None
     if source is not None or run.model.architecture is None:
-        return _from_path(source or run.model.path or "")
+        return _from_path(source or run.model.path or "", run.trust_remote_code)
     return _from_numbers(run.model)
 
 
@@ -105,20 +108,55 @@ def _from_numbers(model: Model) -> Any:
         raise ConfigError(f"model={model.name}: {model_type} refuses these numbers: {error}") from error
 
 
-def _from_path(path: str) -> Any:
-    from transformers import AutoConfig
+def _from_path(path: str, trusted: bool) -> Any:
+    from transformers import AutoConfig, PreTrainedConfig
 
     source = local_or_hub(path)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ConfigError(f"{source} has no config.json, so it is not a Hugging Face model folder")
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=trusted)  # None would ask on the terminal
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        if is_refused_code(error, trusted):
+            auto_map = PreTrainedConfig.get_config_dict(source)[0]["auto_map"]
+            raise ConfigError(refused_code(path, auto_map)) from error
         raise ConfigError(
-            f"{path} is neither a Hugging Face model folder nor a hub name that can be read here ({reason}): "
+            f"{path} is neither a Hugging Face model folder nor a hub name that can be read here ({reason(error)}): "
             "pass model.path=/path/to/a/folder, or the shape of a shipped model with random weights: model=opt-125m"
         ) from error
+
+
+def is_refused_code(error: Exception, trusted: bool) -> bool:
+    """Whether transformers says that it cannot do without the Python files of a checkpoint, which it has not run."""
+    return not trusted and isinstance(error, ValueError) and "trust_remote_code" in str(error)
+
+
+def refused_code(path: str, auto_map: Any) -> str:
+    """What to say of such a checkpoint; its `auto_map` names a class, or a list of them, for each purpose."""
+    values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    references = [one for value in values for one in (value if isinstance(value, list) else [value]) if one]
+    files = ", ".join(sorted({_python_file(str(one)) for one in references}))
+    return (
+        f"{path} wants to run {printable(files)}, and nothing of that was run: "
+        f"pass trust_remote_code=true if you trust {path}"
+    )
+
+
+def _python_file(reference: str) -> str:
+    """The file of `module.Class`, or of `owner/repository--module.Class`, which is on the hub."""
+    repository, _, name = reference.rpartition("--")
+    return f"{repository}/{name.partition('.')[0]}.py".lstrip("/")
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, printable: it may quote a checkpoint."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def printable(text: str) -> str:
+    """Text by others, without what breaks a line or steers a terminal, and with an end."""
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}…"
 
 
 def local_or_hub(path: str) -> str:
@@ -128,9 +166,16 @@ def local_or_hub(path: str) -> str:
 
 
 def model_class(config: Any) -> Any:
-    """The causal-LM class of a configuration, as transformers maps it. Raises `ConfigError` when it has none."""
+    """The causal-LM class of a configuration: transformers' own, or that of the checkpoint whose code made `config`.
+
+    Code is loaded for a configuration of such a class only: it exists because the checkpoint is trusted. Raises
+    `ConfigError` when there is no causal-LM class.
+    """
     from transformers import AutoModelForCausalLM
 
+    name = AutoModelForCausalLM.__name__
+    if _is_remote(config) and name in (getattr(config, "auto_map", None) or {}):
+        return _remote_class(config, config.auto_map[name])
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         raise ConfigError(
@@ -138,6 +183,31 @@ def model_class(config: Any) -> Any:
             "pass model=opt-125m, or model=local model.path=… of one (for example opt, bloom, llama, mixtral)"
         )
     return mapping[type(config)]
+
+
+def _is_remote(config: Any) -> bool:
+    from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+    return type(config).__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
+
+
+def _remote_class(config: Any, reference: str) -> Any:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    try:
+        return _generating(get_class_from_dynamic_module(reference, config.name_or_path))
+    except Exception as error:
+        file = printable(_python_file(reference))
+        raise ConfigError(f"{config.name_or_path}: its {file} cannot be loaded ({reason(error)})") from error
+
+
+@cache  # one class for all callers: transformers derives a new one at each call
+def _generating(remote: Any) -> Any:
+    """A model class of a checkpoint as `AutoModelForCausalLM` prepares it."""
+    from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+
+    remote.register_for_auto_class("AutoModelForCausalLM")
+    return add_generation_mixin_to_remote_model(remote)
 
 
 def describe(config: Any, name: str) -> Architecture:
@@ -153,8 +223,8 @@ def describe(config: Any, name: str) -> Architecture:
             model = config_class(_without_data(config))
             model.tie_weights()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model={name}: {config.model_type} cannot be built from these numbers: {reason}") from error
+        problem = f"{config.model_type} cannot be built from these numbers: {reason(error)}"
+        raise ConfigError(f"model={name}: {problem}") from error
     text = config.get_text_config()
     layers_name, layers = decoder_layers(model)
     parameters = tuple(

@@ -3,20 +3,29 @@
 Types live here, values in `conf/`: no field below has a default.
 """
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from math import inf
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from zi_experiments import folders
 
 
 class ConfigError(CompactHydraException, ValueError):
     """What the user asked for cannot be: one line that says what is wrong and what to type instead."""
+
+    def __init__(self, message: str) -> None:
+        # values and other people's messages, which are quoted, may have several
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
 
 
 class OffloadDevice(Enum):
@@ -156,6 +165,11 @@ class Workload:
 
 
 @dataclass
+class Launch:
+    timeout_s: float  # without a sign of progress: the run is stopped
+
+
+@dataclass
 class Tracking:
     mode: TrackingMode
     project: str
@@ -178,15 +192,26 @@ class Run:
     weights: Weights
     workload: Workload
     tracking: Tracking
+    launch: Launch
     verify: Verify
+    trust_remote_code: bool  # of a checkpoint that brings Python files
     plan_only: bool
+    force: bool  # run again what a sweep has finished before
 
 
 def register() -> None:
     """Make the schema known to Hydra as `schema`, which `conf/config.yaml` lists first."""
     ConfigStore.instance().store(name="schema", node=Run)
     OmegaConf.register_new_resolver("zi.basename", lambda path: Path(path).name if path else "local", replace=True)
+    OmegaConf.register_new_resolver("zi.slug", folders.slug, replace=True)
+    OmegaConf.register_new_resolver("zi.sweep", lambda: folders.sweep_name(_overrides(sys.argv[1:])), replace=True)
     OmegaConf.register_new_resolver("zi.data", lambda name: str(Path(__file__).parent / "data" / name), replace=True)
+
+
+def _overrides(arguments: list[str]) -> list[str]:
+    """What of a command line is not for Hydra itself."""
+    found: list[str] = get_args_parser().parse_known_args(arguments)[0].overrides
+    return found
 
 
 def conf_dir() -> Path:
@@ -201,8 +226,8 @@ def to_run(cfg: DictConfig) -> Run:
 
     Raises `ConfigError` for a missing value, a key that no schema knows, or choices that cannot go together.
     """
-    _refuse_stray_keys(cfg, Run, "")
     try:
+        _refuse_stray_keys(cfg, Run, "")
         run: Run = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
@@ -224,7 +249,7 @@ def from_choices(choices: dict[str, str], settings: dict[str, Any]) -> Run:
         for group, choice in (defaults | choices).items()
         if group in {field.name for field in fields(Run)}
     }
-    root = {key: main[key] for key in ("name", "verify", "plan_only")}
+    root = {key: main[key] for key in ("name", "launch", "verify", "trust_remote_code", "plan_only", "force")}
     cfg = OmegaConf.merge(OmegaConf.structured(Run), root, parts)
     assert isinstance(cfg, DictConfig)
     for key, value in settings.items():
@@ -239,15 +264,46 @@ def _refuse_stray_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
         if key not in known:
             choices = ", ".join(f"{prefix}{name}" for name in sorted(known))
             raise ConfigError(f"{prefix}{key} is not a setting (it was added with '+'). Known here: {choices}")
-        kind = hints[key]
-        if is_dataclass(kind) and isinstance(kind, type) and not OmegaConf.is_missing(cfg, key):
-            _refuse_stray_keys(cfg._get_node(key), kind, f"{prefix}{key}.")  # type: ignore[arg-type]
+        node, kind = cfg._get_node(key), hints[key]
+        if not isinstance(node, DictConfig | ListConfig) or OmegaConf.is_missing(cfg, key):
+            continue
+        value = cfg[key]  # an interpolation can stand for anything
+        plain, form = (list, "[…]") if isinstance(node, ListConfig) else (dict, "{…}")
+        found = OmegaConf.get_type(value) if OmegaConf.is_config(value) else type(value)
+        if found is not (kind if is_dataclass(kind) else plain) and not (value is None and node._is_optional()):
+            raise ConfigError(f"{prefix}{key}={value} does not belong there: pass {prefix}{key}={form}")
+        if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, DictConfig):
+            _refuse_stray_keys(value, kind, f"{prefix}{key}.")
 
 
 def _validate(run: Run) -> None:
     for check in _CHECKS:
         if problem := check(run):
             raise ConfigError(problem)
+
+
+def _settings(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its dotted name."""
+    for field in fields(node):
+        value = getattr(node, field.name)
+        if is_dataclass(value):
+            yield from _settings(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+def _integers(run: Run) -> str | None:
+    for key, value in _settings(run):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return f"{key} does not fit into 64 bits: pass {key}=… of at most 18 digits"
+    return None
+
+
+def _paths(run: Run) -> str | None:
+    for key, value in _settings(run):
+        if key.endswith((".path", ".text")) and value is not None and (not value.strip() or "\0" in value):
+            return f"{key}={value!r} is not a path: pass {key}=/a/path, or {key}=null"
+    return None
 
 
 def _workload(run: Run) -> str | None:
@@ -332,7 +388,7 @@ def _model(run: Run) -> str | None:
     model = run.model
     if model.architecture is None and model.path is None:
         return "model.path is required with model=local: pass model.path=/models/my-model, or a hub name"
-    if model.architecture is not None and "model_type" not in model.architecture:
+    if model.architecture is not None and not isinstance(model.architecture.get("model_type"), str):
         return "model.architecture.model_type is required: pass +model.architecture.model_type=opt, for example"
     if run.weights.source is WeightSource.pretrained and run.weights.path is None:
         return "weights.path is required with weights=pretrained: pass weights.path=/models/my-model, or a hub name"
@@ -345,23 +401,33 @@ def _hardware(run: Run) -> str | None:
     hardware = run.hardware
     for key in ("memory_gib", "host_memory_gib"):
         value = getattr(hardware, key)
-        if value is not None and not 0 < value < inf:
+        if value is not None and not 0 < value * 2**30 < inf:
             return (
                 f"hardware.{key} must be positive and finite, not {value}: pass hardware.{key}=null for what is there"
             )
     for key in ("link_bytes_per_s", "hbm_bytes_per_s", "flops", "disk_bytes_per_s"):
         value = getattr(hardware.ceilings, key)
-        if value is not None and not 0 < value < inf:
+        if value is not None and not 1 <= value < inf:
             return (
-                f"hardware.ceilings.{key} must be positive and finite, not {value}: pass hardware.ceilings.{key}=null"
+                f"hardware.ceilings.{key} must be at least 1 and finite, not {value}: pass hardware.ceilings.{key}=null"
             )
+    if hardware.dtypes == []:
+        return "hardware.dtypes=[] leaves no type to compute in: pass hardware.dtypes=null for those of the device"
     for dtype in hardware.dtypes or []:
         if dtype not in ("float16", "bfloat16"):
             return f"hardware.dtypes={hardware.dtypes}: {dtype} is not a 16-bit type: pass [float16] or [bfloat16]"
     return None
 
 
+def _launch(run: Run) -> str | None:
+    if not 0 < run.launch.timeout_s < inf:
+        return f"launch.timeout_s must be positive and finite, not {run.launch.timeout_s}: pass launch.timeout_s=1800"
+    return None
+
+
 def _engine(run: Run) -> str | None:
+    if not run.engine.name.isidentifier():
+        return f"engine.name={run.engine.name} is not an engine: pass engine=deepspeed, stream, accelerate or fsdp"
     if run.engine.name == "deepspeed":
         if run.engine.profile is None:
             return "engine.profile=null is not a profile of engine=deepspeed: pass engine.profile=tuned, or reference"
@@ -390,4 +456,4 @@ def _streaming(run: Run) -> str | None:
     return None
 
 
-_CHECKS = (_model, _workload, _text, _quant, _offload, _hardware, _engine, _streaming)
+_CHECKS = (_integers, _paths, _model, _workload, _text, _quant, _offload, _hardware, _launch, _engine, _streaming)

@@ -3,30 +3,42 @@
 import socket
 from typing import Any
 
-from zi_experiments import environment
+from zi_experiments import environment, system
+from zi_experiments.config import ConfigError
 
 
 def init(device: str) -> None:
     """Initialise the back end: NCCL on CUDA, gloo otherwise, and never by way of MPI.
 
     Outside a launcher (none of RANK, WORLD_SIZE, … set) this process becomes the only rank, on a free port.
-    Raises `RuntimeError` when a launcher has set only some of the variables.
+    Raises `ConfigError` when a launcher has set only some of the variables, or named a port that is taken.
     """
-    present = environment.distributed_variables()
-    if not present:
+    launcher = system.launcher_variables()
+    if launcher.fix is not None:
+        raise ConfigError(f"{launcher.found}: {launcher.fix}")
+    if not environment.distributed_variables():
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         environment.set_variables(alone | {"MASTER_PORT": str(_free_port())})
-    elif len(present) < 5:
-        raise RuntimeError(
-            f"only {', '.join(sorted(present))} of RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set: "
-            "set all of them (torchrun does), or none"
-        )
     import torch
 
     if device == "cuda":
         torch.cuda.set_device(launched_local_rank())
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        try:
+            torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        except torch.distributed.DistNetworkError as error:
+            if "EADDRINUSE" in str(error):
+                raise ConfigError(_taken()) from error
+            raise
+
+
+def _taken() -> str:
+    launched = environment.distributed_variables()
+    address = f"{launched['MASTER_ADDR']}:{launched['MASTER_PORT']}"
+    return (
+        f"MASTER_ADDR:MASTER_PORT is {address}, where another program listens: set MASTER_PORT={_free_port()} (free now), "
+        "the same for every rank"
+    )
 
 
 def rank() -> int:

@@ -1,5 +1,6 @@
 """What surrounds a run: versions, revision, devices, command. The only reader of environment variables."""
 
+import hashlib
 import netrc
 import os
 import platform
@@ -31,6 +32,7 @@ def describe(machine: Any) -> dict[str, Any]:
 
     return {
         "packages": {name: _version(name) for name in PACKAGES},
+        "code": _code(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "hostname": platform.node(),
@@ -113,9 +115,24 @@ def variables(values: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
+def program(variable: str, default: str = "") -> list[str]:
+    """A variable such as CC or CFLAGS, or its default, split as a shell does: a compiler, or more to pass to it."""
+    return shlex.split(os.environ.get(variable) or default)
+
+
+def cuda_arch_list() -> str | None:
+    """TORCH_CUDA_ARCH_LIST; None when it is not set, or blank, which means the same."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or None
+
+
 def path_list(variable: str) -> list[str]:
     """The folders in a variable such as CPATH."""
     return [part for part in os.environ.get(variable, "").split(os.pathsep) if part]
+
+
+def cache_folder() -> Path:
+    """The folder, made or not, for what a later run need not find out again: below XDG_CACHE_HOME or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zi_experiments"
 
 
 def wandb_mode() -> str:
@@ -137,6 +154,15 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _code() -> str:
+    """Hash of this package's sources: with uncommitted changes the revision does not tell them apart."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _cpu_name() -> str:

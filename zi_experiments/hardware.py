@@ -1,6 +1,7 @@
 """What this machine is, and what it can do at best. It decides nothing."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,11 @@ from zi_experiments import environment
 from zi_experiments.config import Ceilings, DeviceType, Hardware, conf_dir
 
 GIB = 1 << 30
+# limit, usage, and what of the usage is file cache that nobody has needed lately, of a group and all below it
+_CGROUP_FILES = {
+    "cgroup2": ("memory.max", "memory.current", "inactive_file"),
+    "cgroup": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +33,12 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Gpu:
+class Gpu:
+    """What is known of a GPU without computing on it."""
+
     name: str
     memory_bytes: int
+    free_bytes: int
     dtypes: tuple[str, ...]
     driver: str | None
 
@@ -39,11 +48,11 @@ def detect(hardware: Hardware) -> Machine:
 
     `auto` takes what is there and, for a GPU that has a file in `conf/hardware`, the ceilings of that file.
     """
-    gpus = _gpu_count()
+    gpus = gpu_count()
     device = hardware.device.value
     if hardware.device is DeviceType.auto:
         device = "cuda" if gpus else "cpu"
-    gpu = _first_gpu() if device == "cuda" and gpus else None
+    gpu = first_gpu() if device == "cuda" and gpus else None
     ceilings = hardware.ceilings
     if hardware.name == "auto" and gpu is not None:
         ceilings = _known_ceilings(gpu.name, ceilings) or ceilings
@@ -58,7 +67,7 @@ def detect(hardware: Hardware) -> Machine:
         gpu_memory_bytes=memory if device == "cuda" else None,
         gpu_memory_is_capped=capped and device == "cuda",
         host_memory_bytes=int(hardware.host_memory_gib * GIB) if hardware.host_memory_gib else host_memory_available(),
-        dtypes=tuple(hardware.dtypes or (gpu.dtypes if gpu else _cpu_dtypes())),
+        dtypes=tuple(hardware.dtypes or (gpu.dtypes if gpu else cpu_dtypes())),
         ceilings=ceilings,
         driver=gpu.driver if gpu else None,
     )
@@ -69,26 +78,58 @@ def is_gpu(name: str | None, model: str) -> bool:
     return name is not None and re.search(rf"\b{re.escape(model)}\b", name) is not None
 
 
-def host_memory_available() -> int:
-    """Bytes of host memory that new allocations can have: the kernel's estimate, or the cgroup's limit if lower."""
+def host_memory_available(process: Path = Path("/proc/self")) -> int:
+    """Bytes of host memory that new allocations can have: the kernel's estimate, or what control groups leave if less."""
     import psutil
 
-    available: int = psutil.virtual_memory().available
+    return max(0, min([psutil.virtual_memory().available, *_cgroups_leave(process)]))
+
+
+def _cgroups_leave(process: Path) -> Iterator[int]:
+    """What each control group that a process is in may still take, and each one above it, of both versions."""
+    groups: dict[str, Path] = {}
+    for line in _lines(process / "cgroup"):
+        _, controllers, path = line.split(":", 2)
+        groups |= {controller: Path(path) for controller in controllers.split(",")}
+    for line in _lines(process / "mountinfo"):
+        mount, _, filesystem = line.partition(" - ")
+        kind, _, options = filesystem.split(" ", 2)
+        controller = "" if kind == "cgroup2" else "memory"  # version 2 names no controllers
+        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
+            root, top = map(Path, mount.split()[3:5])
+            group = groups.get(controller, root)
+            # a container may see nothing but its own group, and that at the top
+            inside = group.relative_to(root) if group.is_relative_to(root) else Path()
+            for level in (inside, *inside.parents):
+                yield from _cgroup_leaves(top / level, *_CGROUP_FILES[kind])
+
+
+def _cgroup_leaves(folder: Path, limit: str, usage: str, idle: str) -> Iterator[int]:
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else max(0, min(available, int(limit) - used))
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        most, taken = ((folder / name).read_text().strip() for name in (limit, usage))
+    except OSError:
+        return  # the root has no limit, and version 2 may be there without its memory controller
+    if most != "max":
+        yield int(most) - int(taken) + int(statistics[idle])
 
 
-def _gpu_count() -> int:
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []  # a kernel without control groups
+
+
+def gpu_count() -> int:
+    """How many GPUs CUDA shows this process."""
     import torch
 
     return torch.cuda.device_count()
 
 
-def _first_gpu() -> _Gpu:
+def first_gpu() -> Gpu:
+    """The first of the GPUs that CUDA shows this process; there must be one."""
     import pynvml
 
     try:
@@ -97,9 +138,11 @@ def _first_gpu() -> _Gpu:
         by_index = isinstance(which, int)
         handle = pynvml.nvmlDeviceGetHandleByIndex(which) if by_index else pynvml.nvmlDeviceGetHandleByUUID(which)
         major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        return _Gpu(
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return Gpu(
             name=pynvml.nvmlDeviceGetName(handle),
-            memory_bytes=pynvml.nvmlDeviceGetMemoryInfo(handle).total,
+            memory_bytes=memory.total,
+            free_bytes=memory.free,
             dtypes=_gpu_dtypes(major),
             driver=pynvml.nvmlSystemGetDriverVersion(),
         )
@@ -107,14 +150,15 @@ def _first_gpu() -> _Gpu:
         return _first_gpu_by_cuda()
 
 
-def _first_gpu_by_cuda() -> _Gpu:
+def _first_gpu_by_cuda() -> Gpu:
     """The same where the driver's management library is missing or does not know the device; this creates a context."""
     import torch
 
     properties = torch.cuda.get_device_properties(0)
-    return _Gpu(
+    return Gpu(
         name=properties.name,
         memory_bytes=properties.total_memory,
+        free_bytes=torch.cuda.mem_get_info(0)[0],
         dtypes=_gpu_dtypes(properties.major),
         driver=None,
     )
@@ -125,7 +169,8 @@ def _gpu_dtypes(major: int) -> tuple[str, ...]:
     return ("float16", "bfloat16") if major >= 8 else ("float16",)
 
 
-def _cpu_dtypes() -> tuple[str, ...]:
+def cpu_dtypes() -> tuple[str, ...]:
+    """16-bit types that DeepSpeed computes on this processor, best first."""
     import torch
 
     # the question DeepSpeed's CPU accelerator asks before it accepts float16

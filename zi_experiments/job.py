@@ -1,13 +1,15 @@
 """One run from its composed configuration to its record: the flow, from left to right."""
 
 import json
-import shutil
 import traceback
 import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
@@ -16,36 +18,65 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from zi_experiments import engines, environment, launch, memory, metrics, planner, preflight
+from zi_experiments import (
+    architecture,
+    checkpoint,
+    engines,
+    environment,
+    hardware,
+    hashes,
+    launch,
+    memory,
+    metrics,
+    planner,
+    preflight,
+    progress,
+    resume,
+    scratch,
+    signals,
+)
 from zi_experiments.config import ConfigError, Run, TrackingMode, to_run
+from zi_experiments.plan import Plan
 from zi_experiments.record import Failure, Record, RunInfo, Status
 from zi_experiments.sinks import Guarded, Sink
 from zi_experiments.sinks.console import ConsoleSink, display_path, gigabytes, show_plan
-from zi_experiments.sinks.result_file import ResultFile
+from zi_experiments.sinks.result_file import NAME, ResultFile, to_json
+
+if TYPE_CHECKING:
+    from zi_experiments.worker import Measurement  # it imports torch
+
+
+_SECONDS_TO_HASH = 10**9  # bytes that take long enough to be told
 
 
 class RunFailed(CompactHydraException):
-    """A run ended with a status other than ok; its record says why."""
-
-    def __init__(self, name: str, record: Record | None) -> None:
-        super().__init__(f"{name}: {record.status if record else 'refused'}")
-        self.record = record
+    """A run ended with a status other than ok, or its record could not be written; what was wrong has been said."""
 
 
-def run_job(cfg: DictConfig) -> Record | None:
+def run_job(
+    cfg: DictConfig, *, keep: bool = False, tell: Callable[[dict[str, Any]], None] = lambda result: None
+) -> None:
     """Carry out one composed run and leave exactly one `result.json`, whatever happens; `plan_only` leaves none.
 
-    Returns the record, or None for `plan_only`. Raises `RunFailed` when the run is not ok, so that a sweep goes on and
-    the exit code is not 0, and `KeyboardInterrupt`, after the record is written, when the user stops it.
+    With `keep` a run whose folder has an ok record of the same fingerprint is not carried out again. `tell` is called
+    with the record in its JSON form, before anything is raised; the status of one that is kept reads `kept`.
+
+    Raises `RunFailed` when the run is not ok, so that a sweep goes on and the exit code is not 0, and
+    `KeyboardInterrupt`, after the record is written, when the user stops it.
     """
     console = Console()
-    if cfg.plan_only:
+    if _asked(cfg, "plan_only") is True:
         _only_plan(cfg, console)
-        return None
-    record = _Job(cfg, console).carry_out(cfg)
-    if record.status != "ok":
-        raise RunFailed(record.run.name, record)
-    return record
+        return
+    job = _Job(cfg, console)
+    try:
+        kept = job.carry_out(cfg, keep)
+    except KeyboardInterrupt:
+        tell(job.record.to_dict())
+        raise
+    tell(kept or job.record.to_dict())
+    if kept is None and not (job.record.status == "ok" and job.is_stored):
+        raise RunFailed(f"{job.record.run.name}: {job.record.status}")
 
 
 def _only_plan(cfg: DictConfig, console: Console) -> None:
@@ -53,61 +84,112 @@ def _only_plan(cfg: DictConfig, console: Console) -> None:
         run = to_run(cfg)
         show_plan(run.name, planner.plan_run(run), console)
     except ConfigError as error:
-        console.print(f"refused {error}", markup=False, highlight=False, soft_wrap=True)
-        raise RunFailed(str(cfg.name), None) from error
+        _say(console, f"refused {error}")
+        raise RunFailed(str(cfg.name)) from error
 
 
 class _Job:
     """A run under way: its record as far as it has got, and the sinks that will have it."""
 
     def __init__(self, cfg: DictConfig, console: Console) -> None:
+        self.record = _begin(cfg)
+        self.is_stored = False
+        self._is_begun = False
         self._console = console
-        self._sinks: list[Sink] = [ResultFile(), Guarded(ConsoleSink(console))]
-        self._record = _begin(cfg)
-        self._folder = Path(self._record.folder)
+        self._file = ResultFile()
+        self._sinks: list[Sink] = [Guarded(ConsoleSink(console))]
+        self._folder = Path(self.record.folder)
 
-    def carry_out(self, cfg: DictConfig) -> Record:
+    def carry_out(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
+        """The record of before when it is kept; None: the run has been carried out."""
         try:
-            self._run(to_run(cfg))
-        except ConfigError as error:
-            self._fail("refused", Failure(type="ConfigError", message=str(error)))
-        except launch.WorkerError as error:
-            self._fail(error.status, error.failure)
-        except KeyboardInterrupt as error:
-            how = f"stopped by {error}" if str(error) else "interrupted"
-            self._fail("killed", Failure(type="Interrupted", message=how))
-            raise
-        except Exception as error:
-            trace = traceback.format_exc()
-            self._fail("error", Failure(type=type(error).__name__, message=str(error), traceback=trace))
-        finally:
+            try:
+                if before := self._attempt(cfg, keep):
+                    return before
+            except Exception as error:
+                signals.check()  # a library may have made this error of an interrupt
+                self._fail(*_explain(error))
+        except KeyboardInterrupt as interrupt:
+            signals.acknowledge()
+            self._fail("killed", Failure(type="Interrupted", message=f"stopped by {interrupt}"))
             self._finish()
-        return self._record
+            raise
+        self._finish()
+        return None
 
-    def _run(self, run: Run) -> None:
-        plan = planner.plan_run(run)
-        self._update(plan=plan, environment=environment.describe(plan.machine))
-        scratch = preflight.scratch_folder(run, self._folder / "offload", self._record.run.id)
-        preflight.check(plan, scratch)
-        config = engines.get(run.engine.name).config(plan, str(scratch) if scratch else None)
+    def _attempt(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
+        run = to_run(cfg)
+        machine = hardware.detect(run.hardware)
+        self._identify(run, machine)
+        if keep and not run.force and (before := self._finished_before()):
+            return before
+        self._is_begun = True
+        self._file.write(self.record)  # of a run that is killed, launcher and all, this is what remains
+        self._run(run, machine)
+        return None
+
+    def _identify(self, run: Run, machine: hardware.Machine) -> None:
+        """Note what a result depends on: settings, code, machine, and the weights by their hashes."""
+        self._update(environment=environment.describe(machine), checkpoint=self._checkpoint(run.weights.path))
+        fingerprint = resume.fingerprint(self.record)
+        self._update(run=replace(self.record.run, fingerprint=fingerprint))
+
+    def _checkpoint(self, path: str | None) -> dict[str, Any] | None:
+        if path is None:
+            return None
+        checkpoint.check(path)
+        found = checkpoint.find(path)
+        if found is None:
+            return {"path": path}  # a name on the hub
+        told = progress.shown(self._console) if found.num_bytes > _SECONDS_TO_HASH else progress.silent()
+        told.begin("hash", found.num_bytes, "bytes")
+        hashed = hashes.of(found, environment.cache_folder(), told.advance)
+        told.end()
+        return hashed
+
+    def _finished_before(self) -> dict[str, Any] | None:
+        path, fingerprint = self._folder / NAME, self.record.run.fingerprint
+        assert fingerprint is not None
+        result = resume.finished(path, fingerprint)
+        if result is None:
+            return None
+        _say(self._console, f"kept {self.record.run.name}: {display_path(path)} is ok (force=true runs it again)")
+        return result | {"status": "kept"}
+
+    def _run(self, run: Run, machine: hardware.Machine) -> None:
+        plan = planner.build(run, architecture.load(run), machine)
+        self._update(plan=plan)
+        if self.record.checkpoint and "files" not in self.record.checkpoint:
+            commit = getattr(plan.architecture.config, "_commit_hash", None)
+            self._update(checkpoint=self.record.checkpoint | {"commit": commit})
+        path = scratch.for_weights(run, self._folder / "offload", self.record.run.id)
+        temporary = scratch.for_temporary_files(self.record.run.id)
+        for base in {temporary.parent, path.parent if path else temporary.parent}:
+            self._remove_abandoned(base)
+        preflight.check(plan, path)
+        config = engines.get(run.engine.name).config(plan, str(path) if path else None)
         kind = "ds_config" if run.engine.name == "deepspeed" else "engine_config"
         (self._folder / f"{kind}.json").write_text(json.dumps(config, indent=2) + "\n")
         self._update(**{kind: config})
+        self._file.open(self.record)
         if run.tracking.mode is not TrackingMode.disabled:
             self._sinks.append(_wandb(run, self._console))
         for sink in self._sinks:
-            sink.open(self._record)
-        if scratch is not None:
-            needed = gigabytes(plan.placement.nvme_bytes)
-            self._console.print(
-                f"disk: needs {needed} in {display_path(scratch)}", markup=False, highlight=False, soft_wrap=True
-            )
-        try:
-            with memory.Monitor(scratch) as peaks:
-                measured = launch.launch(plan, config, self._folder / "logs", self._console)
-        finally:
-            if scratch is not None:
-                shutil.rmtree(scratch, ignore_errors=True)
+            sink.open(self.record)
+        with ExitStack() as held:
+            held.callback(scratch.Scratch(temporary).close)
+            if path is not None:
+                held.callback(scratch.Scratch(path).close)
+                _say(self._console, f"disk: needs {gigabytes(plan.placement.nvme_bytes)} in {display_path(path)}")
+            peaks = held.enter_context(memory.Monitor(path))
+            measured = launch.launch(plan, config, self._folder / "logs", temporary, self._console)
+        self._conclude(plan, measured, peaks)
+
+    def _remove_abandoned(self, base: Path) -> None:
+        for path in scratch.remove_abandoned(base):
+            _say(self._console, f"removed {display_path(path)}: the run that made it was killed")
+
+    def _conclude(self, plan: Plan, measured: "Measurement", peaks: memory.Monitor) -> None:
         self._update(verification=measured.verification)
         if measured.samples is None:
             assert measured.verification is not None
@@ -122,34 +204,62 @@ class _Job:
             host_peak_bytes=peaks.host_peak_bytes,
             disk_peak_bytes=peaks.disk_peak_bytes,
         )
-        self._update(status="ok", samples=measured.samples, metrics=figures)
+        self._update(status="ok", error=None, samples=measured.samples, metrics=figures)
 
     def _update(self, **changes: Any) -> None:
-        self._record = replace(self._record, **changes)
+        self.record = replace(self.record, **changes)
 
     def _fail(self, status: Status, failure: Failure) -> None:
         self._update(status=status, error=failure)
 
     def _finish(self) -> None:
-        self._update(run=replace(self._record.run, finished_at=_now()))
+        self._update(run=replace(self.record.run, finished_at=_now()))
+        path = self._folder / NAME
+        if self.record.status == "killed" and not self._is_begun and path.exists():
+            return  # of a run before, which may be kept by the next
+        try:
+            self._file.write(self.record)
+            self.is_stored = True
+        except OSError as error:
+            reason = error.strerror
         for sink in self._sinks:
-            sink.write(self._record)
+            sink.write(self.record)
+        if self.is_stored:
+            _say(self._console, f"record: {display_path(path)}")
+        else:
+            _say(self._console, f"{display_path(path)} cannot be written ({reason}), so the record follows")
+            _say(self._console, to_json(self.record))
         for sink in self._sinks:
             sink.close()
+
+
+def _explain(error: Exception) -> tuple[Status, Failure]:
+    if isinstance(error, ConfigError):
+        return "refused", Failure(type="ConfigError", message=str(error))
+    if isinstance(error, launch.WorkerError):
+        return error.status, error.failure
+    trace = "".join(traceback.format_exception(error))
+    return "error", Failure(type=type(error).__name__, message=str(error), traceback=trace)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _begin(cfg: DictConfig) -> Record:
     """The record of a run of which nothing is known yet but what was asked."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    group = OmegaConf.select(cfg, "tracking.group")
+    group = _asked(cfg, "tracking.group")
     if group is None and hydra.mode is RunMode.MULTIRUN:
         sweep = Path(hydra.sweep.dir)
-        group = f"{sweep.parent.name}/{sweep.name}"
+        group = sweep.name
     return Record(
+        status="killed",
+        error=Failure(type="Unfinished", message="the run is under way, or was killed together with its launcher"),
         run=RunInfo(
             id=uuid.uuid4().hex[:12],
-            name=str(OmegaConf.select(cfg, "name")),
+            name=str(_asked(cfg, "name")),
             group=group,
             started_at=_now(),
             finished_at=None,
@@ -162,12 +272,32 @@ def _begin(cfg: DictConfig) -> Record:
     )
 
 
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain data; unresolved where it cannot be resolved, since the record must exist all the same."""
+def _asked(cfg: DictConfig, key: str) -> Any:
+    """A setting; None where it is missing or cannot be resolved, which the door will refuse."""
     try:
-        return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[return-value]
+        return OmegaConf.select(cfg, key)
     except OmegaConfBaseException:
-        return OmegaConf.to_container(cfg, enum_to_str=True)  # type: ignore[return-value]
+        return None
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as JSON has it; unresolved where it cannot be resolved, since the record must exist all the same."""
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    except OmegaConfBaseException:
+        plain = OmegaConf.to_container(cfg, enum_to_str=True)
+    jsonable: dict[str, Any] = _jsonable(plain)
+    return jsonable
+
+
+def _jsonable(value: Any) -> Any:
+    """The same with the text of what JSON has no word for: what is no number, and bytes."""
+    if isinstance(value, dict):
+        return {key: _jsonable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(each) for each in value]
+    odd = isinstance(value, bytes) or (isinstance(value, float) and not isfinite(value))
+    return str(value) if odd else value
 
 
 def _wandb(run: Run, console: Console) -> Sink:

@@ -2,23 +2,31 @@
 
 import logging
 import multiprocessing
+import os
 import signal
-import uuid
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from zi_experiments import environment
+from zi_experiments import environment, signals
 from zi_experiments.plan import Plan
 from zi_experiments.progress import Display, Event
 from zi_experiments.record import Failure, Status
 
 if TYPE_CHECKING:
     from zi_experiments.worker import Measurement  # it imports torch
+
+
+_INTERVAL_S = 0.1
+_GRACE_S = 2.0  # for a worker to end by itself, or to say where it is
 
 
 class WorkerError(Exception):
@@ -30,30 +38,28 @@ class WorkerError(Exception):
         self.failure = failure
 
 
-class Interrupted(KeyboardInterrupt):
-    """The launcher was told to stop, by Ctrl-C or a signal; the workers are gone."""
-
-
-def launch(plan: Plan, config: dict[str, Any], logs: Path, console: Console) -> "Measurement":
+def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, console: Console) -> "Measurement":
     """Run the workers of a plan, one process per GPU, and return what rank 0 measured, with the largest GPU peak.
 
-    Their output goes to files under `logs`. Raises `WorkerError` when one fails or is killed, `Interrupted` when
-    this process is told to stop.
+    Their output goes to files under `logs`, and their temporary files to the folder `temporary`. Raises `WorkerError` when
+    one fails, is killed, or gives no sign of progress for `launch.timeout_s`. A `KeyboardInterrupt` passes through once the
+    workers are gone.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from zi_experiments import worker
 
-    # it reports each failure with its own traceback, which the record has too
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # they report each failure with its own traceback, which the record has too
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     logs.mkdir(parents=True, exist_ok=True)
     launch_config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=plan.run.hardware.num_gpus,
-        run_id=uuid.uuid4().hex[:8],
+        run_id=datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f"),  # begins the name of the folder of logs
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",  # a free port
         local_addr="127.0.0.1",
@@ -63,20 +69,80 @@ def launch(plan: Plan, config: dict[str, Any], logs: Path, console: Console) -> 
     )
     reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
     kills_before = _oom_kills()
-    display = Display(reader, console)
     inherited = environment.worker_environment(cuda=plan.machine.device == "cuda")
-    with _signals_restored(), environment.variables(inherited):
+    with (
+        _temporary_files_in(temporary),
+        environment.variables(inherited | {"TMPDIR": str(temporary)}),
+        Display(reader, console) as display,
+        ThreadPoolExecutor(1, "launch") as threads,
+    ):
+        # in a thread it leaves signals to us, who look at the workers meanwhile
+        running = threads.submit(elastic_launch(launch_config, worker.main), plan, config, writer)
         try:
-            with display:
-                results = elastic_launch(launch_config, worker.main)(plan, config, writer)
+            timed_out = _watch(running, display, plan.run.launch.timeout_s)
+            results = running.result()
         except ChildFailedError as error:
             when = _when(display.last)
+            if timed_out:
+                raise _hung(plan.run.launch.timeout_s, when, logs) from None
             raise _explain(error, when, _oom_kills() > kills_before, logs) from None
-        except SignalException as error:
-            raise Interrupted(signal.Signals(error.sigval).name) from None
+        except KeyboardInterrupt:
+            signals.acknowledge()
+            _stop(running)
+            raise
     peak = max(result.gpu_peak_bytes for result in results.values())
     measurement: Measurement = results[0]
     return replace(measurement, gpu_peak_bytes=peak)
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Those of this process too: torch leaves a file behind for each worker."""
+    before = tempfile.tempdir
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+def _watch(running: Future[Any], display: Display, timeout_s: float) -> bool:
+    """Wait until the workers have ended; whether they had to be killed since they gave no sign of progress."""
+    while not _ended(running, _INTERVAL_S):
+        if time.monotonic() - display.heard_at > timeout_s:
+            for process in multiprocessing.active_children():
+                _signal(process, signal.SIGUSR1)  # it writes down where it is
+            _ended(running, _GRACE_S)
+            _stop(running, signal.SIGKILL)
+            return True
+    return False
+
+
+def _stop(running: Future[Any], first: signal.Signals = signal.SIGTERM) -> None:
+    """End the workers, with SIGKILL those that a softer signal has not ended in time; also those that are yet to start."""
+    number, asked_at = first, time.monotonic()
+    while True:
+        for process in multiprocessing.active_children():
+            _signal(process, number)
+        if _ended(running, _INTERVAL_S):
+            return
+        if time.monotonic() - asked_at > _GRACE_S:
+            number = signal.SIGKILL
+
+
+def _signal(process: Any, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, number)
+
+
+def _ended(running: Future[Any], timeout_s: float) -> bool:
+    return bool(wait([running], timeout_s).done)
+
+
+def _hung(timeout_s: float, when: str, logs: Path) -> WorkerError:
+    message = f"no sign of progress for {timeout_s:g} s {when}: the run was stopped"
+    hint = f"if it only takes longer, pass a larger launch.timeout_s; where it was is in the logs: {logs}"
+    return WorkerError("killed", Failure(type="Timeout", message=message, hint=hint, traceback=_log_tail(logs, 0)))
 
 
 def _when(last: Event | None) -> str:
@@ -103,25 +169,30 @@ def _explain(error: Any, when: str, oom_killed: bool, logs: Path) -> WorkerError
     text = data.get("message", first.message) if isinstance(data, dict) else str(data)
     trace = data.get("extraInfo", {}).get("py_callstack") if isinstance(data, dict) else None
     kind, _, message = text.partition(": ")
-    failure = Failure(
-        type=kind,
-        message=f"{message.strip() or kind} (rank {rank}, {when})",
-        hint=_memory_hint(kind, text) or where,
-        traceback=trace or _log_tail(logs, rank),
-    )
-    return WorkerError("oom" if _memory_hint(kind, text) else "error", failure)
+    trace = trace or _log_tail(logs, rank)
+    if short := _out_of_memory(kind, text):
+        what, hint = short
+        return WorkerError(
+            "oom", Failure(type=kind, message=f"{what} (rank {rank}, {when})", hint=hint, traceback=trace)
+        )
+    message = f"{message.strip() or kind} (rank {rank}, {when})"
+    return WorkerError("error", Failure(type=kind, message=message, hint=where, traceback=trace))
 
 
-def _memory_hint(kind: str, text: str) -> str | None:
+def _out_of_memory(kind: str, text: str) -> tuple[str, str] | None:
+    """What ran out, when an error says that memory did, and what to pass."""
     if kind in ("OutOfMemoryError", "AcceleratorError") and "out of memory" in text:
-        return "the GPU ran out of memory: pass a smaller workload.batch_size, offload=cpu, quant=int4 or kv_cache=cpu"
+        return (
+            "the GPU ran out of memory",
+            "pass a smaller workload.batch_size, offload=cpu, quant=int4 or kv_cache=cpu",
+        )
     if kind == "MemoryError" or "can't allocate memory" in text or "out of memory" in text:
-        return "the host ran out of memory: pass quant=int4, offload=nvme or offload.pin_memory=false"
+        return "the host ran out of memory", "pass quant=int4, offload=nvme or offload.pin_memory=false"
     return None
 
 
 def _log_tail(logs: Path, rank: int, lines: int = 40) -> str | None:
-    for path in sorted(logs.glob(f"*/attempt_0/{rank}/stderr.log")):
+    for path in sorted(logs.glob(f"*/attempt_0/{rank}/stderr.log"), reverse=True):  # the latest try first
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
     return None
 
@@ -135,16 +206,3 @@ def _oom_kills() -> int:
     except OSError:
         pass
     return 0
-
-
-@contextmanager
-def _signals_restored() -> Iterator[None]:
-    """torch's elastic launcher leaves its own signal handlers behind."""
-    kept = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

@@ -1,6 +1,5 @@
 """`get_ds_model`: the reference script's function, for use in a process of one's own."""
 
-import shutil
 import uuid
 import weakref
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from zi_experiments import distributed, engines, environment, planner, preflight, progress
+from zi_experiments import checkpoint, distributed, engines, environment, planner, preflight, progress, scratch
 from zi_experiments.config import ConfigError, Run, conf_dir, from_choices
 
 
@@ -78,19 +77,29 @@ def get_ds_model(
 
 
 def _load(run: Run) -> Any:
+    if run.weights.path is not None:
+        checkpoint.check(run.weights.path)
     planned = planner.plan_run(run)
-    scratch = preflight.scratch_folder(run, Path.cwd(), uuid.uuid4().hex[:12])
-    preflight.check(planned, scratch)
+    path = scratch.for_weights(run, Path.cwd(), uuid.uuid4().hex[:12])
+    if path is not None:
+        scratch.remove_abandoned(path.parent)
+    preflight.check(planned, path)
     environment.set_variables(environment.worker_environment(cuda=planned.machine.device == "cuda"))
     engine = engines.get(run.engine.name)
-    config = engine.config(planned, str(scratch) if scratch else None)
+    config = engine.config(planned, str(path) if path else None)
     told = progress.silent() if distributed.launched_rank() else progress.shown(Console(stderr=True))
     engine.prepare(planned, told)
-    session = engine.load(planned, config, told)
+    held = scratch.Scratch(path) if path else None
+    try:
+        session = engine.load(planned, config, told)
+    except BaseException:
+        if held is not None:
+            held.close()
+        raise
     # its destructor would take the hooks off that bring the weights in
     session.model.zi_session = session
-    if scratch is not None:
-        weakref.finalize(session.model, shutil.rmtree, scratch, ignore_errors=True)
+    if held is not None:
+        weakref.finalize(session.model, held.close)
     return session.model
 
 

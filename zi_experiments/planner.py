@@ -68,22 +68,24 @@ def _check_groups(run: Run, arch: Architecture) -> None:
     dim = quant.group_dim
 
     def works(group_size: int, group_dim: int) -> bool:
-        return all(_can_group(p, group_dim, group_size) for p in quantizable)
+        return all(_can_group(p, quant.bits, group_dim, group_size) for p in quantizable)
 
     for p in quantizable:
-        if not _can_group(p, dim, quant.group_size):
+        if not _can_group(p, quant.bits, dim, quant.group_size):
             choices = [f"quant.group_size={size}" for size in (32, 64, 128) if works(size, dim)]
             if not choices and any(works(size, 1 - dim) for size in (32, 64, 128)):
                 choices = [f"quant.group_dim={1 - dim}"]
-            raise ConfigError(
-                f"quant.group_size={quant.group_size} does not divide the {p.shape[dim - 2]} {('rows', 'columns')[dim]} of "
-                f"{p.name} {list(p.shape)}: pass {' or '.join(choices or ['quant=fp16'])}"
+            problem = (
+                f"quant.group_size={quant.group_size} does not divide the {p.shape[dim - 2]} {('rows', 'columns')[dim]}"
             )
+            if p.shape[dim - 2] % quant.group_size == 0:
+                problem = f"quant.bits={quant.bits} does not fill 16-bit elements with the {p.shape[-1]} columns"
+            raise ConfigError(f"{problem} of {p.name} {list(p.shape)}: pass {' or '.join(choices or ['quant=fp16'])}")
 
 
-def _can_group(parameter: Parameter, group_dim: int, group_size: int) -> bool:
-    """Whether groups divide a matrix, or each of the matrices stacked in it, and integers can be packed in pairs."""
-    return parameter.shape[group_dim - 2] % group_size == 0 and parameter.shape[-1] % 2 == 0
+def _can_group(parameter: Parameter, bits: int, group_dim: int, group_size: int) -> bool:
+    """Whether groups divide a matrix, or each of the matrices stacked in it, and integers fill 16-bit elements in a row."""
+    return parameter.shape[group_dim - 2] % group_size == 0 and parameter.shape[-1] % (16 // bits) == 0
 
 
 def _check_choices(run: Run) -> None:

@@ -1,24 +1,16 @@
 """Checks that turn an obscure failure into one clear error before anything is loaded. They fix nothing."""
 
-import os
-import resource
-import shutil
-import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
 
-from zi_experiments import environment, quality
-from zi_experiments.config import ConfigError, OffloadDevice, Run
-from zi_experiments.hardware import is_gpu
+from zi_experiments import ds_config, quality, system, zero3
+from zi_experiments.config import ConfigError, OffloadDevice, Profile
+from zi_experiments.engines.deepspeed.ops import operators
+from zi_experiments.hardware import cpu_dtypes, is_gpu
 from zi_experiments.plan import Plan
-
-
-def scratch_folder(run: Run, default: Path, name: str) -> Path | None:
-    """The folder of its own, not yet made, in which a run puts weights on disk: below `offload.path`, or `default`."""
-    if run.offload.device is not OffloadDevice.nvme:
-        return None
-    base = Path(run.offload.path).expanduser().resolve() if run.offload.path else default
-    return base / f"zi-{name}"
+from zi_experiments.system import Finding
 
 
 def check(plan: Plan, scratch: Path | None) -> None:
@@ -34,9 +26,15 @@ def check(plan: Plan, scratch: Path | None) -> None:
 
 def _problems(plan: Plan, scratch: Path | None) -> Iterator[str]:
     yield from _devices(plan)
-    yield from _compiler(plan)
+    if plan.run.engine.name == "deepspeed":
+        yield from _dtype(plan)
+        yield from _operators(plan)
+    else:
+        yield from _kernels(plan)
     if scratch is not None:
         yield from _disk(plan, scratch)
+        if plan.run.engine.name == "deepspeed":
+            yield from _swapper(plan)
 
 
 def _devices(plan: Plan) -> Iterator[str]:
@@ -57,65 +55,112 @@ def _devices(plan: Plan) -> Iterator[str]:
         )
 
 
-def _compiler(plan: Plan) -> Iterator[str]:
-    """What is compiled on first use."""
-    if plan.run.engine.name != "deepspeed":
-        if (
-            plan.machine.device == "cuda"
-            and plan.run.quant.bits < 16
-            and not any(map(shutil.which, ("cc", "gcc", "clang")))
-        ):
-            yield "Triton compiles the kernel that expands quantized weights and there is no C compiler: apt-get install gcc"
-        return
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        yield "DeepSpeed compiles operators and there is no C++ compiler: apt-get install g++"
-    if plan.run.offload.device is OffloadDevice.nvme and not _has_libaio():
-        yield "offload=nvme needs libaio's headers: apt-get install libaio-dev (Fedora: dnf install libaio-devel)"
-    if plan.uses_cuda_quantizer and not _has_cuda_toolkit():
+def _dtype(plan: Plan) -> Iterator[str]:
+    """DeepSpeed asks the processor, where the other engines let torch compute float16 as well as it can."""
+    if plan.machine.device == "cpu" and plan.dtype not in cpu_dtypes():
         yield (
-            "quantized float16 weights are expanded by a CUDA kernel that DeepSpeed compiles, and there is no CUDA toolkit: "
-            "install it and set CUDA_HOME, or pass quant=fp16"
+            f"hardware.dtypes=[{plan.dtype}] is a type that DeepSpeed does not compute on this processor: "
+            f"pass hardware.dtypes=null, which takes {cpu_dtypes()[0]} here, or engine=stream"
         )
 
 
-def _has_cuda_toolkit() -> bool:
-    from torch.utils import cpp_extension
+def _operators(plan: Plan) -> Iterator[str]:
+    """What DeepSpeed's operators are compiled with; those that are compiled already ask for it too."""
+    names = operators(plan)
+    if not names:
+        return
+    tools = [system.cxx_compiler(), system.python_headers(), system.ninja()]
+    if plan.machine.device == "cuda":
+        tools += [system.cuda_arch_list(), system.cuda_toolkit()]
+    listed = ", ".join(name.removesuffix("Builder") for name in names)
+    for problem in _lacking(f"DeepSpeed compiles operators for this run ({listed})", *tools):
+        yield f"{problem}; or pass engine=stream"
+    if plan.run.offload.device is OffloadDevice.nvme:
+        yield from _lacking("offload=nvme needs libaio's headers", system.libaio())
 
-    return cpp_extension.CUDA_HOME is not None
 
-
-def _has_libaio() -> bool:
-    roots = [Path("/usr/include"), Path("/usr/local/include")]
-    roots += [Path(part) for name in ("CPATH", "CPLUS_INCLUDE_PATH") for part in environment.path_list(name)]
-    return any((root / "libaio.h").is_file() for root in roots)
+def _kernels(plan: Plan) -> Iterator[str]:
+    if plan.machine.device == "cuda" and plan.run.quant.bits < 16:
+        need = "Triton compiles the kernel that expands quantized weights"
+        yield from _lacking(need, system.c_compiler(), system.python_headers())
 
 
 def _disk(plan: Plan, scratch: Path) -> Iterator[str]:
     base = scratch.parent
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=base) as probe:
-            refused = _direct_io_error(probe.name)
-    except OSError as error:
-        yield f"offload.path={base} cannot be written ({error.strerror}): pass offload.path=/a/writable/folder"
-        return
-    if refused:
-        yield f"offload.path={base} is on a filesystem without O_DIRECT ({refused}): pass a folder on ext4, xfs or NVMe"
-    needed, free = plan.placement.nvme_bytes, shutil.disk_usage(base).free
-    if needed > free:
+    for look in (system.writable, system.direct_io):
+        finding = look(base)
+        if finding.fix is not None:
+            yield f"offload.path={finding.found}: {finding.fix}"
+    needed = plan.placement.nvme_bytes
+    space = system.free_space(base, needed)
+    if space.fix is not None:
+        smaller = "" if plan.run.quant.bits == 4 else " or quant=int4"
         yield (
-            f"offload.path={base} has {free / 1e9:.1f} GB free and {plan.run.model.name} needs {needed / 1e9:.1f} GB there: "
-            "pass offload.path=/a/larger/disk" + ("" if plan.run.quant.bits == 4 else " or quant=int4")
+            f"offload.path={space.found} and {plan.run.model.name} needs {needed / 1e9:.1f} GB there: "
+            f"{space.fix}{smaller}"
         )
-    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    buffers = plan.storage.locked_bytes
-    if os.geteuid() != 0 and locked not in (resource.RLIM_INFINITY, -1) and locked < buffers:
-        yield f"offload=nvme locks {buffers / 1e9:.1f} GB of memory and the limit is {locked} bytes: ulimit -l unlimited"
 
 
-def _direct_io_error(path: str) -> str | None:
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
-    except OSError as error:
-        return error.strerror
-    return None
+def _swapper(plan: Plan) -> Iterator[str]:
+    """What the part of DeepSpeed needs that moves weights between disk and memory."""
+    locked = plan.storage.locked_bytes // plan.run.hardware.num_gpus
+    yield from _lacking(f"offload=nvme locks {locked / 1e9:.1f} GB of memory", system.locked_memory(locked))
+    yield from _buffers(plan)
+    yield from _asynchronous_io(plan)
+
+
+def _buffers(plan: Plan) -> Iterator[str]:
+    """A weight on its way takes a buffer, and keeps it while it is on the GPU.
+
+    `tuned` fetches a layer at once, and a tied embedding stays for the head; `reference` fetches a module at a time, of
+    which only stacked experts have several weights on disk.
+    """
+    swapped, tuned = zero3.swapped(plan), plan.run.engine.profile is Profile.tuned
+    largest = max((ceil(plan.stored_numel(p) / plan.run.hardware.num_gpus) for p in swapped), default=0)
+    if (size := zero3.buffer_numel(plan)) < largest:
+        yield (
+            f"offload.buffer_size={size} and the largest weight on disk has {largest} elements as stored: "
+            f"pass offload.buffer_size={largest}"
+        )
+    together = Counter(p.layer for p in swapped if p.layer is not None and (tuned or p.is_experts))
+    vocabulary = plan.architecture.config.get_text_config().vocab_size
+    tables = [p for p in swapped if p.layer is None and p.shape[0] == vocabulary]
+    stays = tuned and len(tables) == 1  # the embedding is the head too
+    needed = max(together.values(), default=1) + (1 if stays else 0)
+    if (count := zero3.buffer_count(plan)) < needed:
+        yield (
+            f"offload.buffer_count={count} and {needed} weights are in use at a time: pass offload.buffer_count={needed}"
+        )
+
+
+def _asynchronous_io(plan: Plan) -> Iterator[str]:
+    aio = ds_config.build(plan, "")["aio"]
+    depth, most = aio["queue_depth"], ((1 << 31) - 1) // aio["block_size"]
+    if depth > most and not aio["overlap_events"]:
+        yield (
+            f"offload.aio.queue_depth={depth} blocks of {aio['block_size']} bytes are 2 GiB or more, which overflows in "
+            f"DeepSpeed with offload.aio.overlap_events=false: pass offload.aio.queue_depth={most}"
+        )
+    needed, left = aio_requests(plan, depth), system.aio_requests_left()
+    finding = system.aio_requests(needed)
+    if finding.fix is not None and left is not None:
+        fits = left // aio_requests(plan, 1)
+        smaller = f"pass offload.aio.queue_depth={fits}, or " if fits else ""
+        yield f"offload.aio.queue_depth={depth} takes {needed} requests and {finding.found}: {smaller}{finding.fix}"
+
+
+def aio_requests(plan: Plan, queue_depth: int) -> int:
+    """Requests for asynchronous I/O that DeepSpeed reserves: its io_setup of this depth, over all ranks.
+
+    Two handles, to read and to write, reserve them for the thread that calls and for each of their own, of which there
+    is one with GPUDirect Storage. Source: measured in /proc/sys/fs/aio-nr.
+    """
+    aio = ds_config.build(plan, "")["aio"]
+    threads = 1 if aio["use_gds"] else aio.get("intra_op_parallelism", 1)
+    return 2 * (1 + threads) * queue_depth * plan.run.hardware.num_gpus
+
+
+def _lacking(need: str, *findings: Finding) -> Iterator[str]:
+    for finding in findings:
+        if finding.fix is not None:
+            yield f"{need}, and {finding.found}: {finding.fix}"

@@ -89,6 +89,7 @@ class Display:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self.last: Event | None = None
+        self.heard_at = time.monotonic()  # of the last event, or of the start
 
     def __enter__(self) -> "Display":
         self._thread.start()
@@ -104,7 +105,7 @@ class Display:
             # events are far smaller than a pipe's buffer: they arrive whole or not at all
             if self._channel.poll(_EVENT_INTERVAL_S):
                 event = self._channel.recv()
-                self.last = event
+                self.last, self.heard_at = event, time.monotonic()
                 self._show.event(event)
             elif self._done.is_set():
                 return
@@ -164,6 +165,9 @@ class _Lines:
             self._console.print(f"{event.phase}: done in {elapsed:.1f} s", highlight=False)
         elif now - self._printed > _LINE_INTERVAL_S:
             self._printed = now
+            if event.total == 1:  # nothing to reckon with
+                self._console.print(f"{event.phase}: {elapsed:.0f} s so far", highlight=False)
+                return
             left = elapsed * (event.total - event.completed) / max(1, event.completed)
             rate = _amount(round(event.completed / elapsed), event.unit)
             done = f"{100 * event.completed / event.total:.0f} %"

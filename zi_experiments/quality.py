@@ -4,7 +4,7 @@ from math import exp, isfinite
 from pathlib import Path
 from typing import Any
 
-from zi_experiments.architecture import local_or_hub
+from zi_experiments.architecture import is_refused_code, local_or_hub, refused_code
 from zi_experiments.config import ConfigError
 from zi_experiments.plan import Plan
 from zi_experiments.progress import Progress
@@ -48,12 +48,16 @@ def _read(name: str) -> str:
 
 def _tokenizer(plan: Plan) -> Any:
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    path = plan.run.weights.path
+    path, trusted = plan.run.weights.path, plan.run.trust_remote_code
     assert path is not None
+    source = local_or_hub(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(path))
-    except (OSError, ValueError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+    except Exception as error:  # a broken file can raise any
+        if is_refused_code(error, trusted):
+            raise ConfigError(refused_code(path, get_tokenizer_config(source)["auto_map"])) from error
         raise ConfigError(_no_tokenizer(path)) from error
     # without its files, transformers makes some families an empty one
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):

@@ -32,6 +32,7 @@ class RunInfo:
     finished_at: str | None
     command: str
     git_revision: str | None
+    fingerprint: str | None = None  # of settings, code, machine and weights: equal ones give comparable results
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,7 @@ class Record:
     engine_config: dict[str, Any] | None = None  # of another engine
     plan: Plan | None = None
     environment: dict[str, Any] | None = None
+    checkpoint: dict[str, Any] | None = None  # what was loaded, by its hashes; None: random weights
     samples: Samples | None = None
     metrics: Metrics | None = None
     verification: Verification | None = None  # None: verify=off, or the run did not get as far
@@ -65,6 +67,7 @@ class Record:
             "engine_config": self.engine_config,
             "plan": describe_plan(self.plan) if self.plan else None,
             "environment": self.environment,
+            "checkpoint": self.checkpoint,
             "samples": self.samples.to_dict() if self.samples else None,
             "metrics": asdict(self.metrics) if self.metrics and self.status == "ok" else None,
             "verification": asdict(self.verification) if self.verification else None,

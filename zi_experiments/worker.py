@@ -1,10 +1,14 @@
 """What one worker process does: load, warm up, measure. The only part of a run that touches devices."""
 
+import faulthandler
 import logging
+import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -31,6 +35,7 @@ class Measurement:
 def main(plan: Plan, config: dict[str, Any], channel: Connection) -> Measurement:
     """Entry point of a worker process, started by torch's elastic launcher with its variables set."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    _belong_to_the_launcher()
     first = distributed.launched_rank() == 0
     progress = Progress(channel.send) if first else silent()
     _limit_gpu_memory(plan)
@@ -46,6 +51,17 @@ def main(plan: Plan, config: dict[str, Any], channel: Connection) -> Measurement
         return _measure(plan, session, load_s, verification, progress)
     finally:
         session.close()
+
+
+def _belong_to_the_launcher() -> None:
+    """Whatever happens to this machine or the launcher, this process is the one to go."""
+    from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
+
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher asks where a process hangs
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the launcher alone decides
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
 
 
 def _measure(

@@ -60,17 +60,18 @@ def swapped(plan: Plan) -> list[Parameter]:
 
 
 def _placement(plan: Plan, everything: int) -> Placement:
-    if plan.run.offload.device is OffloadDevice.none:
-        on_cpu = plan.machine.device == "cpu"
-        return Placement(gpu_bytes=0 if on_cpu else everything, cpu_bytes=everything if on_cpu else 0, nvme_bytes=0)
-    on_disk, most = {p.name for p in swapped(plan)}, persistence_numel(plan)
     nvme = cpu = 0
-    for p in plan.architecture.parameters:
-        if p.name in on_disk:
-            nvme += ELEMENT_BYTES * plan.stored_numel(p)
-        elif plan.stored_numel(p) > most:
-            cpu += ELEMENT_BYTES * plan.stored_numel(p)
-    return Placement(gpu_bytes=everything - nvme - cpu, cpu_bytes=cpu, nvme_bytes=nvme)
+    if plan.run.offload.device is not OffloadDevice.none:
+        on_disk, most = {p.name for p in swapped(plan)}, persistence_numel(plan)
+        for p in plan.architecture.parameters:
+            if p.name in on_disk:
+                nvme += ELEMENT_BYTES * plan.stored_numel(p)
+            elif plan.stored_numel(p) > most:
+                cpu += ELEMENT_BYTES * plan.stored_numel(p)
+    on_device = everything - nvme - cpu
+    if plan.machine.device == "cpu":
+        return Placement(gpu_bytes=0, cpu_bytes=cpu + on_device, nvme_bytes=nvme)
+    return Placement(gpu_bytes=on_device, cpu_bytes=cpu, nvme_bytes=nvme)
 
 
 def buffer_numel(plan: Plan) -> int:

@@ -1,6 +1,7 @@
 """What people read: the plan before a run, and a table after it."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -8,7 +9,6 @@ from rich.table import Table
 
 from zi_experiments.plan import Plan
 from zi_experiments.record import Record
-from zi_experiments.sinks.result_file import NAME
 
 
 class ConsoleSink:
@@ -32,8 +32,6 @@ class ConsoleSink:
                 self._console.print(trace, style="dim", markup=False, highlight=False, soft_wrap=True)
             if record.error.hint:
                 self._console.print(record.error.hint, markup=False, highlight=False, soft_wrap=True)
-        path = display_path(Path(record.folder) / NAME)
-        self._console.print(f"record: {path}", markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         pass
@@ -102,8 +100,8 @@ def show_plan(name: str, plan: Plan, console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def show_sweep(jobs: list[tuple[list[str], Record]]) -> None:
-    """The runs of a sweep in one table, in the order in which they ran, each with the overrides that make it differ."""
+def show_sweep(jobs: list[tuple[list[str], dict[str, Any]]]) -> None:
+    """The records of a sweep in one table, in the order of its runs, each with the overrides that make it differ."""
     shared = set.intersection(*(set(overrides) for overrides, _ in jobs))
     figures = {
         label: [_figure(record, name, form) for _, record in jobs]
@@ -119,14 +117,14 @@ def show_sweep(jobs: list[tuple[list[str], Record]]) -> None:
     for label in ("run", "status", *known):
         table.add_column(label, justify="right" if label in known else "left", overflow="fold")
     for (overrides, record), *cells in zip(jobs, *known.values(), strict=True):
-        status = record.status if record.status == "ok" else f"[bold red]{record.status}"
-        differs = " ".join(o for o in overrides if o not in shared) or record.run.name
+        status = record["status"] if record["status"] in ("ok", "kept") else f"[bold red]{record['status']}"
+        differs = " ".join(o for o in overrides if o not in shared) or str(record["run"]["name"])
         table.add_row(escape(differs), status, *cells)
     Console().print(table)
 
 
-def _figure(record: Record, name: str, form: str) -> str:
-    value = getattr(record.metrics, name, None)
+def _figure(record: dict[str, Any], name: str, form: str) -> str:
+    value = (record["metrics"] or {}).get(name)
     return "" if value is None else form.format(value)
 
 

@@ -1,8 +1,12 @@
 """Weights & Biases: configuration, series, headline figures, and the files of a run."""
 
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import wandb
 from rich.console import Console
 
@@ -12,6 +16,8 @@ from zi_experiments.measure import Pass
 from zi_experiments.record import Record
 from zi_experiments.sinks.console import display_path
 from zi_experiments.sinks.result_file import NAME
+
+_PATIENCE_S = 1.5  # with a server, when the user stops a run
 
 
 class WandbSink:
@@ -49,6 +55,12 @@ class WandbSink:
             self._console.print(f"W&B: {self._run.url}", markup=False, highlight=False, soft_wrap=True)
 
     def write(self, record: Record) -> None:
+        if record.error is not None and record.error.type == "Interrupted":
+            _within(_PATIENCE_S, lambda: self._write(record))
+        else:
+            self._write(record)
+
+    def _write(self, record: Record) -> None:
         if self._run is None:
             return
         self._run.summary["status"] = record.status
@@ -102,6 +114,22 @@ class WandbSink:
             if path.is_file():
                 artifact.add_file(str(path))
         self._run.log_artifact(artifact)
+
+
+def _within(timeout_s: float, act: Callable[[], None]) -> None:
+    """Act, and end W&B's service with it; when its server does not answer in time, what is not sent stays on disk."""
+
+    def act_and_leave() -> None:
+        with suppress(Exception):  # of a service that is killed below
+            act()
+            wandb.teardown()
+
+    thread = threading.Thread(target=act_and_leave, name="wandb", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    for process in psutil.Process().children() if thread.is_alive() else []:
+        if process.name().startswith("wandb"):
+            process.kill()
 
 
 def _rows(number: int, phase: str, one: Pass) -> list[list[Any]]:

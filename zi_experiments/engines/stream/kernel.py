@@ -13,7 +13,7 @@ BLOCK = 2048  # elements that one program expands
 
 @triton.jit
 def _reciprocals(scale):  # type: ignore[no-untyped-def]
-    # a group of equal values has an infinite scale, and zeros for codes
+    # a group of equal values, or nearly equal ones, has an infinite scale, and zeros for codes
     scale = tl.where(scale == float("inf"), 1.0, scale.to(tl.float32))
     return scale, tl.div_rn(1.0, scale)
 

@@ -40,8 +40,8 @@ def _quantize(rows: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, torch.Ten
     low, high = torch.aminmax(groups, dim=within, keepdim=True)
     largest = 2**quant.bits - 1
     scale = largest / (high - low)
-    # a group of equal values has an infinite scale, and zeros for codes
-    codes = ((groups - low) * scale).nan_to_num_(0.0).round_().clamp_(0, largest).to(torch.uint8)
+    # a group of values so close that its scale overflows gets zeros for codes, which is what the kernel goes by
+    codes = ((groups - low) * scale).nan_to_num_(0.0, posinf=0.0).round_().clamp_(0, largest).to(torch.uint8)
     return codes.flatten(), scale.flatten(), low.flatten()
 
 

@@ -1,0 +1,122 @@
+"""docs/reliability.md: one line for each fault that the tests cause, and a look at what a run has left behind."""
+
+import os
+import re
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+from cli import Cli
+
+PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
+HEADER = """# Reliability
+
+Written by `make test ARGS="-n 0 tests/test_reliability.py tests/test_sweep.py --update-golden"`, from what the tests see,
+and compared with it by every `make test`. Each fault is caused for real, by signals, limits, full disks and damaged files;
+after it the tests look for processes, shared memory, temporary files and weights on disk that nobody needs any more. The
+status is that of the record, which every run leaves in its `result.json`; what is shown is the line on the console.
+
+| fault | status | what is shown | what is left behind |
+|---|---|---|---|
+"""
+
+
+class Faulty(Cli):
+    """A command line whose processes and temporary files can be told from all others."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.marker = uuid.uuid4().hex
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        return super().environment(ZI_TEST=self.marker, TMPDIR=str(self.temporary), **variables)
+
+    def result(self) -> dict:
+        (result,) = self.results()
+        return result
+
+    def processes(self) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if _variable(process, "ZI_TEST") == self.marker]
+
+    def left(self, *more: Path) -> str:
+        """What is left behind of all runs so far, in words, once they have had ten seconds to go."""
+        end = time.monotonic() + 10
+        found = self._found(more)
+        while found and time.monotonic() < end:
+            time.sleep(0.2)
+            now = self._found(more)
+            found = [what for what in found if what in now]  # what has come since is of other tests
+        return ", ".join(found) or "nothing"
+
+    def _found(self, more: tuple[Path, ...]) -> list[str]:
+        found = [f"process {process.name()}" for process in self.processes() if process.status() != "zombie"]
+        found += [
+            f"temporary {path.name}" for path in self.temporary.iterdir() if not path.is_dir() or any(path.iterdir())
+        ]
+        weights = [path for base in (self.folder, *more) for path in base.rglob("zi-*") if path.is_dir()]
+        found += ["weights" for path in weights if path.parent != self.temporary]
+        found += [f"unfinished {path.name}" for path in self.folder.rglob(".result.json.tmp")]
+        return found + [f"shared memory {name}" for name in _abandoned_shared_memory()]
+
+
+def _variable(process: psutil.Process, name: str) -> str | None:
+    try:
+        return process.environ().get(name)
+    except psutil.Error:
+        return None
+
+
+def _abandoned_shared_memory() -> list[str]:
+    """What of shared memory no process has mapped; other tests may run at the same time."""
+    names = set(os.listdir("/dev/shm"))
+    for process in psutil.process_iter():
+        try:
+            names -= {Path(mapped.path).name for mapped in process.memory_maps() if mapped.path.startswith("/dev/shm/")}
+        except psutil.Error:
+            continue
+    return sorted(names)
+
+
+def fill(folder: Path) -> None:
+    """Leave no room on a disk, not for a byte."""
+    with (folder / "somebody-else").open("wb", buffering=0) as file:
+        block = b"x" * (1 << 20)
+        while block:
+            try:
+                file.write(block)
+            except OSError:
+                block = block[: len(block) // 2]
+
+
+def shown(text: str, folder: Path) -> str:
+    """A line of the console without what differs from one run to the next."""
+    text = text.replace(f"{folder}/", "").replace(str(folder), "…")
+    text = re.sub(r"outputs/\d{4}-\d\d-\d\d/[\d.-]+-", "outputs/…-", text)
+    text = re.sub(r"zi-[0-9a-f]{12}", "zi-…", text)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+class Page:
+    """The page, and whether it is being written."""
+
+    def __init__(self, update: bool) -> None:
+        self._update = update
+
+    def check(self, fault: str, status: str, text: str, left: str) -> None:
+        """One line of the page is this one."""
+        line = f"| {fault} | {status} | {text} | {left} |"
+        rows = self.rows()
+        if self._update:
+            rows[fault] = line
+            PAGE.write_text(HEADER + "".join(f"{row}\n" for row in rows.values()))
+        assert rows.get(fault) == line
+
+    @staticmethod
+    def rows() -> dict[str, str]:
+        """The lines of the table by their faults."""
+        lines = PAGE.read_text().splitlines() if PAGE.exists() else []
+        table = [line for line in lines if line.startswith("| ") and not line.startswith("| fault ")]
+        return {line.split(" | ")[0].removeprefix("| "): line for line in table}

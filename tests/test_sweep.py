@@ -1,0 +1,253 @@
+"""Sweeps: whatever happens to one run, the others go on; and run again, a sweep does what it has not done."""
+
+import json
+import os
+import resource
+import signal
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cli import wait_for, workers
+from reliability import Faulty, fill
+
+from zi_experiments import resume
+from zi_experiments.folders import slug, sweep_name
+from zi_experiments.record import Record, RunInfo
+
+MODEL = """
+name: small
+path: null
+architecture:
+  model_type: llama
+  num_hidden_layers: 2
+  hidden_size: 64
+  intermediate_size: 128
+  num_attention_heads: 4
+  vocab_size: 128
+  max_position_embeddings: 128
+"""
+QUICK = ("model=small", "engine=stream", "quant=fp16", "tracking=none", "verify=off")
+LONG = {"workload": {"repeats": 500}}  # some seconds, in which something may happen
+
+
+@pytest.fixture
+def cli(tmp_path):
+    cli = Faulty(tmp_path)
+    (tmp_path / "choices" / "model" / "small.yaml").write_text(MODEL)
+    return cli
+
+
+def by_number(cli):
+    """The records of a sweep by the numbers of its runs."""
+    numbered = {int(result["folder"].name.split("-")[0]): result for result in cli.results()}
+    return dict(sorted(numbered.items()))
+
+
+# --- 40 runs, 8 failures ----------------------------------------------------------------------------------------------
+
+
+def signalled(number):
+    return lambda cli, worker: worker.send_signal(number)
+
+
+def cut_off(cli, worker):
+    (file,) = cli.folder.rglob("zi-*/rank0")
+    os.truncate(file, 0)
+
+
+def fill_the_disk(cli, worker):
+    fill(cli.folder / "disk")
+
+
+# name of the run: its number, settings, when and what happens to it, and its status then
+FAULTS = {
+    "groups": (3, {"quant": {"bits": 4, "group_size": 48, "group_dim": 1}}, None, None, "refused"),
+    "sigkill": (7, LONG, "measure:", signalled(signal.SIGKILL), "killed"),
+    "abort": (12, LONG, "measure:", signalled(signal.SIGABRT), "error"),
+    "hang": (16, LONG | {"launch": {"timeout_s": 12}}, "measure:", signalled(signal.SIGSTOP), "killed"),
+    "python": (21, LONG | {"offload": {"device": "nvme"}}, "measure:", cut_off, "error"),
+    "memory": (
+        26,
+        {
+            "model": {"architecture": {"vocab_size": 1 << 25}},
+            "engine": {"name": "accelerate"},
+            "offload": {"device": "none"},
+            "hardware": {"host_memory_gib": 64},
+        },
+        None,
+        None,
+        "oom",
+    ),
+    "disk": (31, {"offload": {"device": "nvme", "path": "disk"}}, "disk: needs", fill_the_disk, "error"),
+    "sigterm": (38, LONG, "measure:", signalled(signal.SIGTERM), "killed"),
+}
+
+
+def write_experiments(cli):
+    """Forty choices of the group `experiment`, in their order."""
+    folder = cli.folder / "choices" / "experiment"
+    folder.mkdir()
+    numbers = {number: (name, settings) for name, (number, settings, *_) in FAULTS.items()}
+    for number in range(40):
+        name, settings = numbers.get(number, (f"run{number}", {}))
+        text = json.dumps({"name": name, "workload": {"prompt_len": 4 + number}} | settings)
+        (folder / f"e{number:02}.yaml").write_text(f"# @package _global_\n{text}\n")
+    return "experiment=" + ",".join(f"e{number:02}" for number in range(40))
+
+
+def limited():
+    resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
+
+
+def run_with_faults(cli, *arguments):
+    """Run a sweep and do to each run what `FAULTS` says, once."""
+    process = cli.start(*arguments, preexec_fn=limited)
+    lines, name = [], ""
+    for line in process.stdout:
+        lines.append(line)
+        if "parameters" in line and "layers of" in line:
+            name = line.partition(":")[0]
+        _, _, when, act, _ = FAULTS.get(name, (None,) * 5)
+        if when and line.startswith(when):
+            worker = workers(process)[0] if when == "measure:" else None
+            act(cli, worker)
+    process.wait()
+    return process.returncode, "".join(lines)
+
+
+def test_forty_runs_with_eight_failures(cli, page, small_disk):
+    experiments = write_experiments(cli)
+    code, output = run_with_faults(cli, "-m", *QUICK, experiments)
+
+    results = by_number(cli)
+    planted = {number: status for number, _, _, _, status in FAULTS.values()}
+    assert {number: result["status"] for number, result in results.items()} == {
+        number: planted.get(number, "ok") for number in range(40)
+    }, output
+    assert code == 1
+    for name, (number, *_) in FAULTS.items():
+        assert results[number]["error"]["message"] in output, name
+    table = output[output.index("40 runs") :]
+    assert Counter(word for word in table.split() if word in ("ok", "refused", "killed", "error", "oom")) == Counter(
+        {"ok": 32, "killed": 3, "error": 3, "refused": 1, "oom": 1}
+    )
+    page.check(
+        "a sweep of 40 runs, 8 of which fail in all these ways",
+        "`ok` × 32, and 8 others",
+        "each failure in its place, a table of all at the end, exit code 1",
+        cli.left(small_disk),
+    )
+
+    (small_disk / "somebody-else").unlink()
+    done = cli.run("-m", *QUICK, experiments, preexec_fn=limited)
+    assert done.returncode == 1
+    again = by_number(cli)
+    kept = [number for number in range(40) if again[number]["run"]["id"] == results[number]["run"]["id"]]
+    assert kept == [number for number in range(40) if number not in planted]
+    assert done.stdout.count("kept run") == 32
+    assert [number for number, result in again.items() if result["status"] != "ok"] == [3, 26]
+    assert len(list(cli.folder.rglob("result-*.json"))) == 8, "what failed before is still there"
+    assert cli.left(small_disk) == "nothing"
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(cli, page):
+    arguments = ("-m", *QUICK, "workload.prompt_len=4,5,6")
+    process = cli.start(*arguments)
+    wait_for(process, "record: ")
+    wait_for(process, "load:")
+    process.terminate()
+    output = process.communicate()[0]
+
+    assert process.returncode == 130
+    assert "2 runs" in output
+    assert {number: result["status"] for number, result in by_number(cli).items()} == {0: "ok", 1: "killed"}
+    first = by_number(cli)[0]["run"]["id"]
+
+    done = cli.run(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [result["status"] for result in by_number(cli).values()] == ["ok"] * 3
+    assert by_number(cli)[0]["run"]["id"] == first
+    assert {result["run"]["group"] for result in cli.results()} == {cli.results()[0]["folder"].parent.name}
+    page.check(
+        "SIGTERM during a sweep, which is then run again",
+        "`killed`, then `ok`",
+        "`kept small-cpu-fp16: … is ok (force=true runs it again)`, and the rest is run",
+        cli.left(),
+    )
+
+    done = cli.run(*arguments, "force=true", "tracking.tags=[second]")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert by_number(cli)[0]["run"]["id"] != first
+    assert len(list(cli.folder.rglob("result-*.json"))) == 4
+
+
+def test_a_sweep_runs_once_at_a_time(cli, page):
+    arguments = ("-m", *QUICK, "workload.prompt_len=4,5", "workload.repeats=100000")
+    process = cli.start(*arguments)
+    wait_for(process, "measure:")
+    done = cli.run(*arguments)
+    process.terminate()
+    process.communicate()
+
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    page.check("the same sweep twice at once", "none", f"`{done.stderr.strip()}`", cli.left())
+
+
+def test_what_makes_a_result_another():
+    record = Record(
+        run=RunInfo(id="1", name="a", group=None, started_at="", finished_at=None, command="", git_revision=None),
+        folder="",
+        choices={},
+        config={"workload": {"batch_size": 8}, "force": False, "tracking": {"mode": "auto"}, "name": "a"},
+        environment=dict.fromkeys(resume.MACHINE, "same") | {"hostname": "a"},
+    )
+    same = replace(
+        record,
+        config=record.config | {"force": True, "tracking": {"mode": "online"}, "name": "b"},
+        environment=record.environment | {"hostname": "b"},
+    )
+    others = [
+        replace(record, config=record.config | {"workload": {"batch_size": 9}}),
+        replace(record, checkpoint={"path": "a", "files": {}}),
+        *(replace(record, environment=record.environment | {key: "other"}) for key in resume.MACHINE),
+    ]
+
+    assert resume.fingerprint(same) == resume.fingerprint(record)
+    assert len({resume.fingerprint(other) for other in (record, *others)}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"status": "ok"}', '{"status": "ok", "run": {"fingerprint": "other"}}']
+)
+def test_a_record_that_does_not_say_so_is_not_finished(tmp_path, text):
+    path = tmp_path / "result.json"
+    assert resume.finished(path, "f") is None
+
+    path.write_text(text)
+    assert resume.finished(path, "f") is None
+
+    path.write_text('{"status": "ok", "run": {"fingerprint": "f"}}')
+    assert resume.finished(path, "f") is not None
+
+
+def test_the_folder_of_a_sweep():
+    sweep = ["model=opt-125m", "offload=none,cpu", "quant=fp16,int4"]
+
+    assert sweep_name(sweep).startswith("offload=none,cpu_quant=fp16,int4-")
+    assert sweep_name([*sweep, "force=true", "tracking.mode=online", "launch.timeout_s=9"]) == sweep_name(sweep)
+    assert sweep_name([*sweep, "hydra.verbose=true"]) == sweep_name(sweep)
+    assert sweep_name([*sweep, "workload.batch_size=2"]) != sweep_name(sweep)
+    assert sweep_name(["offload=none,cpu", "quant=fp16,int4"]) != sweep_name(sweep)
+    assert len(sweep_name(["model=" + ",".join(map(str, range(1000)))])) < 80
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc/passwd", "..", ".", "", "a/b", "a\nb", "\0", "$(touch x)", "~"])
+def test_a_name_is_one_folder(name):
+    folder = Path("/outputs") / slug(name)
+
+    assert folder.parent == Path("/outputs")
+    assert Path(os.path.normpath(folder)).parent == Path("/outputs")
+    assert not set(slug(name)) & set("/\0\n$()~")

@@ -1,0 +1,229 @@
+"""`python -m zi_experiments.doctor`: what this machine has of what runs need, and how to get what it lacks."""
+
+import argparse
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from zi_experiments import environment, system
+from zi_experiments.system import Finding
+
+AIO_OF_A_RANK = 1152  # what engine=deepspeed offload=nvme takes as it comes
+_SHARED_BYTES = 1 << 30  # Docker gives 64 MiB, where the back ends of several ranks fail or end with SIGBUS
+_MOSTLY_FREE = 0.9
+_STYLES = {"ok": "green", "missing": "bold red", "optional": "yellow"}
+
+# its name, what it does, and what needs it; None: runs with default settings do
+Check = tuple[str, Callable[[], Finding], str | None]
+
+
+def main() -> int:
+    """Show the table of all checks. Returns 1 when something is missing that runs with default settings need, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m zi_experiments.doctor", description="Check this machine.")
+    parser.add_argument("--path", type=Path, default=Path(), help="folder for offload=nvme; default: the current one")
+    folder = parser.parse_args().path.expanduser().resolve()
+    table = Table(title=f"zi_experiments on {platform.node()}")
+    for header in ("check", "state", "found", "how to fix"):
+        table.add_column(header, overflow="fold")
+    states = set()
+    for name, check, needed_by in checks(folder):
+        finding = _finding(check)
+        state = "ok" if finding.fix is None else "missing" if needed_by is None else "optional"
+        fix = ": ".join(part for part in (needed_by, finding.fix) if part and finding.fix)
+        table.add_row(name, f"[{_STYLES[state]}]{state}", escape(finding.found), escape(fix))
+        states.add(state)
+    Console().print(table)
+    return 1 if "missing" in states else 0
+
+
+def checks(folder: Path) -> list[Check]:
+    """All of them; `folder` is where offload=nvme would put its own."""
+    nvme, own_nvme = "for offload=nvme", "for offload=nvme engine=deepspeed"
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    gpus = _gpus()
+    return [
+        ("Python", python, None),
+        *((name, partial(package, name), None) for name in ("torch", "transformers", "deepspeed")),
+        ("other packages", other_packages, None),
+        ("GPU", gpu, "for hardware=auto to use one"),
+        *([("GPU memory", gpu_memory, "for all of it")] if gpus else []),
+        ("host memory", host_memory, None),
+        ("C++ compiler", system.cxx_compiler, None),
+        ("Python.h", system.python_headers, None),
+        ("ninja", system.ninja, None),
+        *([("CUDA toolkit", system.cuda_toolkit, None)] if gpus else []),
+        ("CUDA architectures", system.cuda_arch_list, None if gpus else "for a GPU"),
+        ("C compiler", system.c_compiler, "for engine=stream with quantized weights on a GPU"),
+        ("libaio", system.libaio, own_nvme),
+        ("asynchronous I/O", partial(system.aio_requests, AIO_OF_A_RANK), own_nvme),
+        ("locked memory", system.locked_memory, own_nvme),
+        ("offload folder", partial(system.writable, there), nvme),
+        ("O_DIRECT", partial(system.direct_io, there), nvme),
+        ("free space", partial(system.free_space, there, 0), nvme),
+        ("output folder", output_folder, None),
+        ("caches", caches, None),
+        ("builds", builds, None),
+        ("shared memory", shared_memory, "for hardware.num_gpus above 1"),
+        ("launcher", system.launcher_variables, "for get_ds_model"),
+        ("W&B", wandb, "for runs to be seen online"),
+    ]
+
+
+def python() -> Finding:
+    """This Python, against the versions that the project takes."""
+    from packaging.specifiers import SpecifierSet
+
+    wanted = metadata.metadata("zi_experiments")["Requires-Python"]
+    fix = None if SpecifierSet(wanted).contains(platform.python_version()) else f"install Python {wanted}"
+    return Finding(found=f"{platform.python_version()}, {sys.executable}", fix=fix)
+
+
+def package(name: str) -> Finding:
+    """A package in a version that the project takes, and whether it can be imported, in a process of its own."""
+    finding = _version(name)
+    if finding.fix is not None:
+        return finding
+    command = [sys.executable, "-c", f"import {name}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return finding
+    reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return Finding(found=f"{finding.found} cannot be imported ({reason})", fix=f"pip install --force-reinstall {name}")
+
+
+def other_packages() -> Finding:
+    """The other packages that the project needs: the first that is not as it should be."""
+    others = [name for name in _requirements() if name not in ("torch", "transformers", "deepspeed")]
+    for name in others:
+        finding = _version(name)
+        if finding.fix is not None:
+            return replace(finding, found=f"{name}: {finding.found}")
+    return Finding(found=", ".join(f"{name} {metadata.version(name)}" for name in others))
+
+
+def gpu() -> Finding:
+    """The first GPU, its driver and what torch is built for, or why there is none."""
+    import torch
+    from torch.version import cuda
+
+    from zi_experiments import hardware
+
+    build = f"torch is built for CUDA {cuda}" if cuda else "torch is built without CUDA"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        fix = "look at nvidia-smi and CUDA_VISIBLE_DEVICES" if cuda else "install torch for CUDA, from pytorch.org"
+        return Finding(found=f"none: {build} ({str(error).splitlines()[0]})", fix=fix)
+    first = hardware.first_gpu()
+    return Finding(found=f"{hardware.gpu_count()} × {first.name}, driver {first.driver}; {build}")
+
+
+def gpu_memory() -> Finding:
+    """Memory of the first GPU."""
+    from zi_experiments import hardware
+
+    first = hardware.first_gpu()
+    fix = None if first.free_bytes > _MOSTLY_FREE * first.memory_bytes else "nvidia-smi shows who uses the rest"
+    return Finding(found=f"{first.free_bytes / 1e9:.1f} of {first.memory_bytes / 1e9:.1f} GB free", fix=fix)
+
+
+def host_memory() -> Finding:
+    """What new allocations can have."""
+    from zi_experiments import hardware
+
+    return Finding(found=f"{hardware.host_memory_available() / 1e9:.1f} GB available")
+
+
+def output_folder() -> Finding:
+    """The folder from which runs are started, where they make `outputs/`."""
+    return _with_fix(system.writable(Path.cwd()), "start runs elsewhere, or pass hydra.run.dir=/a/writable/folder")
+
+
+def caches() -> Finding:
+    """Where compiled operators are kept, and what else need not be found out again."""
+    try:
+        folders = (system.extensions_folder(), environment.cache_folder())
+    except OSError as error:
+        finding = Finding(found=f"{error.filename} cannot be written ({error.strerror})", fix="")
+    else:
+        findings = [system.writable(folder) for folder in folders]
+        finding = next((one for one in findings if one.fix is not None), findings[0])
+    return _with_fix(finding, "set HOME to a folder that can be written, or TORCH_EXTENSIONS_DIR and XDG_CACHE_HOME")
+
+
+def builds() -> Finding:
+    """Locks of operators in torch's cache: runs wait for those that a process has, and remove the others."""
+    notes = []
+    for lock in sorted(system.extensions_folder().glob("*/lock")):
+        owner = system.lock_owner(lock)
+        note = f"process {owner} builds it" if owner else "the lock of an interrupted build, which a run removes"
+        notes.append(f"{lock.parent.name}: {note}")
+    return Finding(found="; ".join(notes) or "none under way")
+
+
+def shared_memory() -> Finding:
+    """/dev/shm, through which the ranks of one machine talk."""
+    free = shutil.disk_usage("/dev/shm").free
+    fix = None if free >= _SHARED_BYTES else "docker run --shm-size=8g, or mount -o remount,size=8G /dev/shm"
+    return Finding(found=f"/dev/shm has {free / 1e9:.1f} GB free", fix=fix)
+
+
+def wandb() -> Finding:
+    """What tracking.mode=auto means here."""
+    mode = environment.wandb_mode()
+    return Finding(found=mode, fix="wandb login, or set WANDB_API_KEY" if mode == "offline" else None)
+
+
+def _finding(check: Callable[[], Finding]) -> Finding:
+    """What a check found. It must not break with what it looks at: torch may be missing, or a file of the kernel."""
+    try:
+        return check()
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        return Finding(found=f"{type(error).__name__}: {reason}", fix="make install, or pip install -e .")
+
+
+def _gpus() -> int:
+    try:
+        from zi_experiments import hardware
+
+        return hardware.gpu_count()
+    except Exception:
+        return 0  # what is wrong with torch, its own checks say
+
+
+def _requirements() -> dict[str, Any]:
+    """The packages that the project needs, by name, as packaging's `Requirement`."""
+    from packaging.requirements import Requirement
+
+    requirements = [Requirement(text) for text in metadata.requires("zi_experiments") or []]
+    return {one.name: one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})}
+
+
+def _version(name: str) -> Finding:
+    wanted = _requirements()[name]
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(found="not installed", fix=f"pip install '{wanted}'")
+    is_wanted = wanted.specifier.contains(version, prereleases=True)
+    return Finding(found=version, fix=None if is_wanted else f"pip install '{wanted}'")
+
+
+def _with_fix(finding: Finding, fix: str) -> Finding:
+    return finding if finding.fix is None else replace(finding, fix=fix)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""A callback of Hydra's: the output folder is tried before Hydra writes to it, which would end in a traceback."""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+_PROBE_BYTES = 1 << 16  # more than Hydra writes there
+
+
+class OutputFolder(Callback):
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _try("hydra.run.dir", config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _try("hydra.sweep.dir", config.hydra.sweep.dir)
+
+
+def _try(key: str, folder: str) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x" * _PROBE_BYTES)
+    except OSError as error:
+        # Hydra makes a warning of any other exception
+        sys.exit(f"refused {key}={folder}: {error.strerror}: pass {key}=/a/writable/folder")

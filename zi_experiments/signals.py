@@ -1,0 +1,38 @@
+"""Ctrl-C, SIGTERM and SIGHUP end a run in the same way: `KeyboardInterrupt` with the signal's name."""
+
+import signal
+from typing import Any
+
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def install() -> None:
+    """From now on those of them that are not ignored (nohup) raise `KeyboardInterrupt` in the main thread."""
+    for number in _STOP:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+
+
+def check() -> None:
+    """Raise again what was raised and has not been acknowledged."""
+    if signal.getitimer(signal.ITIMER_REAL)[1]:
+        signal.raise_signal(signal.SIGALRM)
+
+
+def acknowledge() -> None:
+    """The run is being ended: further signals are ignored, since what is left to do takes seconds and must be done."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in _STOP:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _stop(number: int, frame: Any) -> None:
+    name = signal.Signals(number).name
+
+    def again(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(name)
+
+    # a library may lose an exception that comes in the middle of its imports: it comes again until it is acknowledged
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+    raise KeyboardInterrupt(name)
