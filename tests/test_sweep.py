@@ -196,12 +196,19 @@ def test_a_sweep_runs_once_at_a_time(cli, page):
     page.check("the same sweep twice at once", "none", f"`{done.stderr.strip()}`", cli.left())
 
 
-def test_what_makes_a_result_another():
+def test_what_makes_a_result_another(tmp_path):
+    text = tmp_path / "text"
+    text.write_text("one")
     record = Record(
         run=RunInfo(id="1", name="a", group=None, started_at="", finished_at=None, command="", git_revision=None),
         folder="",
         choices={},
-        config={"workload": {"batch_size": 8}, "force": False, "tracking": {"mode": "auto"}, "name": "a"},
+        config={
+            "workload": {"batch_size": 8, "text": str(text)},
+            "force": False,
+            "tracking": {"mode": "auto"},
+            "name": "a",
+        },
         environment=dict.fromkeys(resume.MACHINE, "same") | {"hostname": "a"},
     )
     same = replace(
@@ -210,13 +217,15 @@ def test_what_makes_a_result_another():
         environment=record.environment | {"hostname": "b"},
     )
     others = [
-        replace(record, config=record.config | {"workload": {"batch_size": 9}}),
+        replace(record, config=record.config | {"workload": {"batch_size": 9, "text": str(text)}}),
         replace(record, checkpoint={"path": "a", "files": {}}),
         *(replace(record, environment=record.environment | {key: "other"}) for key in resume.MACHINE),
     ]
 
     assert resume.fingerprint(same) == resume.fingerprint(record)
-    assert len({resume.fingerprint(other) for other in (record, *others)}) == len(others) + 1
+    prints = {resume.fingerprint(other) for other in (record, *others)}
+    text.write_text("two")
+    assert len(prints | {resume.fingerprint(record)}) == len(others) + 2
 
 
 @pytest.mark.parametrize(

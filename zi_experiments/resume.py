@@ -23,14 +23,23 @@ MACHINE = (
 
 
 def fingerprint(record: Record) -> str:
-    """What identifies a result: 16 hexadecimal digits of the resolved settings, the code, the machine and the weights."""
+    """What identifies a result, as 16 hexadecimal digits: resolved settings, code, machine, weights and text."""
     assert record.environment is not None
     identity = {
         "config": {key: value for key, value in record.config.items() if key not in ASIDE},
         "machine": {key: record.environment[key] for key in MACHINE},
         "checkpoint": record.checkpoint,
+        "text": _digest(record.config["workload"].get("text")),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _digest(path: str | None) -> str | None:
+    """What is in the file of `workload.text`."""
+    try:
+        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() if path else None
+    except OSError:
+        return None  # the run will be refused
 
 
 def finished(path: Path, fingerprint: str) -> dict[str, Any] | None:
