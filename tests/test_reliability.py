@@ -44,7 +44,7 @@ def conclude(page, cli):
     return conclude
 
 
-def end(process, timeout_s=60):
+def end(process, timeout_s=120):
     """The rest of a process's output, once it has ended by itself."""
     return process.communicate(timeout=timeout_s)[0]
 
@@ -136,7 +136,7 @@ def test_a_stopped_run_closes_wandb(cli, conclude):
     process.terminate()
     output = end(process)
 
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10  # about 3 on a machine that does nothing else
     result = conclude("SIGTERM to the launcher alone, with W&B", output, left=cli.left())
     run = wandb_file.read(result["folder"])
     assert run["summary"]["status"] == "killed"
@@ -156,7 +156,7 @@ def test_a_run_is_stopped_while_wandb_waits_for_its_server(cli, conclude):
         output = end(process)
         connection.close()
 
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10  # about 3 on a machine that does nothing else
     conclude("SIGTERM while W&B waits for a server that does not answer", output, left=cli.left())
 
 
@@ -173,7 +173,7 @@ def test_nohup_is_respected(cli):
     assert cli.result()["status"] == "ok"
 
 
-def wait_until(true, timeout_s=30):
+def wait_until(true, timeout_s=60):
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline
@@ -185,7 +185,7 @@ def wait_until(true, timeout_s=30):
 
 def test_a_worker_hangs(cli, conclude):
     """One rank stands still, so the other waits for it: where, is in the record."""
-    settings = ("model=deep", "quant=fp16", "workload.repeats=500", "hardware.num_gpus=2", "launch.timeout_s=15")
+    settings = ("model=deep", "quant=fp16", "workload.repeats=500", "hardware.num_gpus=2", "launch.timeout_s=25")
     process = cli.start(*settings, "tracking=none")
     wait_for(process, "measure:")
     wait_until(lambda: len(workers(process)) == 2)

@@ -1,6 +1,7 @@
 """`python -m zi_experiments.doctor`: what this machine has of what runs need, and how to get what it lacks."""
 
 import argparse
+import logging
 import platform
 import shutil
 import subprocess
@@ -33,6 +34,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m zi_experiments.doctor", description="Check this machine.")
     parser.add_argument("--path", type=Path, default=Path(), help="folder for offload=nvme; default: the current one")
     folder = parser.parse_args().path.expanduser().resolve()
+    # torch warns of what the table says
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     table = Table(title=f"zi_experiments on {platform.node()}")
     for header in ("check", "state", "found", "how to fix"):
         table.add_column(header, overflow="fold")
