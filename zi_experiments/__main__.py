@@ -47,7 +47,7 @@ def _reason(error: Exception) -> str:
 
 
 def _run(cfg: DictConfig, sweep: Sweep) -> None:
-    from zi_experiments.job import RunFailed, run_job  # imports torch, which --help and --cfg do without
+    from zi_experiments.job import RunFailed, run_job  # what --help and --cfg do without
 
     hydra_config = HydraConfig.get()
     if hydra_config.mode is RunMode.MULTIRUN:
