@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 PY = $(or $(wildcard $(BIN)/python),$(PYTHON))
 IN_VENV = PATH="$(CURDIR)/$(BIN):$$PATH"
 .DEFAULT_GOAL := help
-.PHONY: help run test bench-gpu check format install system clean
+.PHONY: help run test bench-gpu bench-cpu check format install system clean
 
 # DeepSpeed compiles its operators on first use: a C++ compiler, libaio's headers and Python's. Root, or sudo without a
 # password, installs what is missing; others are told what to type.
@@ -35,7 +35,10 @@ test: $(STAMP) ## the tests: make test ARGS="-k packaging"
 	@$(IN_VENV) python -m pytest $(ARGS)
 
 bench-gpu: $(STAMP) ## the engines against what this machine's GPU can do: make bench-gpu ARGS="--list"
-	@$(IN_VENV) python benchmarks/gpu.py $(ARGS)
+	@$(IN_VENV) python benchmarks/bench.py $(ARGS)
+
+bench-cpu: $(STAMP) ## the same without a GPU, where runs are compared with what is predicted
+	@$(IN_VENV) python benchmarks/bench.py --cpu $(ARGS)
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/python -m ruff check .

@@ -1,4 +1,4 @@
-"""What `make bench-gpu` runs, and what it should reach: the list, and how each target is computed from what was measured."""
+"""What `make bench-gpu` and `make bench-cpu` run, and what it should reach: how each target follows from what was measured."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +42,16 @@ class Case:
 def figure(what: str, name: str, wanted: float, *, at_most: bool = False) -> Target:
     """A target for one of the run's metrics."""
     return Target(what=what, wanted=wanted, achieved=lambda entry, _: entry["metrics"][name], at_most=at_most)
+
+
+def off_by(name: str) -> Callable[[Entry, Entries], float | None]:
+    """How far a prediction is off, either way."""
+
+    def achieved(entry: Entry, _: Entries) -> float | None:
+        error = entry["metrics"].get(name)
+        return abs(error) if error is not None else None
+
+    return achieved
 
 
 def of_link(wanted: float) -> Target:
@@ -94,11 +104,25 @@ def workload(gen_len: int = 16, repeats: int = 2, warmup: int = 1) -> tuple[str,
     return (f"workload.gen_len={gen_len}", f"workload.repeats={repeats}", f"workload.warmup={warmup}")
 
 
-def case(group: str, engine: str, what: str, *more: str, targets: tuple[Target, ...] = ()) -> Case:
-    """`what` is model, offload and quantization in that order."""
+def predicted(within: float) -> tuple[Target, ...]:
+    return tuple(
+        Target(
+            what=f"error of the predicted {name}",
+            wanted=within,
+            achieved=off_by(f"{name}_prediction_error"),
+            at_most=True,
+        )
+        for name in ("decode", "prefill")
+    )
+
+
+def case(
+    group: str, engine: str, what: str, *more: str, targets: tuple[Target, ...] = (), within: float = 0.10
+) -> Case:
+    """`what` is model, offload and quantization in that order; predictions should be right within that share."""
     model, offload, quant = what.split()
     overrides = (f"model={model}", f"offload={offload}", f"quant={quant}", *more)
-    return Case(group=group, engine=engine, overrides=overrides, targets=targets)
+    return Case(group=group, engine=engine, overrides=overrides, targets=(*targets, *predicted(within)))
 
 
 STREAM, SHORT = "engine=stream", workload(6, 1)
@@ -144,4 +168,27 @@ CASES = (
         *("kv-host", "stream", "opt-13b cpu fp16", STREAM, "workload.micro_batches=4", "kv_cache=cpu", *SHORT),
         targets=(figure("of the bound", "fraction_of_bound", 0.9),),
     ),
+)
+
+# a processor has no link to be measured against: how well its runs are predicted
+ON_CPU = (
+    "hardware=cpu",
+    "workload.batch_size=4",
+    "workload.prompt_len=128",
+    *workload(8, 2),
+)
+CPU_CASES = tuple(
+    case(f"opt-1.3b-{offload}-{quant}", name, f"opt-1.3b {offload} {quant}", *engine, *ON_CPU, within=0.25)
+    for offload, quant, name, engine in (
+        ("cpu", "fp16", "stream", (STREAM,)),
+        ("cpu", "fp16", "deepspeed-reference", ("engine.profile=reference",)),
+        ("cpu", "fp16", "deepspeed-tuned", TUNED),
+        ("cpu", "fp16", "accelerate", ("engine=accelerate",)),
+        ("cpu", "fp16", "fsdp", ("engine=fsdp",)),
+        ("cpu", "int4", "stream", (STREAM,)),
+        ("cpu", "int4", "deepspeed-reference", ("engine.profile=reference",)),
+        ("cpu", "int4", "deepspeed-tuned", TUNED),
+        ("nvme", "fp16", "stream", (STREAM,)),
+        ("nvme", "fp16", "deepspeed-tuned", TUNED),
+    )
 )

@@ -1,7 +1,9 @@
 """What the tests share: runs composed from the real `conf/`, and machines written down by hand."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 from dataclasses import replace
 from functools import cache
@@ -11,11 +13,15 @@ import pytest
 from reliability import Page
 
 from zi_experiments import architecture, config, planner
-from zi_experiments.config import Ceilings
+from zi_experiments.config import Calibration, Ceilings, ConfigError
 from zi_experiments.hardware import Machine
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test needs the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny models threads only wait for one another
+
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)  # under nohup, too, runs that tests stop should not ignore it
 
 MACHINES = {
     "h200": Machine(
@@ -25,6 +31,7 @@ MACHINES = {
         gpu_memory_bytes=150_000_000_000,
         gpu_memory_is_capped=False,
         host_memory_bytes=2_000_000_000_000,
+        disk_free_bytes=None,
         dtypes=("float16", "bfloat16"),
         ceilings=Ceilings(
             link_bytes_per_s=63e9,
@@ -33,6 +40,7 @@ MACHINES = {
             disk_bytes_per_s=2.4e9,
             source="by hand",
         ),
+        calibration=None,
         driver="580.00",
     ),
     "cpu": Machine(
@@ -42,12 +50,33 @@ MACHINES = {
         gpu_memory_bytes=None,
         gpu_memory_is_capped=False,
         host_memory_bytes=2_000_000_000_000,
+        disk_free_bytes=None,
         dtypes=("bfloat16",),
         ceilings=Ceilings(link_bytes_per_s=None, hbm_bytes_per_s=None, flops=None, disk_bytes_per_s=None, source=None),
+        calibration=None,
         driver=None,
     ),
 }
 
+
+MACHINES["measured"] = replace(
+    MACHINES["h200"],
+    ceilings=Ceilings(
+        link_bytes_per_s=50e9, hbm_bytes_per_s=4e12, flops=800e12, disk_bytes_per_s=5e9, source="by hand"
+    ),
+    calibration=Calibration(
+        link_back_bytes_per_s=40e9,
+        link_both_bytes_per_s=45e9,
+        link_pageable_bytes_per_s=10e9,
+        pin_bytes_per_s=4e9,
+        host_bytes_per_s=20e9,
+        disk_write_bytes_per_s=2e9,
+        gemm_flops={name: {1: 2e12, 16: 32e12, 1024: 512e12} for name in ("float16", "bfloat16")},
+        expand_elements_per_s=1e12,
+        layer_s=1e-4,
+        step_s=2e-3,
+    ),
+)
 
 SLOWEST = ("test_sweep.py", "test_families.py", "test_reliability.py", "test_verify.py")
 
@@ -84,7 +113,7 @@ def compose_run(compose):
 
 @pytest.fixture(scope="session")
 def machine():
-    """`machine("h200", host_memory_bytes=…)` → a machine, changed where told."""
+    """`machine("h200", host_memory_bytes=…)` → a machine, changed where told: "h200", "measured", or "cpu"."""
     return lambda name="h200", **changes: replace(MACHINES[name], **changes)
 
 
@@ -111,6 +140,28 @@ def make_plan(compose_run, describe, machine):
         return planner.build(run, describe(run), on or machine())
 
     return make_plan
+
+
+@pytest.fixture
+def refusal(make_plan):
+    """`refusal(*overrides, on=machine)` → why this cannot be, after trying out each thing that it says to pass.
+
+    Of what is no question of memory only the first, which may need the others.
+    """
+
+    def refusal(*overrides, on):
+        with pytest.raises(ConfigError) as refused:
+            make_plan(*overrides, on=on)
+        message = str(refused.value)
+        assert "\n" not in message
+        ways = [re.findall(r"[\w.]+=[\w.-]+", way) for way in re.split(r",? or ", message.partition(": pass ")[2])]
+        ways = [way for way in ways if way]
+        assert ways, f"nothing to pass: {message}"
+        for way in ways if " needs " in message else ways[:1]:
+            make_plan(*overrides, *way, on=on)
+        return message
+
+    return refusal
 
 
 @pytest.fixture(scope="session")

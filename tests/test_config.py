@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from itertools import product
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,13 @@ def sweep(experiment):
     """Every combination of what an experiment sweeps, as overrides; one empty one when it sweeps nothing."""
     file = OmegaConf.load(conf_dir() / "experiment" / f"{experiment}.yaml")
     swept = OmegaConf.select(file, "hydra.sweeper.params") or {}
-    return list(product(*([f"{key}={value}" for value in values.split(",")] for key, values in swept.items())))
+    return list(product(*([f"{key}={value}" for value in choices(values)] for key, values in swept.items())))
+
+
+def choices(values):
+    """What Hydra makes of a list, or of a range."""
+    counted = re.fullmatch(r"range\((\d+)\)", values)
+    return range(int(counted[1])) if counted else values.split(",")
 
 
 EXPERIMENTS = [(name, cell) for group, name in CHOICES if group == "experiment" for cell in sweep(name)]
@@ -91,6 +98,7 @@ def test_values_live_in_yaml_only(schema):
     ("key", "typed", "value"),
     [
         ("workload.batch_size", "6", 6),
+        ("workload.batch_size", "auto", "auto"),
         ("workload.prompt_len", "16", 16),
         ("workload.gen_len", "2", 2),
         ("workload.warmup", "0", 0),
@@ -109,6 +117,8 @@ def test_values_live_in_yaml_only(schema):
         ("engine.profile", "reference", config.Profile.reference),
         ("hardware.num_gpus", "2", 2),
         ("hardware.memory_gib", "24", 24.0),
+        ("search.rank", "2", 2),
+        ("search.rank", "null", None),
         ("tracking.mode", "offline", TrackingMode.offline),
         ("verify", "off", Verify.off),
         ("plan_only", "true", True),
@@ -133,6 +143,20 @@ def test_promised_paths_reach_the_run(compose_run, choice, key):
 RULES = [
     # overrides that cannot be, the key that the message names, what it says to type
     (["workload.batch_size=0"], "workload.batch_size", "workload.batch_size=1"),
+    (["workload.batch_size=many"], "workload.batch_size", "workload.batch_size=8"),
+    (["workload.batch_size=Auto"], "workload.batch_size", "workload.batch_size=8"),
+    (["workload.batch_size=2.5"], "workload.batch_size", "workload.batch_size=8"),
+    (["workload.batch_size=true"], "workload.batch_size", "workload.batch_size=8"),
+    (["workload.batch_size=null"], "workload.batch_size", "workload.batch_size=8"),
+    (["workload.batch_size=[1,2]"], "workload.batch_size", "workload.batch_size=8"),
+    (["workload.batch_size=auto", "workload.prompt_len=0"], "workload.prompt_len", "workload.prompt_len=1"),
+    (
+        ["workload.batch_size=auto", "engine=stream", "workload.micro_batches=0"],
+        "workload.micro_batches",
+        "workload.micro_batches=1",
+    ),
+    (["workload.batch_size=auto", "hardware.num_gpus=0"], "hardware.num_gpus", "hardware.num_gpus=1"),
+    (["search.rank=-1"], "search.rank", "search.rank=0"),
     (["workload.prompt_len=0"], "workload.prompt_len", "workload.prompt_len=1"),
     (["workload.gen_len=-3"], "workload.gen_len", "workload.gen_len=1"),
     (["workload.warmup=-1"], "workload.warmup", "workload.warmup=0"),
@@ -225,6 +249,50 @@ def test_a_key_added_with_plus_is_refused_by_name(compose_run, prefix):
         compose_run(f"+{prefix}stray=1")
 
 
+@pytest.fixture
+def calibrated(compose):
+    """`calibrated(**figures)` → a configuration with a calibration, as a file of `hardware` has it, of these figures."""
+
+    def calibrated(**figures):
+        cfg, nothing = compose(), {field.name: None for field in dataclasses.fields(config.Calibration)}
+        # a calibration cannot be merged into none, so that it is typed in files alone
+        known = config.Calibration(**(nothing | {"gemm_flops": {}} | figures))
+        OmegaConf.update(cfg, "hardware.calibration", OmegaConf.structured(known), merge=False)
+        return cfg
+
+    return calibrated
+
+
+def test_a_calibration_reaches_the_run(calibrated):
+    products = {"float16": {1: 1e12, 64: 5e13}}
+    found = to_run(calibrated(layer_s=1.5e-3, gemm_flops=products)).hardware.calibration
+
+    assert isinstance(found, config.Calibration)
+    assert (found.layer_s, found.step_s, found.gemm_flops) == (0.0015, None, products)
+
+
+@pytest.mark.parametrize(
+    ("figures", "key"),
+    [
+        ({"pin_bytes_per_s": 0.5}, "hardware.calibration.pin_bytes_per_s"),
+        ({"layer_s": -0.001}, "hardware.calibration.layer_s"),
+        ({"step_s": nan}, "hardware.calibration.step_s"),
+        ({"host_bytes_per_s": inf}, "hardware.calibration.host_bytes_per_s"),
+        ({"gemm_flops": {"float16": {0: 1e12}}}, "hardware.calibration.gemm_flops.float16.0"),
+        ({"gemm_flops": {"float16": {16: 1e12, 32: inf}}}, "hardware.calibration.gemm_flops.float16.32"),
+        ({"gemm_flops": {"bfloat16": {16: 0.1}}}, "hardware.calibration.gemm_flops.bfloat16.16"),
+    ],
+    ids=str,
+)
+def test_a_figure_of_a_calibration_that_cannot_be_is_refused_by_name(calibrated, figures, key):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)}\b.*: pass hardware\.calibration.*=null"):
+        to_run(calibrated(**figures))
+
+
+def test_overheads_may_be_nothing(calibrated):
+    assert to_run(calibrated(layer_s=0.0, step_s=0.0)).hardware.calibration.layer_s == 0
+
+
 def test_the_schema_is_as_deep_as_the_test_of_stray_keys_thinks():
     assert {"", "workload.", "offload.aio.", "hardware.ceilings."} <= set(schema_nodes())
 
@@ -238,9 +306,9 @@ def test_an_architecture_takes_any_number_of_a_hugging_face_configuration(compos
 @pytest.mark.parametrize(
     "override",
     [
-        "workload.batch_size=many",
-        "workload.batch_size=2.5",
-        "workload.batch_size=null",
+        "workload.prompt_len=many",
+        "workload.prompt_len=2.5",
+        "workload.prompt_len=null",
         "offload.device=tape",
         "quant.bits=four",
         "engine.profile=fast",

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zi_experiments import architecture, planner
-from zi_experiments.config import Ceilings, ConfigError, OffloadDevice, Run, to_run
+from zi_experiments import architecture, fit, planner
+from zi_experiments.config import Calibration, Ceilings, ConfigError, OffloadDevice, Run, to_run
+from zi_experiments.predict import predict
 from zi_experiments.record import describe_plan
 
 DEFAULTS = ("offload=nvme", "engine=stream")  # with which most settings have a meaning
@@ -221,7 +222,7 @@ def plannable(draw):
     quants = ("int4", "int8", "fp16") if engine in ("deepspeed", "stream") else ("fp16",)
     quant = draw(st.sampled_from(quants))
     possible = {
-        "workload.batch_size": counts.map(lambda count: 12 * min(count, 2**59)),
+        "workload.batch_size": counts.map(lambda count: 12 * min(count, 2**59)) | st.just("auto"),
         "workload.prompt_len": counts,
         "workload.gen_len": counts,
         "verify": st.sampled_from(("on", "off")),
@@ -244,17 +245,38 @@ def plannable(draw):
     return choices, {"workload.batch_size": 12, **settings}
 
 
+unknown = st.none()
+rates = unknown | st.floats(1, 1e300)
+overheads = unknown | st.floats(0, 1e6)
+calibrations = st.builds(
+    Calibration,
+    link_back_bytes_per_s=rates,
+    link_both_bytes_per_s=rates,
+    link_pageable_bytes_per_s=rates,
+    pin_bytes_per_s=rates,
+    host_bytes_per_s=rates,
+    disk_write_bytes_per_s=rates,
+    gemm_flops=st.dictionaries(
+        st.sampled_from(("float16", "bfloat16")),
+        st.dictionaries(st.integers(1, 10**5), st.floats(1, 1e300), min_size=1, max_size=4),
+    ),
+    expand_elements_per_s=rates,
+    layer_s=overheads,
+    step_s=overheads,
+)
 machines = st.fixed_dictionaries(
-    {"host_memory_bytes": st.sampled_from((10**13, 10**9)) | st.integers(0, 10**6)},
+    {"host_memory_bytes": st.sampled_from((10**13, 10**10, 10**9)) | st.integers(0, 10**6)},
     optional={
+        "calibration": calibrations,
+        "disk_free_bytes": st.sampled_from((10**13, 10**5, 0)),
         "gpu_memory_bytes": st.sampled_from((10**11, 2 * 10**9, 10**9)) | st.integers(0, 10**6),
         "gpu_memory_is_capped": st.booleans(),
         "ceilings": st.builds(
             Ceilings,
-            link_bytes_per_s=st.none() | st.floats(1, 1e300),
-            hbm_bytes_per_s=st.none() | st.floats(1, 1e300),
-            flops=st.none() | st.floats(1, 1e300),
-            disk_bytes_per_s=st.none() | st.floats(1, 1e300),
+            link_bytes_per_s=rates,
+            hbm_bytes_per_s=rates,
+            flops=rates,
+            disk_bytes_per_s=rates,
             source=st.none(),
         ),
     },
@@ -282,6 +304,8 @@ def test_a_plan_adds_up_or_is_refused_in_one_line(choose, machine, family, wante
     assert_weights_add_up(plan)
     assert_memory_is_enough(plan)
     assert_bound_is_finite(plan)
+    assert_prediction_holds(plan)
+    assert run.workload.batch_size in ("auto", plan.run.workload.batch_size)
     json.dumps(describe_plan(plan), allow_nan=False)
 
 
@@ -308,6 +332,9 @@ def assert_memory_is_enough(plan):
     assert place.cpu_bytes + stored.host_buffer_bytes <= plan.machine.host_memory_bytes
     if plan.machine.gpu_memory_bytes is not None:
         assert place.gpu_bytes // ranks + stored.gpu_buffer_bytes <= plan.machine.gpu_memory_bytes
+    for use in fit.uses(plan):
+        assert min(use.weights, use.buffers, use.kv_cache, use.workspace, use.processes) >= 0
+        assert use.total <= use.available
     if plan.pin_memory:
         assert plan.machine.device == "cuda"
         assert plan.run.offload.device is not OffloadDevice.none
@@ -318,3 +345,24 @@ def assert_bound_is_finite(plan):
     assert (bound.decode_step_s is None) == (bound.limited_by is None)
     for seconds in (bound.prefill_s, bound.decode_step_s):
         assert seconds is None or (isfinite(seconds) and seconds > 0)
+
+
+def assert_prediction_holds(plan):
+    """Nothing takes less than no time, or less than what is streamed takes over the fastest of its ways."""
+    got, rates, known = predict(plan), plan.machine.ceilings, plan.machine.calibration
+    for seconds, limit in ((got.prefill_s, got.prefill_limited_by), (got.decode_step_s, got.limited_by)):
+        assert seconds is None or (isfinite(seconds) and seconds > 0)
+        assert (seconds is None) == (limit is None)
+    assert got.load_s is None or (isfinite(got.load_s) and got.load_s > 0)
+    assert (got.load_s is None) == (known is None)
+    if vars(rates) == dict.fromkeys(vars(rates)) and known is None:
+        assert (got.prefill_s, got.decode_step_s, got.total_tok_per_s) == (None, None, None)
+    if got.total_tok_per_s is not None:
+        work = plan.run.workload
+        assert 0 < got.total_tok_per_s <= work.sequences * work.gen_len / got.prefill_s * (1 + 1e-9)
+    if rates.link_bytes_per_s:
+        fastest = max(rates.link_bytes_per_s, (known and known.link_pageable_bytes_per_s) or 0)
+        least = plan.streamed_bytes_per_pass / plan.run.hardware.num_gpus / fastest
+        assert (got.decode_step_s or 0) >= least * (1 - 1e-9)
+    if rates.disk_bytes_per_s:
+        assert (got.decode_step_s or 0) >= plan.placement.nvme_bytes / rates.disk_bytes_per_s * (1 - 1e-9)

@@ -1,12 +1,52 @@
 import io
+import re
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from zi_experiments import zero3
+from zi_experiments import explain, metrics, zero3
+from zi_experiments.measure import Pass, Samples
+from zi_experiments.predict import predict
 from zi_experiments.record import Record, RunInfo
-from zi_experiments.sinks.console import show_plan, show_sweep
+from zi_experiments.sinks.console import ConsoleSink, show_plan, show_sweep
+
+
+def test_a_plan_says_what_limits_a_step_and_what_it_will_take(make_plan, machine):
+    """25.7 GB of OPT-13B over 50 GB/s."""
+    asked = ("model=opt-13b", "quant=fp16", "engine=stream")
+    # the embeddings stay on the GPU: 25.7 GB less 0.5
+    assert "a decode step takes at least 503.4 ms, limited by the link; predicted 503.4 ms\n" in shown(
+        make_plan(*asked, on=machine("measured"))
+    )
+    only_bound = shown(make_plan(*asked, on=machine("cpu")))
+    assert "decode step" not in only_bound
+    assert "predicted" not in only_bound
+
+
+def test_a_skipped_run_of_a_sweep_is_no_failure(capsys):
+    show_sweep([([f"a={status}"], record("ok") | {"status": status}) for status in ("ok", "kept", "skipped", "oom")])
+
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_a_table_has_the_errors_of_the_prediction_and_a_sentence_after_it(make_plan, machine):
+    plan = make_plan("model=opt-13b", "quant=fp16", "workload.gen_len=2", on=machine("measured"))
+    predicted = predict(plan)
+    one = Pass(ttft_s=predicted.prefill_s * 2, total_s=9.0, step_s=[predicted.decode_step_s / 1.1])
+    samples = Samples(load_s=1.0, warmup=[], measured=[one])
+    peaks = {"gpu_peak_bytes": 0, "host_peak_bytes": 0, "disk_peak_bytes": 0}
+    figures = metrics.derive(samples, plan, perplexity=None, **peaks)
+    run = RunInfo(id="1", name="one", group=None, started_at="", finished_at="", command="", git_revision=None)
+    console = Console(file=io.StringIO(), width=200)
+
+    whole = Record(run=run, folder="", choices={}, config={}, status="ok", plan=plan, samples=samples, metrics=figures)
+    ConsoleSink(console).write(whole)
+
+    text = console.file.getvalue()
+    assert re.search(r"prefill time as predicted +│ +-50 %", text)
+    assert re.search(r"decode time as predicted +│ +\+10 %", text)
+    assert text.splitlines()[-1] == explain.sentence(plan, figures)
 
 
 def record(status):

@@ -67,8 +67,25 @@ def test_no_two_modules_need_each_other():
         ("environment", set()),
         ("architecture", {"config"}),
         ("hardware", {"config", "environment"}),
+        ("hardware.disk", {"config", "engines.stream.placement", "engines.stream.store"}),
+        ("hardware.rates", {"config", "engines.stream.quantized", "engines.stream.slab", "pinned"}),
+        ("hardware.overhead", {"engines.session", "measure", "progress"}),
+        ("hardware.figures", {"hardware.overhead", "hardware.rates"}),
+        ("hardware.child", {"environment", "hardware.disk", "hardware.figures", "scratch", "signals"}),
+        ("hardware.cache", {"config", "environment", "hardware", "hardware.disk"}),
+        (
+            "hardware.calibration",
+            {"config", "hardware", "locks", *(f"hardware.{n}" for n in ("cache", "child", "disk"))},
+        ),
+        ("hardware.choice", {"config", "environment", "hardware"}),
         ("plan", {"config", "architecture", "hardware"}),
-        ("planner", {"config", "architecture", "engines", "hardware", "plan"}),
+        ("fit", {"config", "plan"}),
+        ("changes", {"config"}),
+        ("planner", {"architecture", "changes", "config", "engines", "fit", "hardware", "plan"}),
+        ("predict", {"config", "plan"}),
+        ("search", {"architecture", "changes", "config", "hardware", "plan", "planner", "predict"}),
+        ("units", set()),
+        ("explain", {"metrics", "plan", "predict", "units"}),
         ("zero3", {"architecture", "config", "plan"}),
         ("ds_config", {"config", "plan", "zero3"}),
         ("checkpoint", {"architecture", "config"}),
@@ -115,9 +132,12 @@ def test_no_two_modules_need_each_other():
             {f"engines.stream.{name}" for name in ("blocks", "placement", "quantized", "ring", "slab")},
         ),
         ("measure", {"engines", "progress"}),
-        ("metrics", {"measure", "plan"}),
-        ("record", {"measure", "metrics", "plan", "verify"}),
+        ("metrics", {"measure", "plan", "predict"}),
+        ("record", {"fit", "measure", "metrics", "plan", "predict", "verify"}),
         ("sinks", {"record"}),
+        ("sinks.console", {"explain", "plan", "predict", "record", "units"}),
+        ("sinks.plan_table", {"explain", "fit", "plan", "predict", "search", "units"}),
+        ("sinks.search_table", set()),
         ("sinks.result_file", {"folders", "record"}),
         ("hashes", {"checkpoint"}),
         ("resume", {"folders", "record"}),
@@ -137,6 +157,8 @@ def test_arrows_do_not_point_back(name, allowed):
         ("plan", {"torch", "transformers", "deepspeed", "accelerate", "wandb", "psutil", "pynvml", "os"}),
         ("ds_config", {"torch", "transformers", "deepspeed", "accelerate", "wandb", "os"}),
         ("measure", {"deepspeed", "wandb"}),
+        *((name, {"os", "hydra", "omegaconf", *HEAVY}) for name in ("fit", "changes", "planner", "predict", "search")),
+        *((name, {"os", "hydra", "omegaconf", "rich", *HEAVY}) for name in ("explain", "units")),
         ("metrics", {"torch", "transformers", "deepspeed", "wandb"}),
         ("record", {"torch", "transformers", "deepspeed", "wandb"}),
         ("workload", {"hydra", "omegaconf", "deepspeed"}),
@@ -159,6 +181,10 @@ def test_arrows_do_not_point_back(name, allowed):
         ("engines.stream.ring", {"transformers"}),
         ("architecture", {"deepspeed"}),
         ("hardware", {"deepspeed", "transformers"}),
+        ("hardware.disk", {"hydra", "omegaconf", *HEAVY}),
+        ("hardware.child", {"hydra", "omegaconf", *HEAVY}),
+        ("hardware.calibration", {"hydra", "omegaconf", *HEAVY}),
+        ("hardware.rates", {"hydra", "omegaconf", "transformers", "deepspeed"}),
         ("system", {"hydra", "omegaconf", "psutil", "transformers", "deepspeed", "wandb"}),
         ("doctor", {"hydra", "omegaconf", "psutil", "transformers", "deepspeed", "wandb"}),
     ],
@@ -195,7 +221,9 @@ def test_typed_past_the_door():
     assert users <= {"__main__", "config", "job", "output_folder"}
 
 
-@pytest.mark.parametrize("name", [*LAUNCHER, "doctor", "engines.stream", "engines.stream.placement"])
+@pytest.mark.parametrize(
+    "name", [*LAUNCHER, "search", "doctor", "engines.stream", "engines.stream.placement", "hardware.__main__"]
+)
 def test_importing_what_the_launcher_needs_loads_nothing_heavy(name):
     code = f"import sys, zi_experiments.{name}; print(*{HEAVY!r} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -246,7 +274,7 @@ def test_only_ds_config_and_the_engine_know_deepspeeds_keys():
 
 def test_nothing_is_configured_when_a_module_is_imported():
     """No call at module level but for loggers, registration of types, and plain values."""
-    harmless = {"getLogger", "TypeVar", "frozenset", "main", "compile"}
+    harmless = {"getLogger", "TypeVar", "frozenset", "main", "compile", "Overlap", "Quant"}
     for name, tree in TREES.items():
         for statement in tree.body:
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):

@@ -4,6 +4,7 @@ import pytest
 
 from zi_experiments.measure import Pass, Samples
 from zi_experiments.metrics import derive
+from zi_experiments.predict import predict
 
 
 @pytest.fixture
@@ -111,6 +112,25 @@ def test_fractions_are_the_bound_over_the_measured_time(plan):
 
     assert got.fraction_of_bound == pytest.approx(0.816, rel=1e-3)
     assert got.prefill_fraction_of_bound == pytest.approx(0.5, rel=1e-3)
+
+
+def test_the_error_of_a_prediction_is_what_it_has_too_much(make_plan, machine):
+    """Predicted 1.25 times what was measured is +25 %, and half of it is −50 %."""
+    plan = make_plan("model=opt-13b", "workload.gen_len=3", on=machine("measured"))
+    predicted = predict(plan)
+    got = figures(measured((predicted.prefill_s / 1.25, *[2 * predicted.decode_step_s] * 2)), plan)
+
+    assert got.prefill_prediction_error == pytest.approx(0.25)
+    assert got.decode_prediction_error == pytest.approx(-0.5)
+
+
+def test_without_rates_or_a_step_there_is_no_error(make_plan, machine):
+    unknown = figures(measured((1.0, 0.5)), make_plan("workload.gen_len=2", on=machine("cpu")))
+    one_token = figures(measured((1.0,)), make_plan("workload.gen_len=1", on=machine("measured")))
+
+    assert (unknown.prefill_prediction_error, unknown.decode_prediction_error) == (None, None)
+    assert one_token.prefill_prediction_error is not None
+    assert one_token.decode_prediction_error is None
 
 
 def test_without_a_bound_there_is_no_fraction(make_plan, machine):

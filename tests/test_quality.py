@@ -158,6 +158,7 @@ def test_a_sweep_shows_what_quantization_costs(tmp_path, checkpoint, plan):
         "workload.text=my.txt",
         "quant=fp16,int8-g32,int4-g128",
         "tracking=none",
+        COLUMNS="200",  # one line of the table for each run
     )
 
     assert done.returncode == 0, done.stdout + done.stderr

@@ -30,7 +30,18 @@ TOP = {
 }
 KEYS = {
     "run": {"id", "name", "group", "started_at", "finished_at", "command", "git_revision"},
-    "plan": {"dtype", "weight_bytes", "kv_cache_bytes", "placement", "streamed_bytes_per_pass", "bound"},
+    "plan": {
+        "batch_size",
+        "sequences",
+        "dtype",
+        "weight_bytes",
+        "kv_cache_bytes",
+        "placement",
+        "streamed_bytes_per_pass",
+        "memory",
+        "bound",
+        "prediction",
+    },
     "samples": {"load_s", "ttft_s", "total_s", "step_s", "warmup"},
     "metrics": {
         "prefill_tok_per_s",
@@ -46,6 +57,9 @@ KEYS = {
         "disk_peak_bytes",
         "link_bytes_per_s",
         "fraction_of_bound",
+        "prefill_fraction_of_bound",
+        "prefill_prediction_error",
+        "decode_prediction_error",
     },
 }
 
@@ -98,7 +112,11 @@ def test_every_promised_key_is_there(done):
     for key, names in KEYS.items():
         assert set(written[key]) >= names, key
     assert set(written["plan"]["placement"]) == {"gpu_bytes", "cpu_bytes", "nvme_bytes"}
-    assert set(written["plan"]["bound"]) >= {"prefill_s", "decode_step_s", "limited_by"}
+    limits = {"prefill_s", "decode_step_s", "prefill_limited_by", "limited_by"}
+    assert set(written["plan"]["bound"]) >= limits
+    assert set(written["plan"]["prediction"]) >= limits | {"load_s", "total_tok_per_s"}
+    parts = {"weights", "buffers", "kv_cache", "workspace", "processes", "total", "available"}
+    assert [set(use) >= parts | {"where"} for use in written["plan"]["memory"]] == [True, True]
     assert written["schema_version"] == 1
 
 
@@ -112,6 +130,26 @@ def test_json_keeps_everything(done):
     assert written["plan"]["weight_bytes"] == done.plan.weight_bytes
     assert written["metrics"]["decode_tok_per_s"] == done.metrics.decode_tok_per_s
     assert written["metrics"]["spread"]["decode_tok_per_s"] == [8.0, 8.0]
+
+
+def test_a_plan_of_a_batch_left_open_says_which_it_is(done, make_plan, machine):
+    overrides = ("model=opt-13b", "workload.batch_size=auto", "engine=stream", "workload.micro_batches=2")
+    plan = make_plan(*overrides, on=machine(gpu_memory_bytes=30 * 10**9))
+    written = result(replace(done, plan=plan))["plan"]
+
+    assert written["batch_size"] == plan.run.workload.batch_size > 4
+    assert written["sequences"] == 2 * written["batch_size"]
+
+
+def test_the_record_of_a_run_that_was_not_to_be_is_withdrawn(begun, tmp_path):
+    """And one that an earlier run has left there stays."""
+    file = ResultFile()
+    file.write(replace(begun, run=replace(begun.run, id="another")))
+    file.write(begun)
+    file.withdraw(begun)
+    file.withdraw(begun)
+
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["result-another.json"]
 
 
 def test_samples_are_those_of_the_measured_passes_with_warm_up_apart(done):

@@ -122,7 +122,8 @@ def test_a_run_is_stopped(cli, conclude, page, phase):
     output = end(process)
 
     assert time.monotonic() - began < 5
-    assert process.returncode == 130
+    # a shell calls both 130: Python ends itself by SIGINT when the interrupt came in the middle of an exec()
+    assert process.returncode in (130, -signal.SIGINT)
     name = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP: a terminal that is closed"}[number.name]
     result = conclude(f"{name} ({phase}), to all processes, twice", output, left=cli.left())
     assert result["status"] == "killed"

@@ -172,9 +172,7 @@ def test_auto_fills_the_gpu_and_leaves_room_for_what_computes(plan_stream, model
         free = plan.machine.gpu_memory_bytes - gpu_bytes(plan)
         matrix = max(stored(plan, [p]) for p in plan.architecture.parameters if p.layer is not None)
         streamed.append(plan.streamed_bytes_per_pass)
-        layers = sum(stored(plan, layer) for layer in layers_of(plan))
-        # where nothing can stay, the planner decides whether it fits
-        assert free >= (placement.workspace_bytes(plan) if streamed[-1] < layers else 0)
+        assert free >= plan.workspace_bytes + plan.context_bytes
         if work is SMALL and streamed[-1]:
             assert free < 1.5 * GIB + matrix, "for a context and little else, and what is less than one matrix"
     assert streamed
@@ -205,8 +203,9 @@ def test_auto_from_disk_keeps_in_host_memory_what_fits(plan_stream, model, quant
         slab = max(layer.streamed.nbytes for layer in placed)
         held = [index for index, layer in enumerate(placed) if layer.streamed.nbytes and not layer.on_disk]
         kv = plan.kv_cache_bytes if kv_cache == "cpu" else 0
-        used = plan.placement.cpu_bytes + plan.storage.host_buffer_bytes + kv
-        assert used <= 0.8 * plan.machine.host_memory_bytes
+        used = plan.placement.cpu_bytes + plan.storage.host_buffer_bytes + kv + plan.process_bytes
+        # what is read ahead has to be there, and the planner decides whether it fits
+        assert used <= 0.8 * plan.machine.host_memory_bytes or not held
         if len(held) < len(placed):
             # each is counted as the largest, so that they can be spread
             assert used + slab > 0.9 * 0.8 * plan.machine.host_memory_bytes, "hardly one more would fit"

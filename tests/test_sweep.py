@@ -161,7 +161,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(cli, page):
     process.terminate()
     output = process.communicate()[0]
 
-    assert process.returncode == 130
+    assert process.returncode in (130, -signal.SIGINT)  # a shell calls both 130
     assert "2 runs" in output
     assert {number: result["status"] for number, result in by_number(cli).items()} == {0: "ok", 1: "killed"}
     first = by_number(cli)[0]["run"]["id"]

@@ -36,9 +36,18 @@ def main() -> None:
         sys.exit(1 if composed else f"refused: {_reason(error)}")  # what was wrong with a run has been said
     finally:
         if sweep.jobs:
-            from zi_experiments.sinks.console import show_sweep
+            _report(sweep)
 
-            show_sweep(sweep.jobs)
+
+def _report(sweep: Sweep) -> None:
+    from rich.console import Console
+
+    from zi_experiments.sinks.console import show_sweep
+    from zi_experiments.sinks.search_table import is_search, show_search
+
+    show_sweep(sweep.jobs)
+    if is_search(sweep.jobs):
+        show_search(sweep.jobs, Console())
 
 
 def _reason(error: Exception) -> str:

@@ -5,11 +5,13 @@ Types live here, values in `conf/`: no field below has a default.
 
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from math import inf
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
@@ -113,13 +115,29 @@ class KVCache:
 
 @dataclass
 class Ceilings:
-    """What the machine can do at best; null: unknown."""
+    """What the machine can do at best, from which bounds follow; null: unknown."""
 
-    link_bytes_per_s: float | None
-    hbm_bytes_per_s: float | None
-    flops: float | None
-    disk_bytes_per_s: float | None
+    link_bytes_per_s: float | None  # from pinned host memory to one GPU
+    hbm_bytes_per_s: float | None  # read and written together, in the memory of the device that computes
+    flops: float | None  # of one device
+    disk_bytes_per_s: float | None  # read
     source: str | None
+
+
+@dataclass
+class Calibration:
+    """What else a prediction needs, as measured on a machine; null: it has no such thing, or it was not measured."""
+
+    link_back_bytes_per_s: float | None  # from the GPU to pinned host memory
+    link_both_bytes_per_s: float | None  # each way, when both are busy
+    link_pageable_bytes_per_s: float | None  # from host memory that is not pinned
+    pin_bytes_per_s: float | None  # host memory pinned, page by page
+    host_bytes_per_s: float | None  # read and written together, by a copy within host memory
+    disk_write_bytes_per_s: float | None
+    gemm_flops: dict[str, dict[int, float]]  # by 16-bit type, then by rows: those of a decode step, and of a prefill
+    expand_elements_per_s: float | None  # INT4 weights expanded to 16 bits
+    layer_s: float | None  # one decoder layer of plain transformers, arithmetic aside: launching its kernels
+    step_s: float | None  # what `generate` does for a token besides its layers
 
 
 @dataclass
@@ -132,6 +150,7 @@ class Hardware:
     host_memory_gib: float | None  # host memory a run may use; null: what is available
     dtypes: list[str] | None  # 16-bit types it computes, best first; null: ask the device
     ceilings: Ceilings
+    calibration: Calibration | None  # null: this machine's own, once measured, with hardware=auto
 
 
 @dataclass
@@ -149,7 +168,7 @@ class Weights:
 
 @dataclass
 class Workload:
-    batch_size: int  # sequences over all ranks, of one micro-batch
+    batch_size: Any  # sequences over all ranks, of one micro-batch; "auto": as many as fit
     micro_batches: int  # that go through each layer while its weights are there
     prompt_len: int
     gen_len: int
@@ -160,8 +179,14 @@ class Workload:
 
     @property
     def sequences(self) -> int:
-        """Sequences of a pass, over all ranks and micro-batches."""
+        """Sequences of a pass, over all ranks and micro-batches; of a plan, which has a number for "auto"."""
+        assert isinstance(self.batch_size, int)
         return self.batch_size * self.micro_batches
+
+
+@dataclass
+class Search:
+    rank: int | None  # of the candidates for the best throughput, from 0 on; null: run what is asked
 
 
 @dataclass
@@ -192,6 +217,7 @@ class Run:
     weights: Weights
     workload: Workload
     tracking: Tracking
+    search: Search
     launch: Launch
     verify: Verify
     trust_remote_code: bool  # of a checkpoint that brings Python files
@@ -233,7 +259,7 @@ def to_run(cfg: DictConfig) -> Run:
         key = getattr(error, "full_key", None)
         message = str(error).splitlines()[0]
         raise ConfigError(f"{key or 'configuration'}: {message}" + (f": pass {key}=…" if key else "")) from error
-    _validate(run)
+    validate(run)
     return run
 
 
@@ -249,12 +275,34 @@ def from_choices(choices: dict[str, str], settings: dict[str, Any]) -> Run:
         for group, choice in (defaults | choices).items()
         if group in {field.name for field in fields(Run)}
     }
-    root = {key: main[key] for key in ("name", "launch", "verify", "trust_remote_code", "plan_only", "force")}
+    root = {key: main[key] for key in ("name", "search", "launch", "verify", "trust_remote_code", "plan_only", "force")}
     cfg = OmegaConf.merge(OmegaConf.structured(Run), root, parts)
     assert isinstance(cfg, DictConfig)
     for key, value in settings.items():
         OmegaConf.update(cfg, key, value)
     return to_run(cfg)
+
+
+def choose(run: Run, group: str, choice: str) -> None:
+    """Change a run as `GROUP=CHOICE` on its command line would: what the user has set in that group stays."""
+    node = getattr(run, group)
+    before, after = _choice(group, getattr(node, "name", None) or node.device.value), _choice(group, choice)
+    for field in fields(node):
+        name = field.name
+        if before is None or getattr(node, name) == getattr(before, name):
+            setattr(node, name, deepcopy(getattr(after, name)))
+
+
+@cache
+def _choice(group: str, choice: str) -> Any:
+    """What the YAML file of a choice holds; None: it is in a folder of the user's."""
+    path = conf_dir() / group / f"{choice}.yaml"
+    schema = get_type_hints(Run)[group]
+    return (
+        OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+        if path.is_file()
+        else None
+    )
 
 
 def _refuse_stray_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
@@ -264,7 +312,7 @@ def _refuse_stray_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
         if key not in known:
             choices = ", ".join(f"{prefix}{name}" for name in sorted(known))
             raise ConfigError(f"{prefix}{key} is not a setting (it was added with '+'). Known here: {choices}")
-        node, kind = cfg._get_node(key), hints[key]
+        node, kind = cfg._get_node(key), _not_none(hints[key])
         if not isinstance(node, DictConfig | ListConfig) or OmegaConf.is_missing(cfg, key):
             continue
         value = cfg[key]  # an interpolation can stand for anything
@@ -276,7 +324,13 @@ def _refuse_stray_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
             _refuse_stray_keys(value, kind, f"{prefix}{key}.")
 
 
-def _validate(run: Run) -> None:
+def _not_none(hint: Any) -> Any:
+    """The type itself of one that may be None."""
+    return next((kind for kind in get_args(hint) if is_dataclass(kind)), hint)
+
+
+def validate(run: Run) -> None:
+    """Raise `ConfigError` for values that cannot be, or cannot go together."""
     for check in _CHECKS:
         if problem := check(run):
             raise ConfigError(problem)
@@ -307,14 +361,18 @@ def _paths(run: Run) -> str | None:
 
 
 def _workload(run: Run) -> str | None:
-    work, ranks = run.workload, run.hardware.num_gpus
-    for name in ("batch_size", "micro_batches", "prompt_len", "gen_len", "warmup", "repeats"):
+    work, ranks, is_auto = run.workload, run.hardware.num_gpus, run.workload.batch_size == "auto"
+    if not is_auto and (not isinstance(work.batch_size, int) or isinstance(work.batch_size, bool)):
+        return (
+            f"workload.batch_size={work.batch_size} is not a number of sequences: pass workload.batch_size=8, or auto"
+        )
+    for name in ("batch_size", "micro_batches", "prompt_len", "gen_len", "warmup", "repeats")[is_auto:]:
         least = 0 if name == "warmup" else 1
         if getattr(work, name) < least:
             return f"workload.{name} must be at least {least}, not {getattr(work, name)}: pass workload.{name}={least}"
     if ranks < 1:
         return f"hardware.num_gpus must be at least 1, not {ranks}: pass hardware.num_gpus=1"
-    if work.batch_size % ranks:
+    if not is_auto and work.batch_size % ranks:
         below = max(ranks, work.batch_size // ranks * ranks)
         return (
             f"workload.batch_size={work.batch_size} cannot be shared by {ranks} ranks: "
@@ -405,17 +463,28 @@ def _hardware(run: Run) -> str | None:
             return (
                 f"hardware.{key} must be positive and finite, not {value}: pass hardware.{key}=null for what is there"
             )
-    for key in ("link_bytes_per_s", "hbm_bytes_per_s", "flops", "disk_bytes_per_s"):
-        value = getattr(hardware.ceilings, key)
-        if value is not None and not 1 <= value < inf:
-            return (
-                f"hardware.ceilings.{key} must be at least 1 and finite, not {value}: pass hardware.ceilings.{key}=null"
-            )
+    for key, value in _settings(hardware):
+        least = 1 if key.endswith(("_per_s", "flops")) else 0
+        if "." in key and isinstance(value, float) and not least <= value < inf:
+            return f"hardware.{key} must be at least {least} and finite, not {value}: pass hardware.{key}=null"
+    for dtype, rates in (hardware.calibration.gemm_flops if hardware.calibration else {}).items():
+        for rows, rate in rates.items():
+            if rows < 1 or not 1 <= rate < inf:
+                return (
+                    f"hardware.calibration.gemm_flops.{dtype}.{rows}={rate} is not a rate of a product of that many rows: "
+                    "pass hardware.calibration=null"
+                )
     if hardware.dtypes == []:
         return "hardware.dtypes=[] leaves no type to compute in: pass hardware.dtypes=null for those of the device"
     for dtype in hardware.dtypes or []:
         if dtype not in ("float16", "bfloat16"):
             return f"hardware.dtypes={hardware.dtypes}: {dtype} is not a 16-bit type: pass [float16] or [bfloat16]"
+    return None
+
+
+def _search(run: Run) -> str | None:
+    if run.search.rank is not None and run.search.rank < 0:
+        return f"search.rank={run.search.rank} is not a rank: pass search.rank=0 for the best by plan, or null"
     return None
 
 
@@ -456,4 +525,17 @@ def _streaming(run: Run) -> str | None:
     return None
 
 
-_CHECKS = (_integers, _paths, _model, _workload, _text, _quant, _offload, _hardware, _launch, _engine, _streaming)
+_CHECKS = (
+    _integers,
+    _paths,
+    _model,
+    _workload,
+    _text,
+    _quant,
+    _offload,
+    _hardware,
+    _search,
+    _launch,
+    _engine,
+    _streaming,
+)

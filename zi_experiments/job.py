@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,14 +34,17 @@ from zi_experiments import (
     progress,
     resume,
     scratch,
+    search,
     signals,
 )
-from zi_experiments.config import ConfigError, Run, TrackingMode, to_run
+from zi_experiments.config import ConfigError, OffloadDevice, Run, TrackingMode, to_run
+from zi_experiments.hardware import calibration, disk
 from zi_experiments.plan import Plan
 from zi_experiments.record import Failure, Record, RunInfo, Status
-from zi_experiments.sinks import Guarded, Sink
-from zi_experiments.sinks.console import ConsoleSink, display_path, gigabytes, show_plan
+from zi_experiments.sinks import Guarded, Sink, plan_table
+from zi_experiments.sinks.console import ConsoleSink, display_path, show_plan
 from zi_experiments.sinks.result_file import NAME, ResultFile, to_json
+from zi_experiments.units import gigabytes
 
 if TYPE_CHECKING:
     from zi_experiments.worker import Measurement  # it imports torch
@@ -82,10 +86,29 @@ def run_job(
 def _only_plan(cfg: DictConfig, console: Console) -> None:
     try:
         run = to_run(cfg)
-        show_plan(run.name, planner.plan_run(run), console)
+        folder = scratch.base_for_weights(run, Path(HydraConfig.get().runtime.output_dir) / "offload")
+        machine = calibration.known(run.hardware, _detect(run, folder), _disk(run, folder))
+        arch = architecture.load(run)
+        settled = search.settle(run, arch, machine)
+        if settled is None:
+            raise ConfigError(f"the search has no candidate of rank {run.search.rank}: pass search.rank=0")
+        plan = planner.build(settled, arch, machine)
     except ConfigError as error:
         _say(console, f"refused {error}")
         raise RunFailed(str(cfg.name)) from error
+    show_plan(run.name, plan, console)
+    plan_table.show(plan, search.improvements(plan), console)
+
+
+def _detect(run: Run, folder: Path) -> hardware.Machine:
+    """The machine, with what is free in the folder for weights on disk; of another machine nobody knows that."""
+    machine = hardware.detect(run.hardware)
+    is_here = not hardware.is_elsewhere(run.hardware, machine.gpu_name)
+    return replace(machine, disk_free_bytes=disk.free_bytes(folder) if is_here else None)
+
+
+def _disk(run: Run, folder: Path) -> disk.Disk | None:
+    return disk.of_run(run, folder) if run.offload.device is OffloadDevice.nvme else None
 
 
 class _Job:
@@ -125,7 +148,17 @@ class _Job:
             return before
         self._is_begun = True
         self._file.write(self.record)  # of a run that is killed, launcher and all, this is what remains
-        self._run(run, machine)
+        arch, machine = architecture.load(run), self._machine(run)
+        if run.search.rank is not None:
+            machine = self._measured(run, machine)
+        settled = search.settle(run, arch, machine)
+        if settled is None:
+            self._file.withdraw(self.record)
+            _say(
+                self._console, f"skipped {self.record.run.name}: the search has no candidate of rank {run.search.rank}"
+            )
+            return self.record.to_dict() | {"status": "skipped"}
+        self._run(planner.build(settled, arch, machine))
         return None
 
     def _identify(self, run: Run, machine: hardware.Machine) -> None:
@@ -156,17 +189,33 @@ class _Job:
         _say(self._console, f"kept {self.record.run.name}: {display_path(path)} is ok (force=true runs it again)")
         return result | {"status": "kept"}
 
-    def _run(self, run: Run, machine: hardware.Machine) -> None:
-        plan = planner.build(run, architecture.load(run), machine)
-        self._update(plan=plan)
+    def _machine(self, run: Run) -> hardware.Machine:
+        """This machine with what is known of it, and with what is free once nothing abandoned is left."""
+        folder = self._disk_folder(run)
+        temporary = scratch.for_temporary_files(self.record.run.id)
+        for base in {temporary.parent, *([folder] if run.offload.device is OffloadDevice.nvme else [])}:
+            self._remove_abandoned(base)
+        return calibration.known(run.hardware, _detect(run, folder), _disk(run, folder))
+
+    def _measured(self, run: Run, machine: hardware.Machine) -> hardware.Machine:
+        """The machine with its rates, measured now if they are not known."""
+        there = _disk(run, self._disk_folder(run))
+        return calibration.ensure(run.hardware, machine, there, partial(_say, self._console))
+
+    def _disk_folder(self, run: Run) -> Path:
+        return scratch.base_for_weights(run, self._folder / "offload")
+
+    def _run(self, plan: Plan) -> None:
+        run = plan.run
+        self._update(plan=plan, config=_settled(self.record.config, run))
         if self.record.checkpoint and "files" not in self.record.checkpoint:
             commit = getattr(plan.architecture.config, "_commit_hash", None)
             self._update(checkpoint=self.record.checkpoint | {"commit": commit})
         path = scratch.for_weights(run, self._folder / "offload", self.record.run.id)
         temporary = scratch.for_temporary_files(self.record.run.id)
-        for base in {temporary.parent, path.parent if path else temporary.parent}:
-            self._remove_abandoned(base)
         preflight.check(plan, path)
+        plan = replace(plan, machine=self._measured(run, plan.machine))
+        self._update(plan=plan)
         config = engines.get(run.engine.name).config(plan, str(path) if path else None)
         kind = "ds_config" if run.engine.name == "deepspeed" else "engine_config"
         (self._folder / f"{kind}.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -231,6 +280,16 @@ class _Job:
             _say(self._console, to_json(self.record))
         for sink in self._sinks:
             sink.close()
+
+
+def _settled(config: dict[str, Any], run: Run) -> dict[str, Any]:
+    """The configuration with what was left open as it was decided; the command has what was typed."""
+    work = {"batch_size": run.workload.batch_size, "micro_batches": run.workload.micro_batches}
+    return config | {
+        "workload": config["workload"] | work,
+        "kv_cache": config["kv_cache"] | {"device": run.kv_cache.device.value},
+        "offload": config["offload"] | {"resident": run.offload.resident},
+    }
 
 
 def _explain(error: Exception) -> tuple[Status, Failure]:

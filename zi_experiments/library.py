@@ -10,6 +10,7 @@ from rich.console import Console
 
 from zi_experiments import checkpoint, distributed, engines, environment, planner, preflight, progress, scratch
 from zi_experiments.config import ConfigError, Run, conf_dir, from_choices
+from zi_experiments.hardware import disk
 
 
 def get_ds_model(
@@ -79,10 +80,10 @@ def get_ds_model(
 def _load(run: Run) -> Any:
     if run.weights.path is not None:
         checkpoint.check(run.weights.path)
-    planned = planner.plan_run(run)
     path = scratch.for_weights(run, Path.cwd(), uuid.uuid4().hex[:12])
     if path is not None:
         scratch.remove_abandoned(path.parent)
+    planned = planner.plan_run(run, disk.free_bytes(path.parent) if path else None)
     preflight.check(planned, path)
     environment.set_variables(environment.worker_environment(cuda=planned.machine.device == "cuda"))
     engine = engines.get(run.engine.name)

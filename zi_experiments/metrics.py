@@ -5,6 +5,7 @@ from statistics import median, quantiles
 
 from zi_experiments.measure import Samples
 from zi_experiments.plan import Plan
+from zi_experiments.predict import predict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,8 @@ class Metrics:
     link_bytes_per_s: float | None  # bytes that had to cross the link in one pass / median decode step
     fraction_of_bound: float | None  # lower bound of a decode step / median decode step
     prefill_fraction_of_bound: float | None
+    prefill_prediction_error: float | None  # predicted / measured − 1, of ttft_s
+    decode_prediction_error: float | None  # the same of the median decode step
     perplexity: float | None  # of the weights on workload.text; None without one
     spread: dict[str, tuple[float, float]]  # smallest and largest pass of each rate
 
@@ -40,7 +43,7 @@ def derive(
 ) -> Metrics:
     """The metrics of a run."""
     work, passes = plan.run.workload, samples.measured
-    batch, bound = work.sequences, plan.bound
+    batch, bound, predicted = work.sequences, plan.bound, predict(plan)
     prefill = [batch * work.prompt_len / one.ttft_s for one in passes]
     total = [batch * work.gen_len / one.total_s for one in passes]
     decode = [batch * len(one.step_s) / sum(one.step_s) for one in passes if one.step_s]
@@ -63,6 +66,8 @@ def derive(
         link_bytes_per_s=plan.link_bytes_per_pass / step if step else None,
         fraction_of_bound=bound.decode_step_s / step if step and bound.decode_step_s else None,
         prefill_fraction_of_bound=bound.prefill_s / ttft if bound.prefill_s else None,
+        prefill_prediction_error=predicted.prefill_s / ttft - 1 if predicted.prefill_s else None,
+        decode_prediction_error=predicted.decode_step_s / step - 1 if step and predicted.decode_step_s else None,
         perplexity=perplexity,
         spread={name: (min(values), max(values)) for name, values in rates.items() if values},
     )

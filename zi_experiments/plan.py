@@ -10,6 +10,10 @@ from zi_experiments.config import CacheDevice, Run
 from zi_experiments.hardware import Machine
 
 ELEMENT_BYTES = 2  # every run computes in a 16-bit type
+GIB = 1 << 30
+CONTEXT_BYTES = GIB  # of CUDA on each GPU, with its kernels; a cap on the memory of a run leaves it out
+WORKER_BYTES = 2_500_000_000  # of host memory, for a process with CUDA, torch and transformers beside its weights
+LIBRARY_BYTES = GIB // 8  # workspaces of its libraries, and what the allocator cannot use
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +23,19 @@ class Placement:
     gpu_bytes: int
     cpu_bytes: int
     nvme_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overlap:
+    """How an engine's copies, arithmetic and launches share the time of a pass: fitted to measurements, docs/limits.md."""
+
+    hidden: float  # share of the shorter of copies and computing that hides behind the longer
+    launch: float  # host work of a decoder layer, as a multiple of plain transformers'
+    stall: float  # the same of the time in which neither the link nor the device works
+    expand: float = 1.0  # time to expand quantized weights, as a multiple of the stream engine's
+    disk: float = 1.0  # share of the disk's rate that it reaches
+    load_s: float = 2.0  # of loading that does not depend on the model's size
+    load_s_per_parameter: float = 0.0  # to make or convert one, and quantize it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +49,7 @@ class Storage:
     gpu_buffer_bytes: int = 0  # on each GPU: weights on their way, or expanded
     pinnable: bool = True  # whether the engine can keep weights in pinned host memory
     locked_bytes: int = 0  # of the host's buffers, those that the process locks in memory itself
+    overlap: Overlap
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +58,8 @@ class Bound:
 
     prefill_s: float | None
     decode_step_s: float | None
-    limited_by: str | None  # what bounds a decode step: "link", "disk", "hbm" or "flops"
+    prefill_limited_by: str | None
+    limited_by: str | None  # what bounds a decode step: "link", "disk", "hbm" or "gemm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +124,27 @@ class Plan:
         tokens = work.prompt_len + work.gen_len
         largest = max((layer.elements(tokens) for layer in self.architecture.kv_layers), default=0)
         return 2 * ELEMENT_BYTES * work.sequences * largest
+
+    @cached_property
+    def workspace_bytes(self) -> int:
+        """What a rank's pass holds beside weights, keys and values: an estimate from the widths of a layer's matrices."""
+        work, arch = self.run.workload, self.architecture
+        sequences: int = work.batch_size // self.run.hardware.num_gpus
+        widest = max(max(p.shape[-2:]) for p in arch.parameters if p.layer is not None and len(p.shape) > 1)
+        within = sequences * work.prompt_len * (3 * widest + 6 * arch.hidden_size)
+        between = 3 * sequences * work.micro_batches * work.prompt_len * arch.hidden_size
+        logits: int = 5 * sequences * work.micro_batches * arch.config.get_text_config().vocab_size
+        return ELEMENT_BYTES * (within + between + logits)
+
+    @property
+    def context_bytes(self) -> int:
+        """What CUDA and its libraries take of the memory of each GPU that the run may use."""
+        return LIBRARY_BYTES + (0 if self.machine.gpu_memory_is_capped else CONTEXT_BYTES)
+
+    @property
+    def process_bytes(self) -> int:
+        """What the worker processes take of host memory beside weights, keys and values."""
+        return WORKER_BYTES * self.run.hardware.num_gpus if self.machine.device == "cuda" else 0
 
     @cached_property
     def layer_numel(self) -> int:
@@ -182,28 +222,44 @@ class Plan:
         decode = traffic | {
             "link": _over(self.link_bytes_per_pass, rates.link_bytes_per_s, ranks),
             "hbm": _over(weights + kv, rates.hbm_bytes_per_s, ranks),
-            "flops": _over(flops_per_token * work.sequences, rates.flops, ranks),
+            "gemm": _over(flops_per_token * work.sequences, rates.flops, ranks),
         }
         attention = 2 * work.sequences * work.prompt_len**2 * arch.hidden_size * arch.num_layers
         tokens = work.sequences * work.prompt_len
-        prefill = traffic | {"flops": _over(flops_per_token * tokens + attention, rates.flops, ranks)}
-        known = {name: seconds for name, seconds in decode.items() if seconds}
+        prefill = traffic | {"gemm": _over(flops_per_token * tokens + attention, rates.flops, ranks)}
+        prefill_limited_by, prefill_s = _longest(prefill)
+        limited_by, decode_step_s = _longest(decode)
         return Bound(
-            prefill_s=max((seconds for seconds in prefill.values() if seconds), default=None),
-            decode_step_s=max(known.values(), default=None),
-            limited_by=max(known, key=lambda name: known[name], default=None),
+            prefill_s=prefill_s,
+            decode_step_s=decode_step_s,
+            prefill_limited_by=prefill_limited_by,
+            limited_by=limited_by,
+        )
+
+    @property
+    def routed_experts(self) -> int:
+        """Experts of a layer that one token is sent to; of a configuration that does not say, all."""
+        experts = [p.shape[0] for p in self.architecture.parameters if p.is_experts]
+        return getattr(self.architecture.config.get_text_config(), "num_experts_per_tok", None) or max(
+            experts, default=0
         )
 
     def _active(self, size: Callable[[Parameter], int]) -> int:
         """Size of the decoder layers' weights that one token is multiplied with."""
-        routed = getattr(self.architecture.config.get_text_config(), "num_experts_per_tok", None)
-        total = 0
+        routed, total = self.routed_experts, 0
         for p in self.architecture.parameters:
-            if p.layer is not None and p.is_experts and routed:
+            if p.layer is not None and p.is_experts:
                 total += size(p) // p.shape[0] * routed
             elif p.layer is not None and len(p.shape) > 1:
                 total += size(p)
         return total
+
+
+def _longest(seconds: dict[str, float | None]) -> tuple[str | None, float | None]:
+    """What takes longest of what is known to take any time, and how long."""
+    known = [(value, name) for name, value in seconds.items() if value]
+    longest, name = max(known, default=(None, None))
+    return name, longest
 
 
 def _over(amount: float, rate: float | None, devices: int) -> float | None:

@@ -1,32 +1,108 @@
 """`Run + Architecture + Machine → Plan`: chooses what the user left open, and refuses what cannot work or fit. Pure."""
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
-from zi_experiments import architecture, engines, hardware
+from zi_experiments import architecture, changes, engines, fit, hardware
 from zi_experiments.architecture import Architecture, Parameter
-from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Profile, Run, Verify
+from zi_experiments.changes import Change
+from zi_experiments.config import ConfigError, OffloadDevice, Profile, Run, Verify
 from zi_experiments.hardware import Machine
 from zi_experiments.plan import Plan
 
+MOST_WAYS = 3  # that a refusal names
+MOST_SEQUENCES = 1 << 20  # that a search for the largest batch considers
 
-def plan_run(run: Run) -> Plan:
+
+def plan_run(run: Run, disk_free_bytes: int | None = None) -> Plan:
     """`build` for a run's own model on this machine."""
-    return build(run, architecture.load(run), hardware.detect(run.hardware))
+    machine = replace(hardware.detect(run.hardware), disk_free_bytes=disk_free_bytes)
+    return build(run, architecture.load(run), machine)
 
 
 def build(run: Run, arch: Architecture, machine: Machine) -> Plan:
     """The plan of a run. Raises `ConfigError`, with numbers and a way out, when it cannot work or fit."""
+    plan = _draft(run, arch, machine)
+    if problem := fit.problem(plan):
+        ways = list(islice(_ways_out(plan), MOST_WAYS))
+        raise ConfigError(f"{problem}: pass {', or '.join(ways) or 'model=… of a smaller one'}")
+    return plan
+
+
+def _draft(run: Run, arch: Architecture, machine: Machine) -> Plan:
+    """The plan, whether it fits or not."""
     _check_lengths(run, arch)
     _check_groups(run, arch)
-    dtype = choose_dtype(arch, machine)
-    plan = Plan(run=run, architecture=arch, machine=machine, dtype=dtype)
     if machine.device == "cpu":
         _check_choices(run)
+    if run.workload.batch_size == "auto":
+        run = _with_largest_batch(run, arch, machine)
+    plan = Plan(run=run, architecture=arch, machine=machine, dtype=choose_dtype(arch, machine))
     plan = replace(plan, stored=engines.get(run.engine.name).storage(plan))
-    _check_host(plan)
-    if machine.gpu_memory_bytes is not None:
-        _check_gpu(plan, machine.gpu_memory_bytes)
     return replace(plan, pin_memory=_pin(plan))
+
+
+def attempt(run: Run, arch: Architecture, machine: Machine) -> Plan | None:
+    """The plan of a run; None where it cannot work or does not fit."""
+    try:
+        plan = _draft(run, arch, machine)
+    except ConfigError:
+        return None
+    return plan if fit.problem(plan) is None else None
+
+
+def _with_largest_batch(run: Run, arch: Architecture, machine: Machine) -> Run:
+    """The run with the largest batch that fits, or with the smallest there is if none does."""
+    return _with_batch(run, max(1, largest_batch(run, arch, machine) // run.hardware.num_gpus) * run.hardware.num_gpus)
+
+
+def _with_batch(run: Run, batch_size: int) -> Run:
+    return replace(run, workload=replace(run.workload, batch_size=batch_size))
+
+
+def largest_batch(run: Run, arch: Architecture, machine: Machine) -> int:
+    """The most sequences of one micro-batch that fit, over all ranks; 0: not one for each rank."""
+    ranks = run.hardware.num_gpus
+    candidates = range(1, MOST_SEQUENCES // ranks)
+    most = bisect_left(candidates, True, key=lambda n: not attempt(_with_batch(run, n * ranks), arch, machine))
+    return most * ranks
+
+
+def _longest_prompt(run: Run, arch: Architecture, machine: Machine) -> int:
+    """The most prompt tokens that fit; 0: not one."""
+
+    def is_too_long(tokens: int) -> bool:
+        return not attempt(replace(run, workload=replace(run.workload, prompt_len=tokens)), arch, machine)
+
+    return bisect_left(range(1, run.workload.prompt_len), True, key=is_too_long)
+
+
+def _ways_out(plan: Plan) -> Iterator[str]:
+    """What to add to the command line so that the run fits: one change that does, else two, from the nearest on."""
+    run, arch, machine = plan.run, plan.architecture, plan.machine
+    if batch := largest_batch(run, arch, machine):
+        yield f"workload.batch_size={batch}"
+    near = [*changes.with_setting(run, "verify", Verify.off), *changes.one(run, machine.gpus_visible)]
+    found = [each for each in near if attempt(each.run, arch, machine)]
+    yield from (each.text for each in found)
+    if batch or found:
+        return
+    if length := _longest_prompt(_with_batch(run, run.hardware.num_gpus), arch, machine):
+        yield f"workload.prompt_len={length} workload.batch_size={run.hardware.num_gpus}"
+    for first in near:
+        for second in _further(first, plan):
+            if attempt(second.run, arch, machine):
+                yield f"{first.text} {second.text}"
+
+
+def _further(first: Change, plan: Plan) -> Iterator[Change]:
+    """One change more, a smaller batch among them."""
+    run, arch, machine = first.run, plan.architecture, plan.machine
+    if batch := largest_batch(run, arch, machine):
+        yield from changes.with_setting(run, "workload.batch_size", batch)
+    yield from changes.one(run, machine.gpus_visible)
 
 
 def choose_dtype(arch: Architecture, machine: Machine) -> str:
@@ -98,70 +174,3 @@ def _check_choices(run: Run) -> None:
             "hardware.memory_gib is the memory of a GPU and this run is on the CPU: pass hardware.memory_gib=null, "
             f"or hardware.host_memory_gib={run.hardware.memory_gib} for the host's"
         )
-
-
-def _check_host(plan: Plan) -> None:
-    run, machine, placement = plan.run, plan.machine, plan.placement
-    weights = placement.cpu_bytes + plan.storage.host_buffer_bytes
-    if weights > machine.host_memory_bytes:
-        ways = [] if run.offload.device is OffloadDevice.nvme else ["offload=nvme"]
-        ways += [] if run.quant.bits == 4 else ["quant=int4"]
-        raise ConfigError(
-            f"{run.model.name} needs {_gb(weights)} of host memory and {_gb(machine.host_memory_bytes)} are available: "
-            f"pass {' or '.join(ways or ['model=… of a smaller one'])}"
-        )
-    kv = plan.kv_cache_bytes if machine.device == "cpu" or run.kv_cache.device is CacheDevice.cpu else 0
-    if weights + kv > machine.host_memory_bytes:
-        room = machine.host_memory_bytes - weights
-        raise ConfigError(
-            f"keys and values of {run.workload.sequences} sequences take {_gb(kv)} of host memory, beside {_gb(weights)} "
-            f"of weights, and {_gb(machine.host_memory_bytes)} are available: pass {_smaller_batch(plan, kv, room)}"
-        )
-    if machine.device == "cpu":
-        _check_verification(plan, weights, machine.host_memory_bytes)
-
-
-def _check_gpu(plan: Plan, memory: int) -> None:
-    run, placement, ranks = plan.run, plan.placement, plan.run.hardware.num_gpus
-    on_gpu = run.kv_cache.device is CacheDevice.gpu
-    kv = (plan.kv_cache_bytes if on_gpu else plan.kv_slot_bytes) // ranks
-    live = plan.storage.gpu_buffer_bytes
-    weights = placement.gpu_bytes // ranks
-    if weights + live > memory:
-        ways = ["offload=cpu"] if run.offload.device is OffloadDevice.none else ["a larger hardware.memory_gib"]
-        ways += [] if run.quant.bits == 4 else ["quant=int4"]
-        raise ConfigError(
-            f"{run.model.name} needs {_gb(weights + live)} on each GPU for weights and each has {_gb(memory)}: "
-            f"pass {' or '.join(ways)}"
-        )
-    if weights + live + kv > memory:
-        room = memory - weights - live
-        way_out = _smaller_batch(plan, kv, room) + (", or kv_cache=cpu" if on_gpu else "")
-        raise ConfigError(
-            f"keys and values of {run.workload.sequences} sequences take {_gb(kv)} on each GPU, beside {_gb(weights + live)} "
-            f"of weights, and each has {_gb(memory)}: pass {way_out}"
-        )
-    _check_verification(plan, weights + live, memory)
-
-
-def _check_verification(plan: Plan, weights: int, memory: int) -> None:
-    if plan.run.verify is Verify.on and weights + plan.reference_bytes > memory:
-        raise ConfigError(
-            f"verification needs {_gb(plan.reference_bytes)} for one layer, embeddings and head in 16 bits, beside "
-            f"{_gb(weights)} of weights, and there are {_gb(memory)}: pass verify=off"
-        )
-
-
-def _smaller_batch(plan: Plan, kv_bytes: int, room_bytes: int) -> str:
-    """What to type so that keys and values fit: fewer sequences, or shorter ones when one is too long."""
-    work, ranks = plan.run.workload, plan.run.hardware.num_gpus
-    batch = work.batch_size * room_bytes // kv_bytes // ranks * ranks
-    if batch:
-        return f"workload.batch_size={batch}"
-    tokens = work.sequences * (work.prompt_len + work.gen_len) * room_bytes // kv_bytes // ranks
-    fewer = f"workload.prompt_len={max(1, tokens - work.gen_len)} workload.batch_size={ranks}"
-    return fewer + (" workload.micro_batches=1" if work.micro_batches > 1 else "")
-
-
-def _gb(amount: int) -> str:
-    return f"{amount / 1e9:.1f} GB"

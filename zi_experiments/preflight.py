@@ -8,7 +8,7 @@ from pathlib import Path
 from zi_experiments import ds_config, quality, system, zero3
 from zi_experiments.config import ConfigError, OffloadDevice, Profile
 from zi_experiments.engines.deepspeed.ops import operators
-from zi_experiments.hardware import cpu_dtypes, is_gpu
+from zi_experiments.hardware import cpu_dtypes, is_elsewhere
 from zi_experiments.plan import Plan
 from zi_experiments.system import Finding
 
@@ -48,7 +48,7 @@ def _devices(plan: Plan) -> Iterator[str]:
             f"hardware.num_gpus={hardware.num_gpus} and {machine.gpus_visible} are visible: "
             f"pass hardware.num_gpus={machine.gpus_visible}"
         )
-    if hardware.gpu and not is_gpu(machine.gpu_name, hardware.gpu):
+    if is_elsewhere(hardware, machine.gpu_name):
         yield (
             f"hardware={hardware.name} and this machine has {machine.gpu_name}: pass hardware=auto, "
             f"or hardware=auto hardware.memory_gib={hardware.memory_gib} to study a smaller card"
@@ -91,14 +91,6 @@ def _disk(plan: Plan, scratch: Path) -> Iterator[str]:
         finding = look(base)
         if finding.fix is not None:
             yield f"offload.path={finding.found}: {finding.fix}"
-    needed = plan.placement.nvme_bytes
-    space = system.free_space(base, needed)
-    if space.fix is not None:
-        smaller = "" if plan.run.quant.bits == 4 else " or quant=int4"
-        yield (
-            f"offload.path={space.found} and {plan.run.model.name} needs {needed / 1e9:.1f} GB there: "
-            f"{space.fix}{smaller}"
-        )
 
 
 def _swapper(plan: Plan) -> Iterator[str]:

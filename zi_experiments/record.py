@@ -3,9 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from zi_experiments import fit
 from zi_experiments.measure import Samples
 from zi_experiments.metrics import Metrics
 from zi_experiments.plan import Plan
+from zi_experiments.predict import predict
 from zi_experiments.verify import Verification
 
 SCHEMA_VERSION = 1
@@ -76,8 +78,10 @@ class Record:
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
     """The JSON form of a plan."""
-    arch = plan.architecture
+    arch, work = plan.architecture, plan.run.workload
     return {
+        "batch_size": work.batch_size,  # of workload.batch_size=auto too
+        "sequences": work.sequences,
         "device": plan.machine.device,
         "dtype": plan.dtype,
         "pin_memory": plan.pin_memory,
@@ -91,5 +95,14 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "placement": asdict(plan.placement),
         "streamed_bytes_per_pass": plan.streamed_bytes_per_pass,
         "kv_link_bytes_per_pass": plan.kv_link_bytes_per_pass,
+        "memory": [asdict(use) | {"total": use.total} for use in fit.uses(plan)],
         "bound": asdict(plan.bound) | {"source": plan.machine.ceilings.source},
+        "prediction": asdict(predict(plan)),
+        "rates": _rates(plan),
     }
+
+
+def _rates(plan: Plan) -> dict[str, Any]:
+    """What bound and prediction were computed from."""
+    machine = plan.machine
+    return asdict(machine.ceilings) | {"calibration": asdict(machine.calibration) if machine.calibration else None}

@@ -12,15 +12,19 @@ from zi_experiments.locks import FolderLock
 _NAME = re.compile("zi-[0-9a-f]{12}")
 
 
+def base_for_weights(run: Run, default: Path) -> Path:
+    """The folder for weights on disk, of any run: `offload.path`, or else `default`."""
+    return Path(run.offload.path).expanduser().resolve() if run.offload.path else default
+
+
 def for_weights(run: Run, default: Path, run_id: str) -> Path | None:
-    """Where a run's weights on disk go, below `offload.path` or else `default`; None: it has none there.
+    """Where a run's weights on disk go, below that folder; None: it has none there.
 
     `run_id` is 12 hexadecimal digits of its own.
     """
     if run.offload.device is not OffloadDevice.nvme:
         return None
-    base = Path(run.offload.path).expanduser().resolve() if run.offload.path else default
-    return base / f"zi-{run_id}"
+    return base_for_weights(run, default) / f"zi-{run_id}"
 
 
 def for_temporary_files(run_id: str) -> Path:

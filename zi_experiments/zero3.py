@@ -5,9 +5,14 @@ from math import ceil
 
 from zi_experiments.architecture import Parameter
 from zi_experiments.config import ConfigError, OffloadDevice, Profile
-from zi_experiments.plan import ELEMENT_BYTES, Placement, Plan, Storage
+from zi_experiments.plan import ELEMENT_BYTES, Overlap, Placement, Plan, Storage
 
 MIN_SWAP_BYTES = 1 << 20  # DeepSpeed keeps smaller parameters in memory
+OVERLAP = {
+    Profile.tuned: Overlap(hidden=0.95, launch=2.5, stall=1.6, disk=0.7, load_s=3.5, load_s_per_parameter=2e-10),
+    # a hook, a fetch and a wait for every submodule, with nothing on its way meanwhile
+    Profile.reference: Overlap(hidden=0.0, launch=10.0, stall=0.0, disk=0.7, load_s=3.5, load_s_per_parameter=2e-10),
+}
 
 
 def storage(plan: Plan) -> Storage:
@@ -33,6 +38,7 @@ def storage(plan: Plan) -> Storage:
         host_buffer_bytes=buffers,
         gpu_buffer_bytes=plan.expanded_bytes + (2 * plan.layer_numel * ELEMENT_BYTES if offloaded else 0),
         locked_bytes=buffers,
+        overlap=OVERLAP[plan.run.engine.profile or Profile.tuned],
     )
 
 

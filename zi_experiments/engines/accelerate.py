@@ -14,9 +14,10 @@ from zi_experiments.config import ConfigError, OffloadDevice
 from zi_experiments.engines import sixteen_bit
 from zi_experiments.engines.modules import device_of, names_of, put
 from zi_experiments.engines.session import HFSession, host_cache
-from zi_experiments.plan import ELEMENT_BYTES, Plan, Storage
+from zi_experiments.plan import ELEMENT_BYTES, Overlap, Plan, Storage
 from zi_experiments.progress import Progress
 
+OVERLAP = Overlap(hidden=0.0, launch=3.0, stall=0.0, load_s=3.0, load_s_per_parameter=1e-9)
 Values = Iterator[tuple[list[str], Any]]  # of every parameter: all its names, and its value on the device
 
 
@@ -34,6 +35,7 @@ def storage(plan: Plan) -> Storage:
         host_buffer_bytes=largest if on_disk else 0,
         gpu_buffer_bytes=largest if streams else 0,
         pinnable=False,
+        overlap=OVERLAP,
     )
 
 

@@ -12,10 +12,11 @@ from zi_experiments.config import ConfigError, OffloadDevice
 from zi_experiments.engines import sixteen_bit
 from zi_experiments.engines.modules import device_of, names_of, put
 from zi_experiments.engines.session import HFSession, host_cache
-from zi_experiments.plan import ELEMENT_BYTES, Plan, Storage
+from zi_experiments.plan import ELEMENT_BYTES, Overlap, Plan, Storage
 from zi_experiments.progress import Progress
 
 PREFETCHED_LAYERS = 2
+OVERLAP = Overlap(hidden=0.0, launch=2.1, stall=0.0, load_s=3.0, load_s_per_parameter=2e-9)
 
 
 def storage(plan: Plan) -> Storage:
@@ -32,6 +33,7 @@ def storage(plan: Plan) -> Storage:
         placement=sixteen_bit.placement(plan),
         streamed_bytes_per_pass=everything - outside if sixteen_bit.crosses_link(plan) else 0,
         gpu_buffer_bytes=live * ELEMENT_BYTES * plan.layer_numel + outside,
+        overlap=OVERLAP,
     )
 
 

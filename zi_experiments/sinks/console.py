@@ -7,8 +7,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from zi_experiments import explain
+from zi_experiments.explain import LIMITS
 from zi_experiments.plan import Plan
+from zi_experiments.predict import predict
 from zi_experiments.record import Record
+from zi_experiments.units import gigabytes, seconds
 
 
 class ConsoleSink:
@@ -52,15 +56,15 @@ class ConsoleSink:
             if value is not None:
                 low, high = metrics.spread[name]
                 table.add_row(label, f"{value:,.2f} tok/s", f"{low:,.2f} to {high:,.2f}")
-        table.add_row("time to first token", _seconds(metrics.ttft_s))
+        table.add_row("time to first token", seconds(metrics.ttft_s))
         if metrics.tpot_p50_s is not None and metrics.tpot_p99_s is not None:
-            table.add_row(
-                "time per token, p50 / p99", f"{_seconds(metrics.tpot_p50_s)} / {_seconds(metrics.tpot_p99_s)}"
-            )
+            table.add_row("time per token, p50 / p99", f"{seconds(metrics.tpot_p50_s)} / {seconds(metrics.tpot_p99_s)}")
         if metrics.link_bytes_per_s:
             table.add_row("over the link", f"{metrics.link_bytes_per_s / 1e9:.1f} GB/s")
-        if metrics.fraction_of_bound is not None:
-            table.add_row(f"of the bound ({plan.bound.limited_by})", f"{100 * metrics.fraction_of_bound:.0f} %")
+        for label, name in (("prefill", "prefill_prediction_error"), ("decode", "decode_prediction_error")):
+            error = getattr(metrics, name)
+            if error is not None:
+                table.add_row(f"{label} time as predicted", f"{100 * error:+.0f} %")
         if metrics.perplexity is not None:
             table.add_row("perplexity", f"{metrics.perplexity:.4f}")
         for label, peak in (
@@ -70,10 +74,12 @@ class ConsoleSink:
         ):
             if peak:
                 table.add_row(label, gigabytes(peak))
-        table.add_row("loaded in", _seconds(metrics.load_s))
+        table.add_row("loaded in", seconds(metrics.load_s))
         checked = record.verification
-        table.add_row("verified in", _seconds(checked.verify_s) if checked else "not verified")
+        table.add_row("verified in", seconds(checked.verify_s) if checked else "not verified")
         self._console.print(table)
+        if why := explain.sentence(plan, metrics):
+            self._console.print(why, highlight=False, soft_wrap=True)
 
 
 def show_plan(name: str, plan: Plan, console: Console) -> None:
@@ -92,10 +98,10 @@ def show_plan(name: str, plan: Plan, console: Console) -> None:
         stored = f"{plan.bits_per_weight:.2f} bits a parameter as stored"
         few = plan.quantized_fraction < 0.9
         lines.append(f"[yellow]warning: only {share}; {stored}[/]" if few else f"{share}; {stored}")
-    if plan.bound.decode_step_s:
-        lines.append(
-            f"a decode step takes at least {_seconds(plan.bound.decode_step_s)}, limited by the {plan.bound.limited_by}"
-        )
+    if plan.bound.decode_step_s and plan.bound.limited_by:
+        bound = f"a decode step takes at least {seconds(plan.bound.decode_step_s)}, limited by {LIMITS[plan.bound.limited_by]}"
+        step_s = predict(plan).decode_step_s
+        lines.append(f"{bound}; predicted {seconds(step_s)}" if step_s else bound)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -117,7 +123,7 @@ def show_sweep(jobs: list[tuple[list[str], dict[str, Any]]]) -> None:
     for label in ("run", "status", *known):
         table.add_column(label, justify="right" if label in known else "left", overflow="fold")
     for (overrides, record), *cells in zip(jobs, *known.values(), strict=True):
-        status = record["status"] if record["status"] in ("ok", "kept") else f"[bold red]{record['status']}"
+        status = record["status"] if record["status"] in ("ok", "kept", "skipped") else f"[bold red]{record['status']}"
         differs = " ".join(o for o in overrides if o not in shared) or str(record["run"]["name"])
         table.add_row(escape(differs), status, *cells)
     Console().print(table)
@@ -136,13 +142,5 @@ def display_path(path: Path) -> str:
         return str(path)
 
 
-def gigabytes(amount: int) -> str:
-    return f"{amount / 1e9:.2f} GB" if amount >= 1e8 else f"{amount / 1e6:.1f} MB"
-
-
 def _count(amount: int) -> str:
     return f"{amount / 1e9:.2f} B" if amount >= 1e9 else f"{amount / 1e6:.1f} M"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"

@@ -30,6 +30,10 @@ class ResultFile:
         _set_aside(folder / NAME, record.run.id)
         temporary.replace(folder / NAME)
 
+    def withdraw(self, record: Record) -> None:
+        """Remove what was written: there is nothing to run."""
+        (Path(record.folder) / NAME).unlink(missing_ok=True)
+
     def close(self) -> None:
         pass
 

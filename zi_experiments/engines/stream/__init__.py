@@ -28,7 +28,7 @@ def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
         "slots": placement.slots(plan),
         "slot_bytes": max(layer.streamed.nbytes for layer in placed),
         "resident_bytes": sum(layer.resident.nbytes for layer in placed),
-        "workspace_bytes": placement.workspace_bytes(plan),
+        "workspace_bytes": plan.workspace_bytes,
         "layers_on_disk": sum(layer.on_disk for layer in placed),
         "folder": scratch,
     }

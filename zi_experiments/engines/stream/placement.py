@@ -8,12 +8,10 @@ from math import ceil
 from zi_experiments.architecture import Parameter
 from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Verify
 from zi_experiments.engines.stream.slab import Layout, lay_out
-from zi_experiments.plan import ELEMENT_BYTES, Placement, Plan, Storage
+from zi_experiments.plan import ELEMENT_BYTES, Overlap, Placement, Plan, Storage
 
+OVERLAP = Overlap(hidden=1.0, launch=1.9, stall=0.0, disk=0.95, load_s=0.5, load_s_per_parameter=9e-11)
 BUFFERS = 4  # slabs in host memory in front of the GPU's slots, when they come from disk
-GIB = 1 << 30
-CONTEXT_BYTES = GIB  # of CUDA, with its kernels; a cap leaves it out
-LIBRARY_BYTES = GIB // 8  # workspaces of its libraries, and what the allocator cannot use
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +64,7 @@ def storage(plan: Plan) -> Storage:
         streamed_bytes_per_pass=host + disk if on_gpu else 0,
         host_buffer_bytes=BUFFERS * largest + (0 if on_gpu else ranks * expanded),
         gpu_buffer_bytes=_buffer_bytes(plan, placed) if on_gpu else 0,
+        overlap=OVERLAP,
     )
 
 
@@ -139,21 +138,9 @@ def _room(plan: Plan) -> int:
         return machine.host_memory_bytes * 9 // 10 // ranks - outside - plan.kv_cache_bytes - plan.reference_bytes
     on_gpu = plan.run.kv_cache.device is CacheDevice.gpu
     kv = (plan.kv_cache_bytes if on_gpu else plan.kv_slot_bytes) // ranks
-    measuring = kv + workspace_bytes(plan)
+    measuring = kv + plan.workspace_bytes
     verifying = 2 * plan.reference_bytes if plan.run.verify is Verify.on else 0
-    context = LIBRARY_BYTES + (0 if machine.gpu_memory_is_capped else CONTEXT_BYTES)
-    return machine.gpu_memory_bytes - context - outside - max(measuring, verifying)
-
-
-def workspace_bytes(plan: Plan) -> int:
-    """What a rank's pass holds beside weights, keys and values: an estimate from the widths of a layer's matrices."""
-    work, arch = plan.run.workload, plan.architecture
-    sequences = work.batch_size // plan.run.hardware.num_gpus
-    widest = max(max(p.shape[-2:]) for p in arch.parameters if p.layer is not None and len(p.shape) > 1)
-    within = sequences * work.prompt_len * (3 * widest + 6 * arch.hidden_size)
-    between = 3 * sequences * work.micro_batches * work.prompt_len * arch.hidden_size
-    logits: int = 5 * sequences * work.micro_batches * arch.config.get_text_config().vocab_size
-    return ELEMENT_BYTES * (within + between + logits)
+    return machine.gpu_memory_bytes - plan.context_bytes - outside - max(measuring, verifying)
 
 
 def _buffer_bytes(plan: Plan, placed: tuple[LayerPlacement, ...]) -> int:
@@ -172,5 +159,5 @@ def _fitting_host(plan: Plan, placed: list[LayerPlacement]) -> int:
         return 0  # what is resident has been given that memory
     largest = max(layer.streamed.nbytes for layer in placed)
     kv = plan.kv_cache_bytes if plan.run.kv_cache.device is CacheDevice.cpu else 0
-    room = plan.machine.host_memory_bytes * 8 // 10 - kv - BUFFERS * largest
+    room = plan.machine.host_memory_bytes * 8 // 10 - plan.process_bytes - kv - BUFFERS * largest
     return min(len(placed), max(0, room // largest)) if largest else 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zi_experiments import environment
-from zi_experiments.config import Ceilings, DeviceType, Hardware, conf_dir
+from zi_experiments.config import Calibration, Ceilings, DeviceType, Hardware, conf_dir
 
 GIB = 1 << 30
 # limit, usage, and what of the usage is file cache that nobody has needed lately, of a group and all below it
@@ -27,8 +27,10 @@ class Machine:
     gpu_memory_bytes: int | None  # of one GPU, after hardware.memory_gib
     gpu_memory_is_capped: bool
     host_memory_bytes: int  # that a run may use
+    disk_free_bytes: int | None  # where weights would go on disk; None: not looked at
     dtypes: tuple[str, ...]  # 16-bit types, best first
     ceilings: Ceilings
+    calibration: Calibration | None  # null: nothing was measured
     driver: str | None
 
 
@@ -46,7 +48,8 @@ class Gpu:
 def detect(hardware: Hardware) -> Machine:
     """The machine behind a `hardware` choice.
 
-    `auto` takes what is there and, for a GPU that has a file in `conf/hardware`, the ceilings of that file.
+    `auto` takes what is there and, for a GPU that has a file in `conf/hardware`, the ceilings of that file. A choice that
+    names a GPU which is not there is taken at its word.
     """
     gpus = gpu_count()
     device = hardware.device.value
@@ -56,8 +59,8 @@ def detect(hardware: Hardware) -> Machine:
     ceilings = hardware.ceilings
     if hardware.name == "auto" and gpu is not None:
         ceilings = _known_ceilings(gpu.name, ceilings) or ceilings
-    memory = gpu.memory_bytes if gpu else None
-    capped = hardware.memory_gib is not None and (memory is None or hardware.memory_gib * GIB < 0.97 * memory)
+    memory = gpu.memory_bytes if gpu and not is_elsewhere(hardware, gpu.name) else None
+    capped = hardware.memory_gib is not None and memory is not None and hardware.memory_gib * GIB < 0.97 * memory
     if hardware.memory_gib is not None:
         memory = min(int(hardware.memory_gib * GIB), memory or 1 << 62)
     return Machine(
@@ -67,10 +70,17 @@ def detect(hardware: Hardware) -> Machine:
         gpu_memory_bytes=memory if device == "cuda" else None,
         gpu_memory_is_capped=capped and device == "cuda",
         host_memory_bytes=int(hardware.host_memory_gib * GIB) if hardware.host_memory_gib else host_memory_available(),
+        disk_free_bytes=None,
         dtypes=tuple(hardware.dtypes or (gpu.dtypes if gpu else cpu_dtypes())),
         ceilings=ceilings,
+        calibration=hardware.calibration,
         driver=gpu.driver if gpu else None,
     )
+
+
+def is_elsewhere(hardware: Hardware, gpu_name: str | None) -> bool:
+    """Whether a choice is another machine than the one with that GPU, or without any."""
+    return hardware.gpu is not None and not is_gpu(gpu_name, hardware.gpu)
 
 
 def is_gpu(name: str | None, model: str) -> bool:

@@ -1,6 +1,6 @@
-"""The engines against what this machine can do, measured in the same job: a table, and docs/results/bench-GPU.json.
+"""The engines against what this machine can do, measured in the same job: a table, and docs/results/bench-NAME.json.
 
-python benchmarks/gpu.py [--list] [--override KEY=VALUE] [NAME …]        NAME: a group, or GROUP/ENGINE
+python benchmarks/bench.py [--cpu] [--list] [--override KEY=VALUE] [NAME …]        NAME: a group, or GROUP/ENGINE
 """
 
 import argparse
@@ -17,26 +17,28 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import ceilings
-from cases import CASES, Case, Entries, Entry
+from cases import CASES, CPU_CASES, Case, Entries, Entry
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
+CeilingsOf = Callable[[Case, Path], dict[str, float]]
+SHARES = ("of the\nbound", "predicted")  # measured against both
 sys.path.insert(0, str(ROOT))  # the checkout, whether it is installed or not
+DISK_REQUEST_BYTES, DISK_REQUESTS = 8 << 20, 8  # of a request, and how many at a time
 
 
 def arguments(one: Case, measured: dict[str, float], extra: list[str]) -> list[str]:
     """What a user would type after `python -m zi_experiments`."""
     found = [f"hardware.ceilings.{name}={value:.4g}" for name, value in measured.items()]
+    found += ["hardware.ceilings.source=measured"] if measured else []
     extra = [each for each in extra if one.on_disk or not each.startswith("offload.path=")]
     return [
         "workload=zero-inference",
         "tracking=none",
         *one.overrides,
         *found,
-        "hardware.ceilings.source=measured",
         *extra,
     ]
 
@@ -100,7 +102,7 @@ def judge(entries: Entries, cases: tuple[Case, ...]) -> None:
 def table(entries: Entries) -> Table:
     """One row a case."""
     made = Table(title="decode and prefill against what this machine was measured to do")
-    for name in ("case", "engine", "decode\ntok/s", "link\nGB/s", "of the\nbound", "prefill\ntok/s", "of the\nbound"):
+    for name in ("case", "engine", "decode\ntok/s", "link\nGB/s", *SHARES, "prefill\ntok/s", *SHARES):
         made.add_column(name, justify="left" if name in ("case", "engine") else "right", no_wrap=True)
     for name in ("load\ns", "verified", "target", "met"):
         made.add_column(name, justify="right" if name == "load\ns" else "left")
@@ -109,12 +111,14 @@ def table(entries: Entries) -> Table:
         metrics = entry["metrics"]
         if not metrics:
             reason = f"[red]{entry['status']}[/] {escape(str(entry['error']))}"
-            made.add_row(group, engine, *[""] * 7, reason, "[red]no[/]")
+            made.add_row(group, engine, *[""] * 9, reason, "[red]no[/]")
             continue
         decode, prefill = metrics["decode_tok_per_s"], metrics["prefill_tok_per_s"]
         link, checked = metrics["link_bytes_per_s"], entry["verification"]
         shares = [_number(metrics[key], 3) for key in ("fraction_of_bound", "prefill_fraction_of_bound")]
-        figures = [_number(decode, 2), _number(link and link / 1e9, 1), shares[0], _number(prefill, 0), shares[1]]
+        errors = [_percent(metrics.get(key)) for key in ("decode_prediction_error", "prefill_prediction_error")]
+        figures = [_number(decode, 2), _number(link and link / 1e9, 1), shares[0], errors[0]]
+        figures += [_number(prefill, 0), shares[1], errors[1]]
         verified = "yes" if checked and checked["passed"] else "no"
         made.add_row(group, engine, *figures, _number(metrics["load_s"], 1), verified, *_verdicts(entry["targets"]))
     return made
@@ -131,19 +135,23 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
+def _percent(error: float | None) -> str:
+    return "–" if error is None else f"{100 * error:+.1f} %"
+
+
 def load_entries(path: Path) -> Entries:
     """What an earlier job has left in the file."""
     return dict(json.loads(path.read_text(encoding="utf-8"))["cases"]) if path.is_file() else {}
 
 
-def save(path: Path, gpu: str, entries: Entries, order: tuple[Case, ...]) -> None:
+def save(path: Path, what: dict[str, str], entries: Entries, order: tuple[Case, ...]) -> None:
     """Write the file whole or not at all, in the order of the list."""
     judge(entries, order)
     known = [one.name for one in order if one.name in entries]
     ordered = {name: entries[name] for name in [*known, *(name for name in entries if name not in known)]}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    content = {"command": "make bench-gpu", "gpu": gpu, "cases": ordered}
+    content = {**what, "cases": ordered}
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
@@ -158,11 +166,15 @@ def choose(names: list[str], cases: tuple[Case, ...]) -> tuple[Case, ...]:
 
 def measure(one: Case, fixed: dict[str, float], disk: Path) -> dict[str, float]:
     """The ceilings of one case: machines are shared, so those that others use too are measured right before it."""
-    measured = {"link_bytes_per_s": ceilings.link_bytes_per_s()} | fixed
-    ceilings.release()
+    from zi_experiments.hardware import rates
+    from zi_experiments.hardware.disk import Disk, bytes_per_s
+
+    measured = {"link_bytes_per_s": rates.link_bytes_per_s()} | fixed
+    rates.release()
     if one.on_disk:
+        there = Disk(folder=disk, block_bytes=DISK_REQUEST_BYTES, in_flight=DISK_REQUESTS)
         try:
-            measured["disk_bytes_per_s"] = ceilings.disk_bytes_per_s(disk)
+            measured["disk_bytes_per_s"], _ = bytes_per_s(there)
         except OSError as error:
             print(f"  the disk could not be measured: {error.strerror or error}", flush=True)
     shown = ", ".join(f"{name.split('_')[0]} {value:.4g}" for name, value in measured.items())
@@ -175,7 +187,7 @@ def run_cases(
     entries: Entries,
     extra: list[str],
     timeout_s: float,
-    ceilings_of: Callable[[Case, Path], dict[str, float]],
+    ceilings_of: CeilingsOf,
     keep: Callable[[], None],
 ) -> None:
     """Run one case after the other into `entries`, and call `keep` after each."""
@@ -195,16 +207,40 @@ def run_cases(
             print(f"  {entry['status']} in {time.perf_counter() - began:.0f} s: {done}", flush=True)
 
 
+def on_gpu() -> tuple[dict[str, str], CeilingsOf]:
+    """What the JSON file says of the first GPU, and how its ceilings are measured. Raises `LookupError` without one."""
+    import torch
+
+    from zi_experiments.hardware import rates
+
+    if not torch.cuda.is_available():
+        raise LookupError("no GPU is visible: --list works without one, and --cpu has cases for such a machine")
+    fixed = {"flops": rates.square_flops(torch.float16), "hbm_bytes_per_s": rates.copy_bytes_per_s("cuda")}
+    what = {"command": "make bench-gpu", "gpu": torch.cuda.get_device_name(0)}
+    return what, lambda one, disk: measure(one, fixed, disk)
+
+
+def on_cpu() -> tuple[dict[str, str], CeilingsOf]:
+    """The same without a GPU, where each run takes the rates that `hardware=cpu` measures."""
+    return {"command": "make bench-cpu"}, lambda one, disk: {}
+
+
+def _slug(gpu: str) -> str:
+    return gpu.removeprefix("NVIDIA ").lower().replace(" ", "-")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these groups or cases")
+    parser.add_argument("--cpu", action="store_true", help="the cases for a machine without a GPU")
     parser.add_argument("--list", action="store_true", help="show the cases and what each runs")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="added to all commands")
-    parser.add_argument("--output", type=Path, help="the JSON file; otherwise docs/results/bench-GPU.json")
+    parser.add_argument("--output", type=Path, help="the JSON file; otherwise docs/results/bench-NAME.json")
     parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="for one case")
     asked = parser.parse_args()
+    cases = CPU_CASES if asked.cpu else CASES
     try:
-        chosen = choose(asked.names, CASES)
+        chosen = choose(asked.names, cases)
     except ValueError as error:
         parser.error(str(error))
     if asked.list:
@@ -212,20 +248,17 @@ def main() -> int:
             print(f"{one.name:34} {' '.join(one.overrides)}")
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a time limit ends the case and shows the table
-    import torch
-
-    if not torch.cuda.is_available():
-        parser.error("no GPU is visible: --list works without one")
-    gpu = torch.cuda.get_device_name(0)
-    slug = gpu.removeprefix("NVIDIA ").lower().replace(" ", "-")
-    path = asked.output or ROOT / "docs" / "results" / f"bench-{slug}.json"
-    fixed = {"flops": ceilings.flops(), "hbm_bytes_per_s": ceilings.hbm_bytes_per_s()}
+    try:
+        what, ceilings_of = on_cpu() if asked.cpu else on_gpu()
+    except LookupError as error:
+        parser.error(str(error))
+    path = asked.output or ROOT / "docs" / "results" / f"bench-{'cpu' if asked.cpu else _slug(what['gpu'])}.json"
     entries = load_entries(path)
     try:
         run_cases(
             *(chosen, entries, asked.override, asked.timeout),
-            ceilings_of=lambda one, disk: measure(one, fixed, disk),
-            keep=lambda: save(path, gpu, entries, CASES),
+            ceilings_of=ceilings_of,
+            keep=lambda: save(path, what, entries, cases),
         )
     finally:
         console = Console()

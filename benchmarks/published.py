@@ -1,0 +1,194 @@
+"""Published throughputs against the bounds of the machines they were measured on: docs/published.md from published.yaml.
+
+python benchmarks/published.py
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import OmegaConf
+
+from zi_experiments import architecture, config, planner
+from zi_experiments.architecture import Architecture
+from zi_experiments.config import Hardware, Run
+from zi_experiments.hardware import GIB, Machine
+from zi_experiments.plan import Plan
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "published.md"
+HEADER = """# Published figures, and what their machines could do
+
+Written by `make test ARGS="-n 0 tests/test_published.py --update-golden"` from
+[`published.yaml`](../benchmarks/published.yaml), and compared with it by every `make test`.
+
+Each row is a throughput that somebody has published, and the bound of the same model, placement and batch on that machine,
+from the plan that every run makes and the rates that vendors publish. B sequences of G new tokens are divided by prefill and
+decode, or by decode alone, as the publication has it. No run of that placement can pass its bound: the ratio says what was
+left to gain without another placement, and one above 1 would mean that a row is wrong.
+
+† Keys and values do not have to cross the link in 16 bits: attention is computed where they are, or they have 4 bits. The
+bound leaves them out: it is that of a GPU with room for them, which is never slower.
+"""
+FORMULAS = {"total": "B·G / (prefill + (G − 1) · step)", "decode": "B / step"}
+LIMITS = {"link": "link", "disk": "disk", "hbm": "GPU memory", "gemm": "arithmetic", None: "–"}
+COLUMNS = (
+    "#",
+    "system",
+    "model",
+    "weights",
+    "keys and values",
+    "batch",
+    "tok/s",
+    "bound",
+    "of the bound",
+    "limited by",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A published figure, and what to type for its plan after `python -m zi_experiments`."""
+
+    number: int
+    system: str
+    tok_per_s: float
+    sequences: int
+    counts: str  # "total" or "decode"
+    kv: str | None  # where keys and values were that do not count; None: on the GPU
+    note: str
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    title: str
+    machine: str
+    source: str
+    about: str
+    counts: str
+    rows: tuple[Row, ...]
+
+
+def tables(listed: dict[str, Any]) -> list[Table]:
+    """What the YAML file lists, the rows numbered throughout."""
+    made, number = [], 0
+    for one in listed["tables"]:
+        rows = []
+        for row in one["rows"]:
+            number += 1
+            rows.append(_row(row, one, number, listed["not_counted"]))
+        texts = {key: one[key] for key in ("title", "machine", "source", "about", "counts")}
+        made.append(Table(**texts, rows=tuple(rows)))
+    return made
+
+
+def _row(row: dict[str, Any], table: dict[str, Any], number: int, not_counted: str) -> Row:
+    typed = [*table["run"], table["systems"][row["system"]], *row["run"].split()]
+    if not any(each.startswith("workload.batch_size=") for each in typed):
+        typed.append(f"workload.batch_size={row['batch']}")
+    return Row(
+        number=number,
+        system=row["system"],
+        tok_per_s=row["tok_per_s"],
+        sequences=row["batch"],
+        counts=table["counts"],
+        kv=row.get("kv"),
+        note=row.get("note", ""),
+        overrides=("plan_only=true", *typed, *([not_counted] if "kv" in row else [])),
+    )
+
+
+def load() -> list[Table]:
+    """The tables of published.yaml."""
+    listed: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_suffix(".yaml")))
+    return tables(listed)
+
+
+def compose(overrides: tuple[str, ...]) -> Run:
+    """The run that a command line gives."""
+    config.register()
+    with hydra.initialize_config_dir(config_dir=str(config.conf_dir()), version_base="1.3"):
+        return config.to_run(hydra.compose("config", overrides=list(overrides)))
+
+
+def plan_of(row: Row) -> Plan:
+    """The plan of a row on the machine of its hardware file, whatever machine this is."""
+    run = compose(row.overrides)
+    plan = planner.build(run, _described(run.model.name), described_machine(run.hardware))
+    assert plan.run.workload.sequences == row.sequences
+    return plan
+
+
+@cache
+def _described(model: str) -> Architecture:
+    return architecture.load(config.from_choices({"model": model}, {}))
+
+
+def described_machine(hardware: Hardware) -> Machine:
+    """A machine of which nothing is known but what its file and the row say."""
+    assert hardware.memory_gib is not None
+    assert hardware.host_memory_gib is not None
+    assert hardware.dtypes is not None
+    return Machine(
+        device=hardware.device.value,
+        gpu_name=hardware.gpu,
+        gpus_visible=hardware.num_gpus,
+        gpu_memory_bytes=int(hardware.memory_gib * GIB),
+        gpu_memory_is_capped=False,
+        host_memory_bytes=int(hardware.host_memory_gib * GIB),
+        disk_free_bytes=None,
+        dtypes=tuple(hardware.dtypes),
+        ceilings=hardware.ceilings,
+        calibration=None,
+        driver=None,
+    )
+
+
+def bound_tok_per_s(sequences: int, gen_len: int, prefill_s: float, step_s: float, counts: str) -> float:
+    """The most tokens per second, as a publication defines them."""
+    total_s = {"total": prefill_s + (gen_len - 1) * step_s, "decode": gen_len * step_s}[counts]
+    return sequences * gen_len / total_s
+
+
+def bound_of(row: Row, plan: Plan) -> float:
+    """The bound of a row's plan in its publication's terms."""
+    bound, work = plan.bound, plan.run.workload
+    assert bound.prefill_s is not None
+    assert bound.decode_step_s is not None
+    return bound_tok_per_s(work.sequences, work.gen_len, bound.prefill_s, bound.decode_step_s, row.counts)
+
+
+def page(listed: list[Table]) -> str:
+    """The page: a table for each publication, and below it what to type for each of its rows."""
+    return HEADER + "".join(_section(each) for each in listed)
+
+
+def _section(table: Table) -> str:
+    heading = f"\n## {table.title}\n\n{table.machine}. [Source]({table.source}).\n\n{table.about}\n"
+    rules = "|".join(["---"] * len(COLUMNS))
+    lines = "".join(_line(row, plan_of(row)) for row in table.rows)
+    typed = "".join(f"python -m zi_experiments {' '.join(row.overrides)}  # {row.number}\n" for row in table.rows)
+    shown = f"<details><summary>What to type for the plans</summary>\n\n```console\n{typed}```\n\n</details>\n"
+    formula = FORMULAS[table.counts]
+    return f"{heading}\nBound: `{formula}`.\n\n| {' | '.join(COLUMNS)} |\n|{rules}|\n{lines}\n{shown}"
+
+
+def _line(row: Row, plan: Plan) -> str:
+    run, bound, most = plan.run, plan.bound, bound_of(row, plan)
+    held = {"none": "GPU", "cpu": "host", "nvme": "NVMe"}[run.offload.device.value]
+    bits = "16 bits" if run.quant.bits == 16 else f"INT{run.quant.bits}"
+    limits = [LIMITS[bound.limited_by]]
+    if row.counts == "total" and bound.prefill_limited_by != bound.limited_by:
+        limits = [f"prefill {LIMITS[bound.prefill_limited_by]}", f"decode {limits[0]}"]
+    cells = (
+        *(row.number, row.system, run.model.name, f"{held}, {bits}" + (f"; {row.note}" if row.note else "")),
+        *(f"{row.kv} †" if row.kv else "GPU", row.sequences, f"{row.tok_per_s:g}", f"{most:.3g}"),
+        *(f"{row.tok_per_s / most:.2f}", ", ".join(limits)),
+    )
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(load()), encoding="utf-8")

@@ -1,0 +1,199 @@
+"""`experiment=best-throughput` and `workload.batch_size=auto` as real runs on the CPU, of a machine written down by hand."""
+
+import re
+import shlex
+
+import pytest
+from cli import Cli
+from rich.console import Console
+
+from zi_experiments.sinks import search_table
+
+HERE = """
+name: here
+device: cpu
+gpu: null
+num_gpus: 1
+memory_gib: null
+host_memory_gib: 0.1
+dtypes: null
+ceilings: {link_bytes_per_s: null, hbm_bytes_per_s: 1.0e+10, flops: 1.0e+11, disk_bytes_per_s: null, source: by hand}
+calibration:
+  link_back_bytes_per_s: null
+  link_both_bytes_per_s: null
+  link_pageable_bytes_per_s: null
+  pin_bytes_per_s: null
+  host_bytes_per_s: 1.0e+10
+  disk_write_bytes_per_s: null
+  gemm_flops: {float16: {1: 1.0e+9, 64: 5.0e+10}, bfloat16: {1: 1.0e+9, 64: 5.0e+10}}
+  expand_elements_per_s: null
+  layer_s: 1.0e-3
+  step_s: 1.0e-3
+"""
+QUICK = ("hardware=here", "engine=stream", "quant=fp16", "tracking=none", "verify=off")
+
+
+@pytest.fixture(scope="module")
+def cli(tmp_path_factory):
+    cli = Cli(tmp_path_factory.mktemp("best"))
+    (cli.folder / "choices" / "hardware").mkdir()
+    (cli.folder / "choices" / "hardware" / "here.yaml").write_text(HERE)
+    return cli
+
+
+SEARCH = ("experiment=best-throughput", *QUICK, "search.rank=0,1,99", "workload.gen_len=4", "tracking.tags=[a,'b c']")
+
+
+@pytest.fixture(scope="module")
+def searched(cli):
+    """The search, carried out: what it said."""
+    done = cli.run(*SEARCH)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def records(cli):
+    return sorted((r for r in cli.results() if "sweeps" in str(r["folder"])), key=lambda r: r["folder"].name)
+
+
+def test_each_candidate_leaves_a_record_of_what_was_decided(cli, searched):
+    results = records(cli)
+
+    assert [result["status"] for result in results] == ["ok", "ok"]
+    decided = [
+        (result["config"]["workload"]["batch_size"], result["config"]["workload"]["micro_batches"])
+        for result in results
+    ]
+    assert len(set(decided)) == 2
+    for result, (size, micro_batches) in zip(results, decided, strict=True):
+        assert result["plan"]["batch_size"] == size
+        assert result["plan"]["sequences"] == size * micro_batches
+        assert result["plan"]["prediction"]["total_tok_per_s"] > 0
+        assert result["config"]["workload"]["repeats"] == 1, "as the experiment says"
+        assert result["config"]["workload"]["prompt_len"] == 8, "as the command line says"
+        assert result["metrics"]["total_tok_per_s"] > 0
+        assert result["metrics"]["decode_prediction_error"] is not None
+    predicted = [result["plan"]["prediction"]["total_tok_per_s"] for result in results]
+    assert predicted[0] * 1.03 >= predicted[1]
+
+
+def test_a_rank_that_is_too_high_is_skipped(searched, cli):
+    assert re.search(r"^skipped \S+: the search has no candidate of rank 99$", searched, re.MULTILINE)
+    table = searched[searched.index("3 runs") :]
+    assert re.search(r"search\.rank=99 .*skipped", table)
+    assert len(re.findall(r"search\.rank=[01] .*ok", table)) == 2
+
+
+def best_command(text):
+    [command] = re.findall(r"^best: (.*)$", text, re.MULTILINE)
+    return shlex.split(command)
+
+
+def test_the_best_is_shown_with_the_curve_and_its_command(cli, searched):
+    table = searched[searched.index("generated tokens per second") :]
+    best = max(records(cli), key=lambda result: result["metrics"]["total_tok_per_s"])
+
+    for result in records(cli):
+        assert re.search(rf"│ +{result['plan']['sequences']} │", table)
+        assert f"{result['metrics']['total_tok_per_s']:,.1f}" in table
+        assert f"{result['plan']['prediction']['total_tok_per_s']:,.1f}" in table
+    command = best_command(searched)
+    assert command[:3] == ["python", "-m", "zi_experiments"]
+    assert f"workload.batch_size={best['config']['workload']['batch_size']}" in command
+    assert f"workload.micro_batches={best['config']['workload']['micro_batches']}" in command
+    assert not any("search" in word or "experiment=" in word for word in command)
+
+
+def test_the_command_of_the_best_runs_it_alone(cli, searched):
+    done = cli.run(*best_command(searched)[3:], "plan_only=true")
+    best = max(records(cli), key=lambda result: result["metrics"]["total_tok_per_s"])
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"keys and values {best['plan']['kv_cache_bytes'] / 1e6:.1f} MB" in done.stdout
+    assert f"{best['plan']['prediction']['total_tok_per_s']:,.2f} tok/s" in done.stdout
+
+
+def test_run_again_a_search_keeps_what_it_has(cli, searched):
+    before = [result["run"]["id"] for result in records(cli)]
+    done = cli.run(*SEARCH)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [result["run"]["id"] for result in records(cli)] == before
+    assert done.stdout.count("kept ") >= 2
+    assert "measure:" not in done.stdout
+    assert best_command(done.stdout) == best_command(searched)
+
+
+def test_a_run_with_the_largest_batch_records_which_that_was(cli):
+    done = cli.run(*QUICK, "workload.batch_size=auto", "hardware.host_memory_gib=0.05", "workload.prompt_len=16")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    [result] = [result for result in cli.results() if "sweeps" not in str(result["folder"])]
+    size = result["plan"]["batch_size"]
+    assert size == result["plan"]["sequences"] == result["config"]["workload"]["batch_size"] > 1
+    assert "workload.batch_size=auto" in result["run"]["command"]
+    [host] = result["plan"]["memory"]
+    assert 0.95 * 0.05 * 2**30 < host["total"] <= host["available"] == int(0.05 * 2**30)
+    assert f"{size} × (16 + 3) tokens" in done.stdout
+    ttft = result["samples"]["ttft_s"][0]
+    assert result["metrics"]["prefill_tok_per_s"] == pytest.approx(size * 16 / ttft)
+
+
+# --- the table, of records made up ----------------------------------------------------------------------------------
+
+
+def job(overrides, rate, *, rank=0, sequences=8, predicted=100.0, engine="stream", resident=0, kv="gpu", status="ok"):
+    config = {
+        "search": {"rank": rank},
+        "workload": {"batch_size": sequences, "micro_batches": 1},
+        "kv_cache": {"device": kv},
+        "offload": {"resident": resident},
+        "engine": {"name": engine},
+    }
+    plan = {"sequences": sequences, "prediction": {"total_tok_per_s": predicted}}
+    metrics = None if rate is None else {"total_tok_per_s": rate}
+    return list(overrides), {"config": config, "plan": plan, "metrics": metrics, "status": status}
+
+
+def shown(*jobs):
+    console = Console(width=200, record=True, quiet=False)
+    with console.capture() as captured:
+        search_table.show_search(list(jobs), console)
+    return captured.get()
+
+
+def test_candidates_are_in_the_order_of_their_sequences():
+    text = shown(
+        job([], 5.0, sequences=64), job([], 50.0, sequences=8), job([], None, sequences=2), job([], 7.0, sequences=16)
+    )
+
+    assert re.findall(r"│ +(\d+) │", text) == ["8", "16", "64"], "what failed is in the other table"
+    assert "best: python -m zi_experiments workload=zero-inference workload.batch_size=8 kv_cache=gpu" in text
+
+
+def test_the_command_has_what_was_typed_and_what_was_decided_once():
+    typed = ("experiment=best-throughput", "model=opt-13b", "kv_cache=cpu", "search.rank=3", "workload.batch_size=5")
+    text = shown(job(typed, 9.0, kv="gpu", resident="auto", sequences=12))
+
+    assert text.splitlines()[-1] == (
+        "best: python -m zi_experiments workload=zero-inference model=opt-13b workload.batch_size=12 kv_cache=gpu "
+        "workload.micro_batches=1 offload.resident=auto"
+    )
+
+
+def test_what_another_engine_does_not_know_is_not_in_the_command():
+    assert shown(job([], 9.0, engine="deepspeed")).splitlines()[-1].endswith("workload.batch_size=8 kv_cache=gpu")
+
+
+def test_a_search_where_everything_failed_shows_nothing():
+    assert shown(job([], None, status="oom"), job([], None, status="refused")) == ""
+
+
+@pytest.mark.parametrize(
+    ("search", "is_one"),
+    [({"rank": 0}, True), ({"rank": 5}, True), ({"rank": None}, False), ("anything", False), (None, False)],
+    ids=str,
+)
+def test_a_search_is_told_by_its_ranks(search, is_one):
+    assert search_table.is_search([([], {"config": {"search": search}})]) is is_one
+    assert search_table.is_search([([], {"config": {}}), ([], {"config": {"search": search}})]) is is_one

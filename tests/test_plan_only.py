@@ -1,0 +1,95 @@
+"""`plan_only=true` through the real command line: seconds, no weights, no CUDA, and nothing left behind."""
+
+import re
+import resource
+import time
+
+import pytest
+from cli import Cli
+
+H200 = ("plan_only=true", "hardware=h200", "hardware.host_memory_gib=400", "tracking=none")
+
+
+@pytest.fixture
+def cli(tmp_path):
+    return Cli(tmp_path)
+
+
+def limited():
+    resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
+
+
+def plan(cli, *arguments, **variables):
+    """What it says of a model that is much larger than what the process may take, and its exit code."""
+    began = time.monotonic()
+    done = cli.run(*arguments, preexec_fn=limited, CUDA_VISIBLE_DEVICES="", **variables)
+    assert time.monotonic() - began < 60  # seconds, on a machine that is busy with other tests
+    assert "Traceback" not in done.stdout + done.stderr
+    assert cli.results() == []
+    assert not list(cli.folder.rglob("offload"))
+    return done.returncode, done.stdout
+
+
+def row(text, label):
+    """The amounts of a line of a table."""
+    [line] = [line for line in text.splitlines() if re.match(rf"│ {label} +│", line)]
+    return [cell.strip() for cell in line.strip("│").split("│")][1:]
+
+
+def test_a_plan_shows_what_goes_where_how_long_it_takes_and_what_would_help(cli):
+    """OPT-175B in INT4 takes 98.2 GB, which a link of 63 GB/s brings in 1.56 s."""
+    code, text = plan(cli, *H200, "model=opt-175b", "workload=zero-inference")
+
+    assert code == 0, text
+    gpu, host = row(text, "weights")
+    assert host == "98.24 GB"
+    assert gpu.endswith("MB")
+    assert row(text, "in all")[1] == "100.74 GB", "with 2.5 GB of the process"
+    assert row(text, "of")[1] == "429.50 GB"
+    least, limit, probable, most = row(text, "decode step")
+    assert (least, limit) == ("1.56 s", "the link")
+    assert float(probable.removesuffix(" s")) >= 1.56
+    assert most == "the link"
+    assert re.search(r"^faster: workload\.batch_size=\d+, \d+\.\d\d ×$", text, re.MULTILINE)
+    assert len(re.findall("^faster: ", text, re.MULTILINE)) <= 3
+
+
+def test_a_plan_that_cannot_fit_is_refused_with_what_does(cli):
+    overrides = (*H200, "hardware.memory_gib=48", "model=opt-66b", "quant=fp16")
+    code, text = plan(cli, *overrides, "offload=none")
+
+    assert code == 1
+    assert re.fullmatch(
+        r"refused opt-66b needs 132\.7 GB on each GPU \(131\.4 GB weights\) and each has 51\.5 GB: "
+        r"pass offload=cpu, or quant=int4, or offload=nvme\n",
+        text,
+    ), text
+    assert plan(cli, *overrides, "offload=none", "offload=cpu")[0] == 0
+
+
+def test_of_a_machine_that_was_not_measured_the_memory_is_shown_all_the_same(cli):
+    code, text = plan(cli, "plan_only=true", "hardware=cpu", "quant=fp16", XDG_CACHE_HOME=str(cli.folder / "empty"))
+
+    assert code == 0, text
+    assert "no rate of this machine is known: python -m zi_experiments.hardware measures it" in text
+    assert row(text, "weights")[0].endswith("MB")
+    assert "faster:" not in text
+    assert not (cli.folder / "empty").exists(), "a plan measures nothing"
+
+
+def test_the_batch_that_auto_stands_for_is_shown_by_what_it_takes(cli):
+    """One sequence more would not fit."""
+    overrides = (*H200, "model=opt-30b", "workload=zero-inference", "hardware.memory_gib=24")
+    code, text = plan(cli, *overrides, "workload.batch_size=auto")
+
+    assert code == 0, text
+    assert float(row(text, "in all")[0].removesuffix(" GB")) > 0.97 * float(row(text, "of")[0].removesuffix(" GB"))
+
+
+def test_a_candidate_of_a_search_can_be_planned_alone(cli):
+    """And a rank that is too high is no plan."""
+    few = (*H200, "engine=stream", "model.architecture.num_hidden_layers=4", "model=opt-13b", "hardware.memory_gib=5")
+
+    assert plan(cli, *few, "search.rank=0")[0] == 0
+    code, text = plan(cli, *few, "search.rank=500")
+    assert (code, text) == (1, "refused the search has no candidate of rank 500: pass search.rank=0\n")

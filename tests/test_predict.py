@@ -1,0 +1,366 @@
+"""What a plan predicts, by hand: OPT-13B in 16 bits, 8 sequences of 512 prompt tokens, 32 generated, one rate at a time."""
+
+from dataclasses import replace
+from math import inf, sqrt
+
+import pytest
+
+from zi_experiments import predict as module
+from zi_experiments.config import Calibration, Ceilings
+from zi_experiments.plan import Overlap
+from zi_experiments.predict import predict
+
+LAYERS, HIDDEN, WIDEST, VOCABULARY = 40, 5120, 20480, 50272
+MATRICES = LAYERS * 12 * HIDDEN**2
+HEAD = VOCABULARY * HIDDEN
+STREAMED = 2 * 12_853_473_280 - 2 * (LAYERS * 13 * HIDDEN + 2 * HIDDEN)
+MIDDLE = 512 + 16  # tokens in the cache of the middle step
+KV_TOKEN = 2 * LAYERS * HIDDEN  # elements
+
+NO_RATES = Ceilings(link_bytes_per_s=None, hbm_bytes_per_s=None, flops=None, disk_bytes_per_s=None, source=None)
+UNMEASURED = Calibration(
+    link_back_bytes_per_s=None,
+    link_both_bytes_per_s=None,
+    link_pageable_bytes_per_s=None,
+    pin_bytes_per_s=None,
+    host_bytes_per_s=None,
+    disk_write_bytes_per_s=None,
+    gemm_flops={},
+    expand_elements_per_s=None,
+    layer_s=None,
+    step_s=None,
+)
+PERFECT = Overlap(hidden=1.0, launch=0.0, stall=0.0, disk=1.0, load_s=0.0)
+
+
+@pytest.fixture
+def planned(make_plan, machine):
+    """`planned(*overrides, known={…}, overlap={…}, **ceilings)` → the plan where nothing else is known of the machine."""
+
+    def planned(*overrides, known=None, overlap=None, name="h200", model="opt-13b", **ceilings):
+        calibration = None if known is None else replace(UNMEASURED, **known)
+        on = machine(name, ceilings=replace(NO_RATES, **ceilings), calibration=calibration, dtypes=("float16",))
+        work = ("quant=fp16", "workload=zero-inference", f"model={model}")
+        plan = make_plan(*work, *overrides, on=on)
+        return replace(plan, stored=replace(plan.stored, overlap=replace(PERFECT, **overlap or {})))
+
+    return planned
+
+
+def near(value):
+    return pytest.approx(value, rel=1e-9)
+
+
+# --- copies ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_streamed_takes_the_link(planned):
+    got = predict(planned("offload=cpu", link_bytes_per_s=50e9))
+
+    assert got.prefill_s == got.decode_step_s == near(STREAMED / 50e9)
+    assert (got.prefill_limited_by, got.limited_by) == ("link", "link")
+    assert got.total_tok_per_s == near(8 * 32 / (32 * STREAMED / 50e9))
+
+
+def test_ranks_share_the_link(planned):
+    one, two = (planned("offload=cpu", f"hardware.num_gpus={ranks}", link_bytes_per_s=50e9) for ranks in (1, 2))
+
+    assert predict(two).decode_step_s == near(predict(one).decode_step_s / 2)
+
+
+@pytest.mark.parametrize(("pinned", "rate"), [("true", 50e9), ("false", 10e9)])
+def test_what_is_not_pinned_crosses_as_slowly_as_that_was_measured(planned, pinned, rate):
+    known = {"link_pageable_bytes_per_s": 10e9}
+    plan = planned("offload=cpu", f"offload.pin_memory={pinned}", known=known, link_bytes_per_s=50e9)
+
+    assert predict(plan).decode_step_s == near(STREAMED / rate)
+
+
+@pytest.mark.parametrize("known", [None, {"disk_write_bytes_per_s": 1e9}], ids=str)
+def test_of_a_link_that_was_not_measured_the_ceiling_is_what_is_known(planned, known):
+    plan = planned("offload=cpu", "offload.pin_memory=false", known=known, link_bytes_per_s=50e9)
+
+    assert not plan.pin_memory
+    assert predict(plan).decode_step_s == near(STREAMED / 50e9)
+
+
+def test_keys_and_values_on_the_host_cross_too(planned):
+    got = predict(planned("offload=cpu", "kv_cache=cpu", link_bytes_per_s=50e9))
+
+    assert got.decode_step_s == near((STREAMED + 2 * 8 * KV_TOKEN * MIDDLE) / 50e9)
+    assert got.prefill_s == near(STREAMED / 50e9)  # there are none yet
+
+
+def test_keys_and_values_cross_pinned_whatever_the_weights(planned):
+    known = {"link_pageable_bytes_per_s": 10e9}
+    plan = planned("offload=cpu", "kv_cache=cpu", "offload.pin_memory=false", known=known, link_bytes_per_s=50e9)
+
+    assert predict(plan).decode_step_s == near(STREAMED / 10e9 + 2 * 8 * KV_TOKEN * MIDDLE / 50e9)
+
+
+def test_a_disk_is_read_as_fast_as_the_engine_can(planned):
+    """All ranks share it."""
+    for ranks in (1, 2):
+        plan = planned("offload=nvme", f"hardware.num_gpus={ranks}", overlap={"disk": 0.7}, disk_bytes_per_s=5e9)
+        got = predict(plan)
+        assert got.decode_step_s == near(STREAMED / (0.7 * 5e9))
+        assert got.limited_by == got.prefill_limited_by == "disk"
+
+
+def test_the_slower_of_link_and_disk_counts(planned):
+    slow_disk = planned("offload=nvme", link_bytes_per_s=50e9, disk_bytes_per_s=5e9)
+    slow_link = planned("offload=nvme", link_bytes_per_s=1e9, disk_bytes_per_s=5e9)
+
+    assert predict(slow_disk).decode_step_s == near(STREAMED / 5e9)
+    assert predict(slow_link).decode_step_s == near(STREAMED / 1e9)
+    assert predict(slow_link).limited_by == "link"
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+
+def test_products_go_as_fast_as_those_of_so_many_rows(planned):
+    curve = {"bfloat16": {8: 1.0, 4096: 1.0}, "float16": {8: 16e12, 4096: 400e12}}
+    got = predict(planned("offload=none", known={"gemm_flops": curve}))
+
+    assert got.decode_step_s == near(2 * (MATRICES + HEAD) * 8 / 16e12)
+    attention = 2 * 8 * 512**2 * HIDDEN * LAYERS
+    # of a prompt the head sees the last token alone
+    assert got.prefill_s == near((2 * MATRICES * 4096 + attention) / 400e12 + 2 * HEAD * 8 / 16e12)
+    assert (got.prefill_limited_by, got.limited_by) == ("gemm", "gemm")
+
+
+@pytest.mark.parametrize(
+    ("curve", "rate"),
+    [
+        ({4: 4e12, 64: 64e12}, 8e12),  # proportional
+        ({2: 4e12, 32: 16e12}, 8e12),  # half-way by logarithms
+        ({1: 1e12, 2: 4e12, 32: 16e12, 33: 99e12}, 8e12),  # between those two, of several
+        ({32: 64e12, 4096: 100e12}, 16e12),  # fewer rows take as long as the fewest measured
+        ({1: 1e12, 4: 5e12}, 5e12),  # more are as fast as the most
+        ({8: 7e12}, 7e12),
+        ({1: 1e12, 8: 7e12, 64: 9e12}, 7e12),
+    ],
+    ids=str,
+)
+def test_between_what_was_measured_both_axes_are_logarithmic(planned, curve, rate):
+    assert module._interpolate(curve, 8) == near(rate)
+    got = predict(planned("offload=none", known={"gemm_flops": {"float16": curve}}))
+    assert got.decode_step_s == near(2 * (MATRICES + HEAD) * 8 / rate)
+
+
+def test_half_way_by_logarithms():
+    assert module._interpolate({1: 1e12, 100: 9e12}, 10) == near(3e12)
+    assert module._interpolate({1: 1e12, 100: 9e12}, sqrt(10)) == near(sqrt(3) * 1e12)
+
+
+@pytest.mark.parametrize(
+    ("ceilings", "rate"),
+    [
+        ({"flops": 1e12}, 1e12),
+        # 16-bit weights are read once for all 8 rows: 2 operations of each row for 2 bytes
+        ({"flops": 800e12, "hbm_bytes_per_s": 1e12}, 8e12),
+        ({"flops": 1e12, "hbm_bytes_per_s": 1e12}, 1e12),
+    ],
+    ids=str,
+)
+def test_without_a_curve_arithmetic_or_memory_limits_products(planned, ceilings, rate):
+    plan = planned("offload=none", **ceilings)
+
+    assert module._pass_s(plan, module._Pass(tokens=1, cached=MIDDLE))["gemm"] == near(2 * (MATRICES + HEAD) * 8 / rate)
+
+
+def test_each_rank_multiplies_its_share_of_the_rows(planned):
+    plan = planned("offload=none", "hardware.num_gpus=2", known={"gemm_flops": {"float16": {4: 8e12, 8: 999e12}}})
+
+    assert predict(plan).decode_step_s == near(2 * (MATRICES + HEAD) * 4 / 8e12)
+
+
+def test_micro_batches_multiply_and_launch_one_after_the_other_and_stream_once(planned):
+    work = ("offload=cpu", "engine=stream", "workload.batch_size=8", "workload.micro_batches=4")
+    known = {"gemm_flops": {"float16": {8: 16e12}}, "layer_s": 1e-3, "step_s": 5e-3}
+    seconds = module._pass_s(
+        planned(*work, known=known, overlap={"launch": 2.0}, link_bytes_per_s=50e9), module._Pass(tokens=1, cached=0)
+    )
+    one = module._pass_s(
+        planned(*work[:-1], known=known, overlap={"launch": 2.0}, link_bytes_per_s=50e9),
+        module._Pass(tokens=1, cached=0),
+    )
+
+    assert seconds["gemm"] == near(4 * 2 * (MATRICES + HEAD) * 8 / 16e12)
+    assert seconds["launch"] == near(4 * LAYERS * 2 * 1e-3 + 5e-3)
+    assert seconds["link"] == one["link"] > 0
+    assert one["gemm"] == near(seconds["gemm"] / 4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "met", "rows"),
+    [
+        (1, 2, 1),  # a token is sent to 2 of 8
+        (3, 6, 1),
+        (4, 8, 1),
+        (16, 8, 4),  # all are met, each by 16 · 2 / 8 tokens
+    ],
+)
+def test_experts_that_are_met_are_read_whole(planned, batch, met, rows):
+    """Mixtral: the rate is that of the rows which each expert sees, not of the batch."""
+    curve = {1: 1e12, 3: 2e12, 4: 2.5e12, 16: 4e12}
+    plan = planned(
+        "offload=none", f"workload.batch_size={batch}", model="mixtral-8x7b", known={"gemm_flops": {"float16": curve}}
+    )
+    dense = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 8 * 4096) + 32000 * 4096
+    expert = 32 * 3 * 4096 * 14336
+
+    assert predict(plan).decode_step_s == near(2 * dense * batch / curve[batch] + 2 * met * expert * rows / curve[rows])
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_activations_and_keys_and_values_move_in_memory(planned):
+    plan = planned("offload=none", hbm_bytes_per_s=4e12)
+    decode = module._pass_s(plan, module._Pass(tokens=1, cached=MIDDLE))
+    prefill = module._pass_s(plan, module._Pass(tokens=512, cached=0))
+
+    activations = 8 * LAYERS * (14 * HIDDEN + 4 * WIDEST)
+    assert decode["hbm"] == near(2 * (activations + 3 * 8 * KV_TOKEN * (MIDDLE + 1)) / 4e12)
+    assert prefill["hbm"] == near(2 * (512 * activations + 3 * 8 * KV_TOKEN * 512) / 4e12)
+
+
+def test_a_processor_moves_activations_slower_than_it_copies(planned):
+    gpu, cpu = (planned("offload=none", name=name, hbm_bytes_per_s=4e11) for name in ("h200", "cpu"))
+    one = module._Pass(tokens=1, cached=MIDDLE)
+
+    assert module._pass_s(cpu, one)["hbm"] == near(module._pass_s(gpu, one)["hbm"] / 0.15)
+    assert module._pass_s(cpu, one)["gemm"] == module._pass_s(gpu, one)["gemm"]
+
+
+def test_quantized_weights_are_expanded_in_every_pass(planned):
+    measured = planned("offload=none", "quant=int4", known={"expand_elements_per_s": 1e12})
+    unmeasured = planned("offload=none", "quant=int4", hbm_bytes_per_s=4e12)
+    plain = planned("offload=none", hbm_bytes_per_s=4e12)
+    one = module._Pass(tokens=1, cached=MIDDLE)
+
+    assert predict(measured).decode_step_s == near(MATRICES / 1e12)
+    assert predict(measured).limited_by == "hbm"
+    slow = planned("offload=none", "quant=int4", known={"expand_elements_per_s": 1e12}, overlap={"expand": 2.5})
+    assert predict(slow).decode_step_s == near(2.5 * MATRICES / 1e12)
+    difference = module._pass_s(unmeasured, one)["hbm"] - module._pass_s(plain, one)["hbm"]
+    assert difference == near(2.5 * MATRICES / 4e12)
+
+
+# --- launches, and what goes on at once -----------------------------------------------------------------------------
+
+
+def test_launching_is_work_of_the_host(planned):
+    plan = planned("offload=none", known={"layer_s": 1e-3, "step_s": 5e-3}, overlap={"launch": 3.0})
+    got = predict(plan)
+
+    assert got.prefill_s == got.decode_step_s == near(LAYERS * 3 * 1e-3 + 5e-3)
+    assert got.limited_by == "launch"
+
+
+SECONDS = {"link": 6.0, "disk": 2.0, "gemm": 1.0, "hbm": 3.0, "launch": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds", "hidden", "expected"),
+    [
+        ("h200", {}, 1.0, 6.0),
+        ("h200", {}, 0.5, 6.0 + 0.5 * 4.0),
+        ("h200", {}, 0.0, 6.0 + 4.0),
+        # the shorter is hidden behind the longer, whichever that is
+        ("h200", {"link": 1.0}, 0.5, 4.0 + 0.5 * 2.0),
+        ("h200", {"link": 1.0}, 0.0, 4.0 + 2.0),
+        ("h200", {"disk": 8.0}, 0.0, 8.0 + 4.0),
+        # a GPU computes while its host launches what comes next
+        ("h200", {"launch": 5.0}, 0.0, 6.0 + 5.0),
+        # a CPU does one after the other
+        ("cpu", {"link": 0.0, "disk": 0.0}, 0.0, 6.0),
+        ("cpu", {"link": 0.0, "launch": 5.0, "disk": 7.0}, 0.0, 9.0 + 7.0),
+    ],
+    ids=str,
+)
+def test_copies_and_computing_share_a_pass(planned, name, seconds, hidden, expected):
+    plan = planned("offload=cpu", name=name, overlap={"hidden": hidden})
+
+    assert module._duration(plan, SECONDS | seconds) == near(expected)
+
+
+def test_overlap_of_a_whole_prediction(planned):
+    """A link of 25.7 s and products of 6.5 s."""
+    known, link = {"gemm_flops": {"float16": {8: 2 * (MATRICES + HEAD) * 8 / 6.5}}}, STREAMED / 25.7
+    times = [
+        predict(planned("offload=cpu", known=known, overlap={"hidden": hidden}, link_bytes_per_s=link)).decode_step_s
+        for hidden in (0.0, 0.5, 1.0)
+    ]
+
+    assert times == [near(32.2), near(28.95), near(25.7)]
+
+
+def test_a_stall_is_added_for_every_layer(planned):
+    known = {"layer_s": 1e-3}
+    plan = planned("offload=cpu", known=known, overlap={"stall": 1.6}, link_bytes_per_s=50e9)
+
+    assert predict(plan).decode_step_s == near(STREAMED / 50e9 + 1.6 * LAYERS * 1e-3)
+    unmeasured = planned("offload=cpu", overlap={"stall": 1.6}, link_bytes_per_s=50e9)
+    assert predict(unmeasured).decode_step_s == near(STREAMED / 50e9)
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+def test_generated_tokens_over_prefill_and_decode(make_plan, machine):
+    plan = make_plan("model=opt-13b", "workload=zero-inference", "workload.gen_len=5", on=machine("measured"))
+    got = predict(plan)
+
+    assert got.total_tok_per_s == near(8 * 5 / (got.prefill_s + 4 * got.decode_step_s))
+    assert got.prefill_s > got.decode_step_s
+
+
+def test_micro_batches_are_generated_tokens_too(make_plan, machine):
+    plan = make_plan(
+        *("model=opt-13b", "engine=stream", "workload.batch_size=4", "workload.micro_batches=3", "workload.gen_len=1"),
+        on=machine("measured"),
+    )
+    got = predict(plan)
+
+    assert got.total_tok_per_s == near(12 / got.prefill_s)
+
+
+def test_nothing_is_predicted_of_a_machine_of_which_nothing_is_known(planned):
+    got = predict(planned("offload=cpu"))
+
+    assert [getattr(got, name) for name in module.Prediction.__dataclass_fields__] == [None] * 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        # pinned page by page, or copied; all of it at 4 or 20 GB/s
+        (("offload=cpu",), STREAMED / 4e9),
+        (("offload=cpu", "offload.pin_memory=false"), STREAMED / 20e9),
+        (("offload=none",), 0.0),
+    ],
+    ids=str,
+)
+def test_loading_makes_the_weights_and_puts_them_where_they_stay(planned, overrides, expected):
+    known = {"pin_bytes_per_s": 4e9, "host_bytes_per_s": 20e9, "disk_write_bytes_per_s": 2e9}
+    plan = planned(*overrides, known=known, overlap={"load_s": 3.0, "load_s_per_parameter": 1e-9})
+
+    assert predict(plan).load_s == near(3.0 + 12.85347328 + expected)
+
+
+def test_loading_to_a_disk_writes_there_and_fills_the_buffers(planned):
+    known = {"pin_bytes_per_s": 4e9, "host_bytes_per_s": 20e9, "disk_write_bytes_per_s": 2e9}
+    plan = planned("offload=nvme", known=known)
+
+    assert predict(plan).load_s == near(STREAMED / 2e9 + 15 * 2 * HEAD / 4e9)
+
+
+def test_nothing_that_is_predicted_is_infinite(make_plan, machine):
+    for overrides in (("offload=cpu",), ("offload=nvme",), ("offload=none", "engine=stream", "kv_cache=cpu")):
+        got = predict(make_plan("model=opt-13b", *overrides, on=machine("measured")))
+        assert 0 < got.decode_step_s < inf
+        assert 0 < got.prefill_s < inf
+        assert 0 < got.load_s < inf

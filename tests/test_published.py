@@ -1,0 +1,91 @@
+"""docs/published.md: published throughputs against the bounds of the machines they were measured on."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import published
+
+from zi_experiments import hardware, planner
+
+ROWS = [row for table in published.load() for row in table.rows]
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return {row.number: published.plan_of(row) for row in ROWS}
+
+
+def test_the_page_is_what_is_generated(pytestconfig):
+    page = published.page(published.load())
+    if pytestconfig.getoption("update_golden"):
+        published.PAGE.write_text(page)
+
+    assert published.PAGE.read_text() == page
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row.number))
+def test_nothing_published_passes_its_bound(plans, row):
+    assert 0 < row.tok_per_s <= published.bound_of(row, plans[row.number])
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.kv], ids=lambda row: str(row.number))
+def test_keys_and_values_that_do_not_count_do_not_bound(plans, row):
+    """They are in the GPU's memory there, whose rate may then not be what limits, nor may they cross the link."""
+    plan = plans[row.number]
+
+    assert plan.bound.limited_by in ("link", "disk")
+    assert plan.link_bytes_per_pass == plan.streamed_bytes_per_pass
+
+
+def test_the_commands_of_the_page_have_these_bounds(plans, describe):
+    commands = [line for line in published.PAGE.read_text().splitlines() if line.startswith("python -m ")]
+    assert len(commands) == len(ROWS)
+    for command in commands:
+        typed, _, number = command.removeprefix("python -m zi_experiments ").partition("  # ")
+        run = published.compose(tuple(typed.split()))
+        plan = planner.build(run, describe(run), published.described_machine(run.hardware))
+        assert run.plan_only
+        assert plan.bound == plans[int(number)].bound
+
+
+@pytest.mark.parametrize("table", published.load(), ids=lambda table: table.title)
+def test_a_reader_without_a_gpu_plans_for_the_same_machine(table):
+    if hardware.gpu_count():
+        pytest.skip("a GPU that is here would count")
+    described = published.compose(table.rows[0].overrides).hardware
+    detected = hardware.detect(described)
+
+    assert replace(detected, gpu_name=described.gpu, gpus_visible=1) == published.described_machine(described)
+
+
+def test_a_machine_is_what_its_file_says(compose_run):
+    run = compose_run("hardware=a6000", "hardware.host_memory_gib=252")
+    machine = published.described_machine(run.hardware)
+
+    assert machine.gpu_memory_bytes == int(47.5 * (1 << 30))
+    assert machine.host_memory_bytes == 252 * (1 << 30)
+    assert machine.ceilings.link_bytes_per_s == 31.5e9
+    with pytest.raises(AssertionError):  # this machine's memory is nobody's who published
+        published.described_machine(compose_run("hardware=a6000").hardware)
+
+
+def test_throughput_as_publications_define_it():
+    """64 sequences, 10 tokens each; 5 s of prefill and 9 steps of 3 s."""
+    assert published.bound_tok_per_s(64, 10, 5.0, 3.0, "total") == pytest.approx(640 / 32)
+    assert published.bound_tok_per_s(64, 10, 5.0, 3.0, "decode") == pytest.approx(64 / 3)
+
+
+def test_what_is_typed_for_a_row():
+    row = {"system": "FlexGen", "tok_per_s": 7, "batch": 12, "run": "model=opt-30b offload.resident=0.2", "kv": "host"}
+    table = {key: key for key in ("title", "machine", "source", "about")}
+    table |= {"counts": "total", "run": ["hardware=t4"], "systems": {"FlexGen": "engine=stream"}, "rows": [row]}
+    (made,) = published.tables({"not_counted": "hardware.memory_gib=1000", "tables": [table]})
+
+    assert made.rows[0].overrides == (
+        *("plan_only=true", "hardware=t4", "engine=stream", "model=opt-30b", "offload.resident=0.2"),
+        *("workload.batch_size=12", "hardware.memory_gib=1000"),
+    )

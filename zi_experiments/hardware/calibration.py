@@ -1,0 +1,146 @@
+"""With `hardware=auto` or `cpu`: this machine measured once, and what was found laid under what the user has set."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from datetime import date
+from typing import Any
+
+from zi_experiments.config import Calibration, Ceilings, Hardware
+from zi_experiments.hardware import Machine, cache, child
+from zi_experiments.hardware.cache import Entry, Subject
+from zi_experiments.hardware.disk import Disk
+from zi_experiments.locks import FolderLock
+
+Tell = Callable[[str], None]
+
+MEASURED = ("auto", "cpu")  # choices that stand for this machine; the files of others have their own figures
+_PATIENCE_S = 300.0  # with another process that measures, and may be stopped
+_INTERVAL_S = 0.1
+
+
+def known(hardware: Hardware, machine: Machine, disk: Disk | None) -> Machine:
+    """The machine with what was measured of it before; with the figures of its file, for a `hardware` that has one."""
+    if hardware.name not in MEASURED:
+        return machine
+    return _laid_under(hardware, machine, {one.kind: cache.load(one) for one in _subjects(machine, disk)})
+
+
+def ensure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) -> Machine:
+    """The same, once what is missing has been measured.
+
+    `tell` gets a line for what takes time, and a warning for what could not be measured, without which a run goes on. A
+    `KeyboardInterrupt` passes through at once.
+    """
+    if hardware.name not in MEASURED:
+        return machine
+    subjects = _subjects(machine, disk)
+    entries = {one.kind: cache.load(one) for one in subjects}
+    missing = [one for one in subjects if entries[one.kind] is None and _is_there(one, machine)]
+    if missing:
+        with _turn(tell) as is_ours:
+            for one in missing if is_ours else []:
+                entries[one.kind] = cache.load(one) or _measured(one, tell)
+    return _laid_under(hardware, machine, entries)
+
+
+def measure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) -> Machine:
+    """The same, with all of it measured anew."""
+    subjects = [one for one in _subjects(machine, disk) if _is_there(one, machine)]
+    with _turn(tell) as is_ours:
+        entries = {one.kind: _measured(one, tell) for one in subjects if is_ours}
+    return _laid_under(hardware, machine, entries)
+
+
+def _subjects(machine: Machine, disk: Disk | None) -> list[Subject]:
+    return [cache.of_machine(machine), *([cache.of_disk(disk, machine)] if disk is not None else [])]
+
+
+def _is_there(subject: Subject, machine: Machine) -> bool:
+    """Whether it can be measured: a plan for a GPU can be made without one."""
+    return subject.kind == "disk" or machine.device == "cpu" or machine.gpus_visible > 0
+
+
+@contextmanager
+def _turn(tell: Tell) -> Iterator[bool]:
+    """Wait until no other process measures, which would disturb both; whether that came to pass.
+
+    Without locks, or a folder for them, nobody waits.
+    """
+    try:
+        cache.folder().mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(cache.folder())
+    except OSError:
+        yield True
+        return
+    try:
+        yield _acquired(lock, tell)
+    finally:
+        lock.release()
+
+
+def _acquired(lock: FolderLock, tell: Tell) -> bool:
+    until = time.monotonic() + _PATIENCE_S
+    told = False
+    try:
+        while not lock.acquire():
+            if not told:
+                tell("another process measures this machine: waiting for it")
+                told = True
+            if time.monotonic() > until:
+                tell("warning: it has not finished: this machine is not measured")
+                return False
+            time.sleep(_INTERVAL_S)
+    except OSError:
+        pass  # a filesystem without locks
+    return True
+
+
+def _measured(subject: Subject, tell: Tell) -> Entry | None:
+    """What was measured now, and is kept where that can be; None: it failed."""
+    what = "this machine" if subject.kind == "machine" else f"the disk of {subject.request['folder']}"
+    tell(f"measuring {what}, once: a few seconds")
+    try:
+        answer = child.ask(subject.request)
+        entry = Entry(measured_on=date.today().isoformat(), figures=cache.checked(answer["figures"]))
+    except (child.MeasuringError, ValueError) as error:
+        tell(f"warning: {what} was not measured: {error}")
+        return None
+    for note in answer["notes"]:
+        tell(f"warning: {note}")
+    try:
+        cache.store(subject, entry)
+    except OSError as error:
+        tell(f"warning: {cache.folder()} cannot be written ({error.strerror}): the next run measures again")
+    return entry
+
+
+def _laid_under(hardware: Hardware, machine: Machine, entries: dict[str, Entry | None]) -> Machine:
+    """What the user has set counts before what was measured, and that before what is published."""
+    there = {kind: entry for kind, entry in entries.items() if entry is not None}
+    if not there:
+        return machine
+    found: dict[str, Any] = _known(vars(machine.ceilings))
+    for entry in there.values():
+        found |= _known(entry.figures)
+    found["source"] = _source(there, machine.ceilings.source)
+    found |= _known(vars(hardware.ceilings))
+    found |= _known(vars(hardware.calibration)) if hardware.calibration is not None else {}
+    nothing: dict[str, Any] = {field.name: None for field in fields(Calibration)} | {"gemm_flops": {}}
+    return replace(
+        machine,
+        ceilings=Ceilings(**{field.name: found.get(field.name) for field in fields(Ceilings)}),
+        calibration=Calibration(**{name: found.get(name, missing) for name, missing in nothing.items()}),
+    )
+
+
+def _known(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in figures.items() if value is not None and value != {}}
+
+
+def _source(entries: dict[str, Entry], published: str | None) -> str:
+    if "machine" in entries:
+        return f"measured on {entries['machine'].measured_on}"
+    disk = f"disk measured on {entries['disk'].measured_on}"
+    return f"{published}; {disk}" if published else disk

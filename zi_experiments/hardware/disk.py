@@ -1,0 +1,151 @@
+"""How fast the disk of a folder writes and reads around the page cache, with as many requests as a run has under way."""
+
+import mmap
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from zi_experiments.config import Run
+
+MOST_IN_FLIGHT = 64
+_MOST_BUFFER_BYTES = 1 << 30  # of all requests together
+_MOST_BYTES = 1 << 30  # of the file: some filesystems take seconds to free a larger one
+_EACH_WAY_S = 1.0
+_LEAST_REQUESTS = 4
+_MEMORY = ("tmpfs", "ramfs")  # newer kernels take O_DIRECT there, and copy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disk:
+    """A folder, which may be yet to be made, and how a run reads there."""
+
+    folder: Path
+    block_bytes: int  # of a request
+    in_flight: int  # requests at a time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mount:
+    """The filesystem of a folder."""
+
+    device: str
+    mountpoint: str
+    kind: str
+
+
+def of_run(run: Run, folder: Path) -> Disk:
+    """The disk of a folder as the engine of a run reads there.
+
+    `stream` reads each of its buffers in so many parts at a time. DeepSpeed has a queue for each thread; what its profiles
+    take by default, and what others leave to the kernel, is more than a disk can tell from `MOST_IN_FLIGHT`.
+    """
+    from zi_experiments.engines.stream.placement import BUFFERS
+    from zi_experiments.engines.stream.store import CHUNK_BYTES, PARALLEL
+
+    aio = run.offload.aio
+    block_bytes = aio.block_size or CHUNK_BYTES
+    if run.engine.name == "stream":
+        in_flight = (aio.intra_op_parallelism or PARALLEL) * BUFFERS
+    else:
+        in_flight = (aio.intra_op_parallelism or MOST_IN_FLIGHT) * (aio.queue_depth or MOST_IN_FLIGHT)
+    most = min(MOST_IN_FLIGHT, max(1, _MOST_BUFFER_BYTES // block_bytes))
+    return Disk(folder=folder, block_bytes=block_bytes, in_flight=min(in_flight, most))
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or else the nearest above it that is there, which is on the same disk."""
+    folder = folder.expanduser().resolve()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def free_bytes(folder: Path) -> int | None:
+    """What is free on the disk of a folder, which may be yet to be made; None where that cannot be known."""
+    with suppress(OSError):
+        return shutil.disk_usage(existing(folder)).free
+    return None
+
+
+def mount_of(folder: Path) -> Mount:
+    """The filesystem of a folder that is there."""
+    import psutil
+
+    above = {str(path) for path in (folder, *folder.parents)}
+    found = [part for part in psutil.disk_partitions(all=True) if part.mountpoint in above]
+    # the last of several at one place hides the others
+    part = max(reversed(found), key=lambda part: len(part.mountpoint), default=None)
+    if part is None:
+        return Mount(device="", mountpoint="/", kind="")  # a container that hides its own
+    return Mount(device=part.device, mountpoint=part.mountpoint, kind=part.fstype)
+
+
+def bytes_per_s(disk: Disk) -> tuple[float, float]:
+    """What the disk reads and what it writes, over a file of its own that has no name and so never stays behind.
+
+    Raises `OSError`, in one line, where there is no room, no permission, or no disk below the filesystem.
+    """
+    folder = existing(disk.folder)
+    if mount_of(folder).kind in _MEMORY:
+        raise OSError(f"{folder} is memory, not a disk: pass offload.path=/a/folder/on/NVMe")
+    blocks = min(_MOST_BYTES, shutil.disk_usage(folder).free // 2) // disk.block_bytes
+    if blocks < _LEAST_REQUESTS:
+        raise OSError(f"{folder} has no room for {2 * _LEAST_REQUESTS} requests of {disk.block_bytes} bytes")
+    with ExitStack() as held:
+        descriptor = _nameless(folder)
+        held.callback(os.close, descriptor)
+        with suppress(OSError):  # without it a file grows as it is written
+            os.posix_fallocate(descriptor, 0, blocks * disk.block_bytes)
+        # anonymous pages: O_DIRECT wants aligned buffers
+        buffers = [held.enter_context(mmap.mmap(-1, disk.block_bytes)) for _ in range(disk.in_flight)]
+        random = os.urandom(disk.block_bytes)  # a disk that compresses finds nothing in it
+        for buffer in buffers:
+            buffer.write(random)
+        written, write_rate = _carry_out(os.pwritev, descriptor, buffers, blocks, again=False)
+        os.fdatasync(descriptor)
+        _, read_rate = _carry_out(os.preadv, descriptor, buffers, written, again=True)
+        return read_rate, write_rate
+
+
+def _nameless(folder: Path) -> int:
+    path = folder / f".zi-{uuid.uuid4().hex[:12]}"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
+    except OSError as error:
+        with suppress(OSError):  # where O_DIRECT is refused, the file may have been made all the same
+            path.unlink()
+        raise OSError(f"no file can be made in {folder} with O_DIRECT ({error.strerror})") from error
+    path.unlink()
+    return descriptor
+
+
+def _carry_out(
+    request: Callable[..., int], descriptor: int, buffers: list[mmap.mmap], blocks: int, again: bool
+) -> tuple[int, float]:
+    """Requests one after the other through `blocks` blocks, and from the start `again`, until the time is over.
+
+    How many there were, and the bytes per second.
+    """
+    numbers = count()
+    began = time.perf_counter()
+
+    def work(buffer: mmap.mmap) -> int:
+        done = 0
+        while not done or time.perf_counter() - began < _EACH_WAY_S:
+            number = next(numbers)
+            if number >= blocks and not again:
+                break
+            moved = request(descriptor, [buffer], number % blocks * len(buffer))
+            if moved != len(buffer):
+                raise OSError(f"{request.__name__} moved {moved} of {len(buffer)} bytes")
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(len(buffers), "disk") as threads:
+        done = sum(threads.map(work, buffers))
+    return done, done * len(buffers[0]) / (time.perf_counter() - began)

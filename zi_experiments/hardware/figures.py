@@ -1,0 +1,51 @@
+"""Everything that is measured of a machine but its disks, in one go of a few seconds."""
+
+from typing import Any
+
+import torch
+
+from zi_experiments.hardware import overhead, rates
+
+_GPU = {
+    "link_bytes_per_s": rates.link_bytes_per_s,
+    "link_back_bytes_per_s": rates.link_back_bytes_per_s,
+    "link_both_bytes_per_s": rates.link_both_bytes_per_s,
+    "link_pageable_bytes_per_s": rates.link_pageable_bytes_per_s,
+    "pin_bytes_per_s": rates.pin_bytes_per_s,
+}
+
+
+def measure(device: str, dtypes: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Figures by the names in `Ceilings` and `Calibration`, None for what there is not; and why some are missing.
+
+    `device` is "cuda" or "cpu", `dtypes` are 16-bit types, best first. Raises what torch raises, such as when memory runs out.
+    """
+    first, notes = getattr(torch, dtypes[0]), list[str]()
+    with torch.inference_mode():
+        found: dict[str, Any] = {name: measured() if device == "cuda" else None for name, measured in _GPU.items()}
+        found["host_bytes_per_s"] = rates.copy_bytes_per_s("cpu")
+        found["hbm_bytes_per_s"] = rates.copy_bytes_per_s(device) if device == "cuda" else found["host_bytes_per_s"]
+        found["gemm_flops"] = {name: rates.gemm_flops(getattr(torch, name), device) for name in dtypes}
+        square = [rates.square_flops(first)] if device == "cuda" else []
+        found["flops"] = max(square + list(found["gemm_flops"][dtypes[0]].values()))
+        found["expand_elements_per_s"] = _expansion(first, device, notes)
+    found["layer_s"], found["step_s"] = _overhead(first, device, notes)
+    return found, notes
+
+
+def _expansion(dtype: torch.dtype, device: str, notes: list[str]) -> float | None:
+    try:
+        return rates.expand_elements_per_s(dtype, device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton raises whatever its compilers do
+        notes.append(f"the expansion of INT4 weights was not measured ({type(error).__name__}: {error})")
+        return None
+
+
+def _overhead(dtype: torch.dtype, device: str, notes: list[str]) -> tuple[float | None, float | None]:
+    layer_s, step_s = overhead.layer_and_step_s(dtype, device)
+    if min(layer_s, step_s) > 0:
+        return layer_s, step_s
+    notes.append(f"a layer took {layer_s:.2g} s and a step {step_s:.2g} s, which the machine was too busy for to count")
+    return None, None

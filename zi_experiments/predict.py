@@ -1,0 +1,175 @@
+"""How long a plan will take, from what was measured on its machine. Pure; docs/limits.md has the formulas."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import exp, log
+
+from zi_experiments.config import CacheDevice, Calibration
+from zi_experiments.plan import ELEMENT_BYTES, Plan
+
+CACHE_TRAFFIC = 3  # a step reads keys and values to append to them, writes them, and reads them to attend
+CPU_TRAFFIC = 0.15  # of the rate of a copy that element-wise operations of a processor reach
+EXPANDED_BYTES = 2.5  # of memory traffic for each INT4 weight that is expanded to 16 bits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What a plan will take, as far as its machine was measured; None where nothing is known."""
+
+    load_s: float | None
+    prefill_s: float | None
+    decode_step_s: float | None
+    prefill_limited_by: str | None
+    limited_by: str | None  # what a decode step spends most on: "link", "disk", "hbm", "gemm" or "launch"
+    total_tok_per_s: float | None  # generated tokens over prefill and decode
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pass:
+    """One forward pass of all sequences: each brings some tokens, and finds others in the cache."""
+
+    tokens: int
+    cached: int
+
+
+def predict(plan: Plan) -> Prediction:
+    """The times of a plan, with the copies and launches of its engine."""
+    work = plan.run.workload
+    # keys and values grow by a token in each step: the middle one counts
+    prefill = _pass_s(plan, _Pass(tokens=work.prompt_len, cached=0))
+    decode = _pass_s(plan, _Pass(tokens=1, cached=work.prompt_len + work.gen_len // 2))
+    total_s = sum(prefill.values()) and _duration(plan, prefill) + (work.gen_len - 1) * _duration(plan, decode)
+    return Prediction(
+        load_s=_load_s(plan),
+        prefill_s=_duration(plan, prefill) or None,
+        decode_step_s=_duration(plan, decode) or None,
+        prefill_limited_by=_longest(prefill),
+        limited_by=_longest(decode),
+        total_tok_per_s=work.sequences * work.gen_len / total_s if total_s else None,
+    )
+
+
+def _longest(seconds: dict[str, float]) -> str | None:
+    return max(seconds, key=lambda name: seconds[name]) if any(seconds.values()) else None
+
+
+def _duration(plan: Plan, seconds: dict[str, float]) -> float:
+    """Partial overlap: the longer of copies and computing, and what of the shorter the engine does not hide behind it."""
+    overlap, known = plan.storage.overlap, plan.machine.calibration
+    copies = max(seconds["link"], seconds["disk"])
+    # a GPU computes while its host launches what comes next; a CPU does one after the other
+    work, launch = seconds["gemm"] + seconds["hbm"], seconds["launch"]
+    computing = max(work, launch) if plan.machine.device == "cuda" else work + launch
+    stalled = overlap.stall * plan.architecture.num_layers * ((known and known.layer_s) or 0)
+    return max(copies, computing) + (1 - overlap.hidden) * min(copies, computing) + stalled
+
+
+def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
+    """Seconds of each kind of work in a pass, if nothing else were to be done; 0 where it is not known."""
+    overlap, known, rates = plan.storage.overlap, plan.machine.calibration, plan.machine.ceilings
+    work, ranks = plan.run.workload, plan.run.hardware.num_gpus
+    pageable = known.link_pageable_bytes_per_s if known and not plan.pin_memory else None
+    link = pageable or rates.link_bytes_per_s
+    weights_s = _over(plan.streamed_bytes_per_pass / ranks, link)
+    cache_s = _over(_cache_bytes_on_link(plan, one) / ranks, rates.link_bytes_per_s)
+    passes = plan.architecture.num_layers * work.micro_batches
+    return {
+        "link": weights_s + cache_s,
+        "disk": _over(plan.placement.nvme_bytes, (rates.disk_bytes_per_s or 0) * overlap.disk),
+        "gemm": _gemm_s(plan, one),
+        "hbm": _traffic_s(plan, one),
+        "launch": ((known.layer_s or 0) * overlap.launch * passes + (known.step_s or 0)) if known else 0.0,
+    }
+
+
+def _cache_bytes_on_link(plan: Plan, one: _Pass) -> int:
+    """Keys and values that come to the GPU, for which weights have to wait; those that go back take the other way."""
+    if plan.run.kv_cache.device is CacheDevice.gpu or plan.machine.device == "cpu":
+        return 0
+    return ELEMENT_BYTES * plan.run.workload.sequences * plan.architecture.kv_elements(one.cached)
+
+
+def _gemm_s(plan: Plan, one: _Pass) -> float:
+    """Products with all weights that tokens meet, and attention over a prompt."""
+    work, arch = plan.run.workload, plan.architecture
+    sequences = work.batch_size / plan.run.hardware.num_gpus  # of a micro-batch, on each device
+    tokens, routed = sequences * one.tokens, plan.routed_experts
+    dense = sum(p.numel for p in arch.parameters if p.layer is not None and len(p.shape) > 1 and not p.is_experts)
+    seconds = _product_s(plan, dense, tokens)
+    for p in arch.parameters:
+        if p.layer is not None and p.is_experts:
+            # tokens spread over the experts, and each of those that are met is read whole
+            met = min(p.shape[0], tokens * routed)
+            seconds += _product_s(plan, p.numel / p.shape[0] * met, max(1.0, tokens * routed / met))
+    vocabulary = arch.config.get_text_config().vocab_size
+    seconds += _product_s(plan, vocabulary * arch.hidden_size, sequences)  # of the last token alone
+    if one.tokens > 1:
+        attention = 2 * sequences * one.tokens**2 * arch.hidden_size * arch.num_layers
+        seconds += _over(attention, _rate(plan, tokens))
+    return work.micro_batches * seconds
+
+
+def _product_s(plan: Plan, elements: float, rows: float) -> float:
+    """Of `rows` rows with matrices of so many elements."""
+    return _over(2 * elements * rows, _rate(plan, rows))
+
+
+def _rate(plan: Plan, rows: float) -> float | None:
+    """Operations per second of a product of so many rows: as measured, else what arithmetic and memory would allow."""
+    known, rates = plan.machine.calibration, plan.machine.ceilings
+    curve = known.gemm_flops.get(plan.dtype) if known else None
+    if curve:
+        return _interpolate(curve, rows)
+    memory = rows * rates.hbm_bytes_per_s if rates.hbm_bytes_per_s else None  # 2 operations and 2 bytes an element
+    return min((rate for rate in (rates.flops, memory) if rate), default=None)
+
+
+def _interpolate(curve: dict[int, float], rows: float) -> float:
+    """Between the measured points both axes are logarithmic; fewer rows take as long as the fewest, more are as fast."""
+    points = sorted(curve.items())
+    (fewest, slowest), (most, fastest) = points[0], points[-1]
+    if rows <= fewest:
+        return slowest * rows / fewest
+    if rows >= most:
+        return fastest
+    (below, low), (above, high) = next(pair for pair in pairwise(points) if rows <= pair[1][0])
+    share = log(rows / below) / log(above / below)
+    return exp(log(low) + share * log(high / low))
+
+
+def _traffic_s(plan: Plan, one: _Pass) -> float:
+    """What moves in the device's memory beside the products: activations, keys and values, weights that are expanded."""
+    arch, work, ranks = plan.architecture, plan.run.workload, plan.run.hardware.num_gpus
+    widest = max(max(p.shape[-2:]) for p in arch.parameters if p.layer is not None and len(p.shape) > 1)
+    # a layer reads or writes its residual stream about a dozen times, and what is inside of its feed-forward part four
+    activations = work.sequences / ranks * one.tokens * arch.num_layers * (14 * arch.hidden_size + 4 * widest)
+    cache = CACHE_TRAFFIC * work.sequences / ranks * arch.kv_elements(one.cached + one.tokens)
+    rate = plan.machine.ceilings.hbm_bytes_per_s
+    share = CPU_TRAFFIC if plan.machine.device == "cpu" else 1.0
+    return _over(ELEMENT_BYTES * (activations + cache), rate and share * rate) + _expanding_s(plan)
+
+
+def _expanding_s(plan: Plan) -> float:
+    """Quantized weights of the layers become 16-bit ones in every pass."""
+    known: Calibration | None = plan.machine.calibration
+    elements = sum(p.numel for p in plan.architecture.parameters if plan.is_quantized(p) and p.layer is not None)
+    if known and known.expand_elements_per_s:
+        seconds = elements / known.expand_elements_per_s
+    else:
+        seconds = _over(EXPANDED_BYTES * elements, plan.machine.ceilings.hbm_bytes_per_s)
+    return plan.storage.overlap.expand * seconds
+
+
+def _load_s(plan: Plan) -> float | None:
+    """Random weights made, quantized, and put where they stay; a checkpoint is read meanwhile."""
+    overlap, known = plan.storage.overlap, plan.machine.calibration
+    if known is None:
+        return None
+    filled = known.pin_bytes_per_s if plan.pin_memory else known.host_bytes_per_s
+    made_s = overlap.load_s_per_parameter * plan.architecture.num_parameters
+    host_s = _over(plan.placement.cpu_bytes + plan.storage.host_buffer_bytes, filled)
+    return overlap.load_s + made_s + host_s + _over(plan.placement.nvme_bytes, known.disk_write_bytes_per_s)
+
+
+def _over(amount: float, rate: float | None) -> float:
+    return amount / rate if rate else 0.0
