@@ -174,7 +174,7 @@ def test_nohup_is_respected(cli):
     assert cli.result()["status"] == "ok"
 
 
-def wait_until(true, timeout_s=60):
+def wait_until(true, timeout_s=180):
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline

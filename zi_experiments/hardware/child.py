@@ -79,7 +79,9 @@ def answer(text: str) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Whatever ends the launcher ends this process."""
+    """Whatever ends the launcher ends this process, and when memory runs out this one goes first."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, ctypes.c_ulong(signal.SIGKILL))
     if os.getppid() != parent:
         sys.exit("the launcher has ended")
