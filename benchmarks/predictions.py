@@ -179,6 +179,10 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, default=CALIBRATION, metavar="FILE", help="a hardware choice")
     parser.add_argument("--output", type=Path, default=PAGE, metavar="FILE")
     asked = parser.parse_args()
+    if not asked.calibration.is_file():
+        parser.error(
+            f"{asked.calibration} is not there: python -m zi_experiments.hardware measures a machine and writes one"
+        )
     written = page(load_hardware(asked.calibration), asked.calibration.name, load())
     asked.output.write_text(written, encoding="utf-8")
 

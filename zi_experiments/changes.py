@@ -40,7 +40,6 @@ def one(run: Run, gpus_visible: int) -> Iterator[Change]:
 
 def with_setting(run: Run, key: str, value: object) -> Iterator[Change]:
     """The run with a setting by its dotted name, if the configuration allows it."""
-
     *groups, name = key.split(".")
     text = value.value if isinstance(value, Enum) else str(value).lower()
     yield from _changed(run, f"{key}={text}", lambda copy: setattr(reduce(getattr, groups, copy), name, value))

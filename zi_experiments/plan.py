@@ -126,12 +126,16 @@ class Plan:
         return 2 * ELEMENT_BYTES * work.sequences * largest
 
     @cached_property
+    def widest(self) -> int:
+        """Rows or columns of a decoder layer's widest matrix."""
+        return max(max(p.shape[-2:]) for p in self.architecture.parameters if p.layer is not None and len(p.shape) > 1)
+
+    @cached_property
     def workspace_bytes(self) -> int:
         """What a rank's pass holds beside weights, keys and values: an estimate from the widths of a layer's matrices."""
         work, arch = self.run.workload, self.architecture
         sequences: int = work.batch_size // self.run.hardware.num_gpus
-        widest = max(max(p.shape[-2:]) for p in arch.parameters if p.layer is not None and len(p.shape) > 1)
-        within = sequences * work.prompt_len * (3 * widest + 6 * arch.hidden_size)
+        within = sequences * work.prompt_len * (3 * self.widest + 6 * arch.hidden_size)
         between = 3 * sequences * work.micro_batches * work.prompt_len * arch.hidden_size
         logits: int = 5 * sequences * work.micro_batches * arch.config.get_text_config().vocab_size
         return ELEMENT_BYTES * (within + between + logits)

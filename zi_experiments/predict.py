@@ -140,9 +140,8 @@ def _interpolate(curve: dict[int, float], rows: float) -> float:
 def _traffic_s(plan: Plan, one: _Pass) -> float:
     """What moves in the device's memory beside the products: activations, keys and values, weights that are expanded."""
     arch, work, ranks = plan.architecture, plan.run.workload, plan.run.hardware.num_gpus
-    widest = max(max(p.shape[-2:]) for p in arch.parameters if p.layer is not None and len(p.shape) > 1)
     # a layer reads or writes its residual stream about a dozen times, and what is inside of its feed-forward part four
-    activations = work.sequences / ranks * one.tokens * arch.num_layers * (14 * arch.hidden_size + 4 * widest)
+    activations = work.sequences / ranks * one.tokens * arch.num_layers * (14 * arch.hidden_size + 4 * plan.widest)
     cache = CACHE_TRAFFIC * work.sequences / ranks * arch.kv_elements(one.cached + one.tokens)
     rate = plan.machine.ceilings.hbm_bytes_per_s
     share = CPU_TRAFFIC if plan.machine.device == "cpu" else 1.0
