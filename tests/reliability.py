@@ -30,6 +30,7 @@ class Faulty(Cli):
         self.marker = uuid.uuid4().hex
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
+        self.shared_before = _abandoned_shared_memory()  # of others, who were there first
 
     def environment(self, **variables: str) -> dict[str, str]:
         return super().environment(ZI_TEST=self.marker, TMPDIR=str(self.temporary), **variables)
@@ -59,7 +60,7 @@ class Faulty(Cli):
         weights = [path for base in (self.folder, *more) for path in base.rglob("zi-*") if path.is_dir()]
         found += ["weights" for path in weights if path.parent != self.temporary]
         found += [f"unfinished {path.name}" for path in self.folder.rglob(".result.json.tmp")]
-        return found + [f"shared memory {name}" for name in _abandoned_shared_memory()]
+        return found + [f"shared memory {name}" for name in sorted(_abandoned_shared_memory() - self.shared_before)]
 
 
 def _variable(process: psutil.Process, name: str) -> str | None:
@@ -69,7 +70,7 @@ def _variable(process: psutil.Process, name: str) -> str | None:
         return None
 
 
-def _abandoned_shared_memory() -> list[str]:
+def _abandoned_shared_memory() -> set[str]:
     """What of shared memory no process has mapped; other tests may run at the same time."""
     names = set(os.listdir("/dev/shm"))
     for process in psutil.process_iter():
@@ -77,7 +78,7 @@ def _abandoned_shared_memory() -> list[str]:
             names -= {Path(mapped.path).name for mapped in process.memory_maps() if mapped.path.startswith("/dev/shm/")}
         except psutil.Error:
             continue
-    return sorted(names)
+    return names
 
 
 def fill(folder: Path) -> None:
