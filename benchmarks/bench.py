@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CeilingsOf = Callable[[Case, Path], dict[str, float]]
 SHARES = ("of the\nbound", "predicted")  # measured against both
 sys.path.insert(0, str(ROOT))  # the checkout, whether it is installed or not
-DISK_REQUEST_BYTES, DISK_REQUESTS = 8 << 20, 8  # of a request, and how many at a time
+DISK_S = 4.0  # that it is read for: what others do there changes from one second to the next
 
 
 def arguments(one: Case, measured: dict[str, float], extra: list[str]) -> list[str]:
@@ -166,15 +166,16 @@ def choose(names: list[str], cases: tuple[Case, ...]) -> tuple[Case, ...]:
 
 def measure(one: Case, fixed: dict[str, float], disk: Path) -> dict[str, float]:
     """The ceilings of one case: machines are shared, so those that others use too are measured right before it."""
+    from published import compose
+
     from zi_experiments.hardware import rates
-    from zi_experiments.hardware.disk import Disk, bytes_per_s
+    from zi_experiments.hardware.disk import bytes_per_s, of_run
 
     measured = {"link_bytes_per_s": rates.link_bytes_per_s()} | fixed
     rates.release()
     if one.on_disk:
-        there = Disk(folder=disk, block_bytes=DISK_REQUEST_BYTES, in_flight=DISK_REQUESTS)
         try:
-            measured["disk_bytes_per_s"], _ = bytes_per_s(there)
+            measured["disk_bytes_per_s"], _ = bytes_per_s(of_run(compose(one.overrides), disk), DISK_S)
         except OSError as error:
             print(f"  the disk could not be measured: {error.strerror or error}", flush=True)
     shown = ", ".join(f"{name.split('_')[0]} {value:.4g}" for name, value in measured.items())

@@ -148,6 +148,7 @@ CASES = (
     case("opt-13b-int4", "stream", "opt-13b cpu int4", STREAM, *workload(), targets=INT4_TARGETS),
     case("opt-13b-int4", "deepspeed-reference", "opt-13b cpu int4", *REFERENCE, *workload(repeats=1)),
     case("opt-13b-int4", "deepspeed-tuned", "opt-13b cpu int4", *TUNED, *workload(repeats=1)),
+    case("opt-13b-resident", "stream", "opt-13b none int4", STREAM, *workload(repeats=1)),
     case(
         *("opt-175b-int4", "stream", "opt-175b cpu int4", STREAM, *SHORT),
         targets=(of_link(0.95), figure("s to load", "load_s", 60, at_most=True)),

@@ -1,53 +1,56 @@
-"""Predictions against measurements: docs/predictions.md from the runs in docs/results and what was measured of their machine.
+"""Predictions against measurements: docs/predictions.md from the benchmarks in docs/results.
 
-python benchmarks/predictions.py [--calibration FILE] [--output FILE]
+python benchmarks/predictions.py [--output FILE]
 """
 
 import argparse
 import json
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from omegaconf import OmegaConf
-from published import LIMITS, compose, described_machine
+from published import LIMITS, compose
 
 from zi_experiments import architecture, planner, predict
-from zi_experiments.config import Hardware, Run
+from zi_experiments.config import Calibration, Ceilings
 from zi_experiments.hardware import Machine
 from zi_experiments.plan import Plan
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE, CALIBRATION = DOCS / "predictions.md", DOCS / "results" / "calibration-h200.yaml"
-RESULTS = tuple(
-    DOCS / "results" / name for name in ("bench-h200.json", "stream-more-h200.json", "opt-175b-cpu-h200.json")
-)
-ELSEWHERE = ("-m", "tracking=", "offload.path=", "hardware=", "hardware.ceilings.")  # what a plan does not depend on
+PAGE = DOCS / "predictions.md"
+RESULTS = (DOCS / "results" / "bench-h200.json",)
+ELSEWHERE = ("-m", "tracking=", "offload.path=", "hardware.ceilings.")  # what a plan does not depend on, or has already
 HEADER = """# Predictions against measurements
 
 Written by `make test ARGS="-n 0 tests/test_predictions.py --update-golden"`, and compared with the code by every `make test`.
 
-Each row is a run on an {gpu}, and what its plan predicts before anything is loaded ([limits.md](limits.md) has the
-formulas). The machine is the one that `python -m zi_experiments.hardware` has measured
-([`{calibration}`](results/{calibration})), with the rates of link, memory, arithmetic and disk as measured in the run's own
-job, where that was done. An error is the prediction over the measured median, minus 1.
-
-| model | engine | weights | besides | prefill s | predicted | error | mostly | step s | predicted | error | mostly |
-|---|---|---|---|---|---|---|---|---|---|---|---|
+Each row is a case of `make bench-gpu` ([`docs/results`](results)), and what its plan predicts before anything is loaded
+([limits.md](limits.md) has the formulas), from the rates of its machine: those that `hardware=auto` has measured there, and
+link, memory, arithmetic and disk as they were measured again right before the case. An error is the prediction over the
+measured median, minus 1.
 """
+COLUMNS = (
+    *("model", "engine", "weights", "besides"),
+    *("prefill s", "predicted", "error", "mostly", "step s", "predicted", "error", "mostly"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """A run, and the ceilings that were measured in its job."""
+    """A run, and the machine that it was planned for."""
 
     command: str
-    ceilings: dict[str, float]
+    machine: Machine
+    processor: str
     prefill_s: float
     step_s: float
+
+    @property
+    def on(self) -> str:
+        return self.machine.gpu_name or self.processor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,60 +77,64 @@ def error(predicted: float | None, measured: float) -> float:
 
 
 def runs(found: dict[str, Any]) -> Iterator[Measured]:
-    """The runs of a file that have figures: cases of `make bench-gpu`, or whole records."""
-    for case in found.get("cases", {}).values():
-        yield from _measured(case["command"], case["ceilings"], case["metrics"])
-    for record in found.get("runs", []):
-        ceilings = record["config"]["hardware"]["ceilings"]
-        known = {name: rate for name, rate in ceilings.items() if isinstance(rate, float)}
-        yield from _measured(record["run"]["command"], known, record["metrics"])
+    """The cases of a benchmark's file that have figures, and a machine that was measured."""
+    for case in found["cases"].values():
+        if case["metrics"] is not None and case["plan"]["rates"]["calibration"] is not None:
+            yield Measured(
+                command=case["command"],
+                machine=machine_of(case),
+                processor=case["environment"]["cpu"],
+                prefill_s=case["metrics"]["ttft_s"],
+                step_s=case["metrics"]["tpot_p50_s"],
+            )
 
 
-def _measured(command: str, ceilings: dict[str, float], metrics: dict[str, float] | None) -> Iterator[Measured]:
-    if metrics is not None:
-        times = {"prefill_s": metrics["ttft_s"], "step_s": metrics["tpot_p50_s"]}
-        yield Measured(command=command, ceilings=ceilings, **times)
-
-
-def load_hardware(path: Path) -> Hardware:
-    """The `hardware` choice in a file."""
-    hardware = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Hardware), OmegaConf.load(path)))
-    assert isinstance(hardware, Hardware)
-    return hardware
-
-
-def machine_of(measured: Measured, run: Run, hardware: Hardware) -> Machine:
-    """The machine as it was known to be, the rates of the run's own job laid over those of the file."""
-    limited = run.hardware
-    known = replace(
-        hardware,
-        memory_gib=limited.memory_gib or hardware.memory_gib,
-        host_memory_gib=limited.host_memory_gib or hardware.host_memory_gib,
-        ceilings=replace(hardware.ceilings, **measured.ceilings),
+def machine_of(case: dict[str, Any]) -> Machine:
+    """The machine as the plan of a case had it."""
+    plan, around = case["plan"], case["environment"]
+    memory = {use["where"]: use["available"] for use in plan["memory"]}
+    rates = dict(plan["rates"])
+    measured = rates.pop("calibration")
+    products = {
+        kind: {int(rows): rate for rows, rate in curve.items()} for kind, curve in measured["gemm_flops"].items()
+    }
+    return Machine(
+        device=plan["device"],
+        gpu_name=around["gpu"],
+        gpus_visible=1,
+        gpu_memory_bytes=memory.get("GPU"),
+        gpu_memory_is_capped="hardware.memory_gib=" in case["command"],
+        host_memory_bytes=memory["host"],
+        disk_free_bytes=memory.get("disk"),
+        dtypes=(plan["dtype"],),
+        ceilings=Ceilings(**rates),
+        calibration=Calibration(**{**measured, "gemm_flops": products}),
+        driver=around["driver"],
     )
-    capped = limited.memory_gib is not None
-    return replace(described_machine(known), gpu_memory_is_capped=capped, calibration=hardware.calibration)
 
 
-def compare(measured: Measured, hardware: Hardware) -> Compared:
+def compare(measured: Measured) -> Compared:
     """The plan that the code makes of the command today, and its prediction."""
     typed = [each for each in shlex.split(measured.command)[3:] if not each.startswith(ELSEWHERE)]
     run = compose(tuple(typed))
-    plan = planner.build(run, architecture.load(run), machine_of(measured, run, hardware))
+    plan = planner.build(run, architecture.load(run), measured.machine)
     return Compared(measured=measured, plan=plan, prediction=predict.predict(plan))
 
 
-def page(hardware: Hardware, calibration: str, found: list[Measured]) -> str:
-    """The table, and the median and the worst error below it."""
-    compared = [compare(each, hardware) for each in found]
-    prefill, steps = [each.prefill_error for each in compared], [each.step_error for each in compared]
-    below = (
-        f"\nErrors without their signs: prefill {_spread(prefill)}; decode {_spread(steps)}. "
-        f"Of {len(compared)} runs {_close(prefill)} have their prefill predicted within 10 %, "
-        f"and {_close(steps)} their decode step.\n"
-    )
-    header = HEADER.format(gpu=hardware.gpu, calibration=calibration)
-    return header + "".join(map(_line, compared)) + below
+def page(found: list[Measured]) -> str:
+    """A table for each machine, and the median and the worst error below it."""
+    made = HEADER
+    for machine in dict.fromkeys(each.on for each in found):
+        compared = [compare(each) for each in found if each.on == machine]
+        prefill, steps = [each.prefill_error for each in compared], [each.step_error for each in compared]
+        made += f"\n## {machine}\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+        made += "".join(map(_line, compared))
+        made += (
+            f"\nErrors without their signs: prefill {_spread(prefill)}; decode {_spread(steps)}. "
+            f"Of {len(compared)} runs {_close(prefill)} have their prefill predicted within 10 %, "
+            f"and {_close(steps)} their decode step.\n"
+        )
+    return made
 
 
 def _spread(errors: list[float]) -> str:
@@ -176,15 +183,9 @@ def load() -> list[Measured]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calibration", type=Path, default=CALIBRATION, metavar="FILE", help="a hardware choice")
     parser.add_argument("--output", type=Path, default=PAGE, metavar="FILE")
     asked = parser.parse_args()
-    if not asked.calibration.is_file():
-        parser.error(
-            f"{asked.calibration} is not there: python -m zi_experiments.hardware measures a machine and writes one"
-        )
-    written = page(load_hardware(asked.calibration), asked.calibration.name, load())
-    asked.output.write_text(written, encoding="utf-8")
+    asked.output.write_text(page(load()), encoding="utf-8")
 
 
 if __name__ == "__main__":

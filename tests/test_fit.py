@@ -23,7 +23,7 @@ CONTEXT, LIBRARIES, PROCESS = GIB, GIB // 8, 2_500_000_000
 def workspace(batch, micro_batches=1):
     """16-bit elements within a layer, between layers, and of the last token's logits."""
     within = batch * 512 * (3 * WIDEST + 6 * HIDDEN)
-    between = 3 * batch * micro_batches * 512 * HIDDEN
+    between = (3 if micro_batches == 1 else 4) * batch * micro_batches * 512 * HIDDEN
     return 2 * (within + between + 5 * batch * micro_batches * VOCABULARY)
 
 

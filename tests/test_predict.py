@@ -91,6 +91,17 @@ def test_keys_and_values_on_the_host_cross_too(planned):
     assert got.prefill_s == near(STREAMED / 50e9)  # there are none yet
 
 
+def test_moving_keys_and_values_is_launched_layer_by_layer(planned):
+    known = {"layer_s": 0.1, "step_s": 2.0}
+    here, there = (
+        planned("offload=cpu", f"kv_cache={place}", known=known, overlap={"launch": 3.0}) for place in ("gpu", "cpu")
+    )
+
+    assert predict(here).decode_step_s == near(2 + 3.0 * 0.1 * 40)
+    assert predict(there).decode_step_s == near(2 + 3.5 * 0.1 * 40)
+    assert predict(there).limited_by == "launch"
+
+
 def test_keys_and_values_cross_pinned_whatever_the_weights(planned):
     known = {"link_pageable_bytes_per_s": 10e9}
     plan = planned("offload=cpu", "kv_cache=cpu", "offload.pin_memory=false", known=known, link_bytes_per_s=50e9)
@@ -349,6 +360,12 @@ def test_loading_makes_the_weights_and_puts_them_where_they_stay(planned, overri
     plan = planned(*overrides, known=known, overlap={"load_s": 3.0, "load_s_per_parameter": 1e-9})
 
     assert predict(plan).load_s == near(3.0 + 12.85347328 + expected)
+
+
+def test_an_engine_may_pin_several_blocks_at_a_time(planned):
+    known = {"pin_bytes_per_s": 4e9, "host_bytes_per_s": 20e9}
+    for overrides, rate in (("offload=cpu",), 8e9), (("offload=cpu", "offload.pin_memory=false"), 20e9):
+        assert predict(planned(*overrides, known=known, overlap={"pinning": 2.0})).load_s == near(STREAMED / rate)
 
 
 def test_loading_to_a_disk_writes_there_and_fills_the_buffers(planned):

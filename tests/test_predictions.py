@@ -2,120 +2,116 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import predictions
-from predictions import Measured
+
+from zi_experiments.config import Calibration, Ceilings
 
 COMMAND = "python -m zi_experiments engine=stream quant=fp16 hardware.host_memory_gib=64 hardware.ceilings.flops=1e12"
 # a link so slow that a pass of engine=stream takes what it streams, and nothing besides
-FILE = """# measured by python -m zi_experiments.hardware
-name: made-up
-device: cuda
-gpu: Made Up
-num_gpus: 1
-memory_gib: 16.0
-host_memory_gib: null
-dtypes: [float16]
-ceilings: {link_bytes_per_s: 1.0e+8, hbm_bytes_per_s: 1.0e+12, flops: 1.0e+14, disk_bytes_per_s: null, source: made up}
-calibration:
-  link_back_bytes_per_s: null
-  link_both_bytes_per_s: null
-  link_pageable_bytes_per_s: 1.0e+7
-  pin_bytes_per_s: null
-  host_bytes_per_s: 1.0e+10
-  disk_write_bytes_per_s: null
-  gemm_flops: {float16: {1: 1.0e+12, 4096: 1.0e+14}}
-  expand_elements_per_s: null
-  layer_s: 1.0e-05
-  step_s: 1.0e-05
-"""
+LINK = 1e8
+CEILINGS = Ceilings(link_bytes_per_s=LINK, hbm_bytes_per_s=1e12, flops=1e14, disk_bytes_per_s=None, source="made up")
+CALIBRATION = Calibration(
+    link_back_bytes_per_s=None,
+    link_both_bytes_per_s=None,
+    link_pageable_bytes_per_s=1e7,
+    pin_bytes_per_s=None,
+    host_bytes_per_s=1e10,
+    disk_write_bytes_per_s=None,
+    gemm_flops={"float16": {1: 1e12, 4096: 1e14}},
+    expand_elements_per_s=None,
+    layer_s=1e-5,
+    step_s=1e-5,
+)
 
 
-@pytest.fixture
-def hardware(tmp_path):
-    path = tmp_path / "made-up.yaml"
-    path.write_text(FILE)
-    return predictions.load_hardware(path)
+def case(prefill_s=1.0, step_s=1.0, command=COMMAND, gpu="Made Up"):
+    """A case as a benchmark's file has it, which is JSON."""
+    made = {
+        "command": command,
+        "metrics": {"ttft_s": prefill_s, "tpot_p50_s": step_s},
+        "environment": {"gpu": gpu, "cpu": "A Processor", "driver": None},
+        "plan": {
+            "device": "cuda",
+            "dtype": "float16",
+            "memory": [{"where": "GPU", "available": 16 << 30}, {"where": "host", "available": 64 << 30}],
+            "rates": asdict(CEILINGS) | {"calibration": asdict(CALIBRATION)},
+        },
+    }
+    return json.loads(json.dumps(made))
 
 
-def measured(prefill_s=1.0, step_s=1.0, command=COMMAND, **ceilings):
-    return Measured(command=command, ceilings=ceilings, prefill_s=prefill_s, step_s=step_s)
+def measured(*args, **kwargs):
+    (found,) = predictions.runs({"cases": {"one": case(*args, **kwargs)}})
+    return found
 
 
-def test_errors_by_hand(hardware):
+@pytest.fixture(scope="module")
+def streamed_s():
+    """What a pass streams, over the link."""
+    return predictions.compare(measured()).plan.streamed_bytes_per_pass / LINK
+
+
+def test_errors_by_hand(streamed_s):
     """Predicted is what is streamed over the link: a quarter more than measured, then a fifth less."""
-    streamed_s = predictions.compare(measured(), hardware).plan.streamed_bytes_per_pass / 1e8
-    one = predictions.compare(measured(streamed_s / 1.25, streamed_s / 0.8), hardware)
+    one = predictions.compare(measured(streamed_s / 1.25, streamed_s / 0.8))
 
     assert streamed_s > 1
     assert (one.prefill_error, one.step_error) == (pytest.approx(0.25), pytest.approx(-0.2))
     assert one.prediction.limited_by == "link"
 
 
-def test_rates_of_the_job_lie_over_those_of_the_file(hardware):
-    alone = predictions.compare(measured(), hardware)
-    twice = predictions.compare(measured(link_bytes_per_s=2e8), hardware)
+@pytest.mark.parametrize(("typed", "capped"), [("", False), (" hardware.memory_gib=16", True)])
+def test_the_machine_is_the_one_that_was_planned_for(typed, capped):
+    machine = predictions.compare(measured(command=COMMAND + typed)).plan.machine
 
-    assert twice.prediction.decode_step_s == pytest.approx(alone.prediction.decode_step_s / 2)
-    assert twice.plan.machine.ceilings == replace(hardware.ceilings, link_bytes_per_s=2e8)
-    assert twice.plan.machine.calibration == hardware.calibration
-
-
-@pytest.mark.parametrize(("typed", "gib", "capped"), [("", 16, False), (" hardware.memory_gib=4", 4, True)])
-def test_memory_of_the_command_and_of_the_file(hardware, typed, gib, capped):
-    machine = predictions.compare(measured(command=COMMAND + typed), hardware).plan.machine
-
-    assert machine.gpu_memory_bytes == gib << 30
+    assert (machine.ceilings, machine.calibration) == (CEILINGS, CALIBRATION)
+    assert (machine.gpu_memory_bytes, machine.host_memory_bytes) == (16 << 30, 64 << 30)
     assert machine.gpu_memory_is_capped is capped
-    assert machine.host_memory_bytes == 64 << 30
+    assert (machine.gpu_name, machine.device, machine.dtypes) == ("Made Up", "cuda", ("float16",))
 
 
-def test_runs_of_a_file():
-    """Cases with the rates of their job, and records with those that were typed; what has no figures is left out."""
-    metrics = {"ttft_s": 2.0, "tpot_p50_s": 0.5}
-    typed = {"link_bytes_per_s": 5e10, "flops": None, "source": "typed"}
-    found = {
-        "cases": {
-            "a/stream": {"command": "a", "ceilings": {"flops": 7e14}, "metrics": metrics},
-            "a/fsdp": {"command": "b", "ceilings": {}, "metrics": None},
-        },
-        "runs": [{"run": {"command": "c"}, "config": {"hardware": {"ceilings": typed}}, "metrics": metrics}],
-    }
+def test_what_has_no_figures_or_no_measured_machine_is_left_out():
+    failed, published = case(), case()
+    failed["metrics"] = None
+    published["plan"]["rates"]["calibration"] = None
 
-    assert list(predictions.runs(found)) == [
-        Measured(command="a", ceilings={"flops": 7e14}, prefill_s=2.0, step_s=0.5),
-        Measured(command="c", ceilings={"link_bytes_per_s": 5e10}, prefill_s=2.0, step_s=0.5),
-    ]
+    assert list(predictions.runs({"cases": {"failed": failed, "published": published}})) == []
 
 
-def test_the_page_by_hand(hardware):
-    streamed_s = predictions.compare(measured(), hardware).plan.streamed_bytes_per_pass / 1e8
+def test_the_page_by_hand(streamed_s):
     cached = measured(streamed_s / 0.6, streamed_s / 0.7, COMMAND + " workload.micro_batches=2")
     runs = [measured(streamed_s / 1.05, streamed_s), measured(streamed_s / 0.8, streamed_s), cached]
-    page = predictions.page(hardware, "made-up.yaml", runs)
+    page = predictions.page([*runs, measured(streamed_s, streamed_s / 1.01, gpu=None)])
 
-    lines = [line for line in page.splitlines() if line.startswith("| opt-125m | stream | cpu fp16 |")]
+    before, _, after = page.partition("## A Processor")
+    assert "## Made Up" in before
+    lines = [line for line in before.splitlines() if line.startswith("| opt-125m | stream | cpu fp16 |")]
     assert [line.split(" | ")[3] for line in lines] == ["", "", "2 micro-batches"]
     assert [line.split(" | ")[6] for line in lines] == ["+5.0 %", "-20.0 %", "-40.0 %"]
     assert [line.split(" | ")[10] for line in lines] == ["+0.0 %", "+0.0 %", "-30.0 %"]
-    assert "prefill median 20.0 %, worst 40.0 %; decode median 0.0 %, worst 30.0 %." in page
-    assert "Of 3 runs 1 have their prefill predicted within 10 %, and 2 their decode step." in page
+    assert "prefill median 20.0 %, worst 40.0 %; decode median 0.0 %, worst 30.0 %." in before
+    assert "Of 3 runs 1 have their prefill predicted within 10 %, and 2 their decode step." in before
+    assert "decode median 1.0 %, worst 1.0 %. Of 1 runs 1 have" in after
 
 
-def test_plans_are_those_that_were_measured(hardware):
+def test_plans_are_those_that_were_measured():
     """A prediction for other bytes than a run has moved would compare nothing."""
-    machine = replace(hardware, memory_gib=139.8, gpu="H200", dtypes=["float16", "bfloat16"])
-    moved = []
-    for path in predictions.RESULTS:
-        found = json.loads(path.read_text())
-        entries = [*found.get("cases", {}).values(), *found.get("runs", [])]
-        moved += [entry["plan"]["streamed_bytes_per_pass"] for entry in entries if entry["metrics"]]
-    plans = [predictions.compare(each, machine).plan for each in predictions.load()]
+    found = [json.loads(path.read_text()) for path in predictions.RESULTS]
+    moved = [case["plan"]["streamed_bytes_per_pass"] for file in found for case in file["cases"].values()]
+    plans = [predictions.compare(each).plan for each in predictions.load()]
 
     assert [plan.streamed_bytes_per_pass for plan in plans] == moved
     assert len({plan.run.engine.name for plan in plans}) == 4
+
+
+def test_the_page_is_what_is_generated(pytestconfig):
+    page = predictions.page(predictions.load())
+    if pytestconfig.getoption("update_golden"):
+        predictions.PAGE.write_text(page)
+    assert predictions.PAGE.read_text() == page

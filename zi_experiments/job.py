@@ -24,6 +24,7 @@ from zi_experiments import (
     checkpoint,
     engines,
     environment,
+    failures,
     hardware,
     hashes,
     launch,
@@ -295,7 +296,7 @@ def _settled(config: dict[str, Any], run: Run) -> dict[str, Any]:
 def _explain(error: Exception) -> tuple[Status, Failure]:
     if isinstance(error, ConfigError):
         return "refused", Failure(type="ConfigError", message=str(error))
-    if isinstance(error, launch.WorkerError):
+    if isinstance(error, failures.WorkerError):
         return error.status, error.failure
     trace = "".join(traceback.format_exception(error))
     return "error", Failure(type=type(error).__name__, message=str(error), traceback=trace)

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from zi_experiments import environment, signals
+from zi_experiments import environment, failures, signals
 from zi_experiments.plan import Plan
-from zi_experiments.progress import Display, Event
-from zi_experiments.record import Failure, Status
+from zi_experiments.progress import Display
 
 if TYPE_CHECKING:
     from zi_experiments.worker import Measurement  # it imports torch
@@ -29,21 +28,12 @@ _INTERVAL_S = 0.1
 _GRACE_S = 2.0  # for a worker to end by itself, or to say where it is
 
 
-class WorkerError(Exception):
-    """The workers did not finish: the status and failure of the first that ended."""
-
-    def __init__(self, status: Status, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.status = status
-        self.failure = failure
-
-
 def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, console: Console) -> "Measurement":
     """Run the workers of a plan, one process per GPU, and return what rank 0 measured, with the largest GPU peak.
 
-    Their output goes to files under `logs`, and their temporary files to the folder `temporary`. Raises `WorkerError` when
-    one fails, is killed, or gives no sign of progress for `launch.timeout_s`. A `KeyboardInterrupt` passes through once the
-    workers are gone.
+    Their output goes to files under `logs`, and their temporary files to the folder `temporary`. Raises
+    `failures.WorkerError` when one fails, is killed, or gives no sign of progress for `launch.timeout_s`. A
+    `KeyboardInterrupt` passes through once the workers are gone.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -68,7 +58,7 @@ def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, cons
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
     )
     reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    kills_before = _oom_kills()
+    kills_before = failures.oom_kills()
     inherited = environment.worker_environment(cuda=plan.machine.device == "cuda")
     with (
         _temporary_files_in(temporary),
@@ -82,10 +72,10 @@ def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, cons
             timed_out = _watch(running, display, plan.run.launch.timeout_s)
             results = running.result()
         except ChildFailedError as error:
-            when = _when(display.last)
+            when = failures.when(display.last)
             if timed_out:
-                raise _hung(plan.run.launch.timeout_s, when, logs) from None
-            raise _explain(error, when, _oom_kills() > kills_before, logs) from None
+                raise failures.of_silence(plan.run.launch.timeout_s, when, logs) from None
+            raise failures.of_worker(error, plan, when, failures.oom_kills() > kills_before, logs) from None
         except KeyboardInterrupt:
             signals.acknowledge()
             _stop(running)
@@ -137,72 +127,3 @@ def _signal(process: Any, number: signal.Signals) -> None:
 
 def _ended(running: Future[Any], timeout_s: float) -> bool:
     return bool(wait([running], timeout_s).done)
-
-
-def _hung(timeout_s: float, when: str, logs: Path) -> WorkerError:
-    message = f"no sign of progress for {timeout_s:g} s {when}: the run was stopped"
-    hint = f"if it only takes longer, pass a larger launch.timeout_s; where it was is in the logs: {logs}"
-    return WorkerError("killed", Failure(type="Timeout", message=message, hint=hint, traceback=_log_tail(logs, 0)))
-
-
-def _when(last: Event | None) -> str:
-    """Where in a run its workers were last heard of."""
-    if last is None:
-        return "at the start"
-    return f"{'after' if last.ended else 'during'} {last.phase}"
-
-
-def _explain(error: Any, when: str, oom_killed: bool, logs: Path) -> WorkerError:
-    """What the first failed worker says about itself, or what the kernel says about it."""
-    rank, first = error.get_first_failure()
-    where = f"the logs are in {logs}"
-    if first.exitcode < 0:
-        name = signal.Signals(-first.exitcode).name
-        if oom_killed and name == "SIGKILL":
-            message = f"rank {rank} was killed by the kernel {when}: the host ran out of memory"
-            hint = "pass quant=int4, offload=nvme or a smaller hardware.host_memory_gib"
-            return WorkerError("oom", Failure(type="OutOfMemory", message=message, hint=f"{hint}; {where}"))
-        message = f"rank {rank} was ended by {name} {when}"
-        status: Status = "killed" if name in ("SIGKILL", "SIGTERM", "SIGINT") else "error"
-        return WorkerError(status, Failure(type=name, message=message, hint=where, traceback=_log_tail(logs, rank)))
-    data = first.error_file_data.get("message", {})
-    text = data.get("message", first.message) if isinstance(data, dict) else str(data)
-    trace = data.get("extraInfo", {}).get("py_callstack") if isinstance(data, dict) else None
-    kind, _, message = text.partition(": ")
-    trace = trace or _log_tail(logs, rank)
-    if short := _out_of_memory(kind, text):
-        what, hint = short
-        return WorkerError(
-            "oom", Failure(type=kind, message=f"{what} (rank {rank}, {when})", hint=hint, traceback=trace)
-        )
-    message = f"{message.strip() or kind} (rank {rank}, {when})"
-    return WorkerError("error", Failure(type=kind, message=message, hint=where, traceback=trace))
-
-
-def _out_of_memory(kind: str, text: str) -> tuple[str, str] | None:
-    """What ran out, when an error says that memory did, and what to pass."""
-    if kind in ("OutOfMemoryError", "AcceleratorError") and "out of memory" in text:
-        return (
-            "the GPU ran out of memory",
-            "pass a smaller workload.batch_size, offload=cpu, quant=int4 or kv_cache=cpu",
-        )
-    if kind == "MemoryError" or "can't allocate memory" in text or "out of memory" in text:
-        return "the host ran out of memory", "pass quant=int4, offload=nvme or offload.pin_memory=false"
-    return None
-
-
-def _log_tail(logs: Path, rank: int, lines: int = 40) -> str | None:
-    for path in sorted(logs.glob(f"*/attempt_0/{rank}/stderr.log"), reverse=True):  # the latest try first
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
-    return None
-
-
-def _oom_kills() -> int:
-    """How many processes the kernel has killed for memory since boot."""
-    try:
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    except OSError:
-        pass
-    return 0

@@ -36,6 +36,7 @@ class Overlap:
     disk: float = 1.0  # share of the disk's rate that it reaches
     load_s: float = 2.0  # of loading that does not depend on the model's size
     load_s_per_parameter: float = 0.0  # to make or convert one, and quantize it
+    pinning: float = 1.0  # rate at which loading pins, as a multiple of that of one block at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +137,9 @@ class Plan:
         work, arch = self.run.workload, self.architecture
         sequences: int = work.batch_size // self.run.hardware.num_gpus
         within = sequences * work.prompt_len * (3 * self.widest + 6 * arch.hidden_size)
-        between = 3 * sequences * work.micro_batches * work.prompt_len * arch.hidden_size
+        # the model keeps its embeddings; micro-batches are put together into a layer's output while its input is still read
+        kept = 3 if work.micro_batches == 1 else 4
+        between = kept * sequences * work.micro_batches * work.prompt_len * arch.hidden_size
         logits: int = 5 * sequences * work.micro_batches * arch.config.get_text_config().vocab_size
         return ELEMENT_BYTES * (within + between + logits)
 

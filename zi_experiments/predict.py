@@ -8,6 +8,7 @@ from zi_experiments.config import CacheDevice, Calibration
 from zi_experiments.plan import ELEMENT_BYTES, Plan
 
 CACHE_TRAFFIC = 3  # a step reads keys and values to append to them, writes them, and reads them to attend
+CACHE_LAUNCH = 0.5  # of a layer of plain transformers, to move its keys and values between host memory and the GPU
 CPU_TRAFFIC = 0.15  # of the rate of a copy that element-wise operations of a processor reach
 EXPANDED_BYTES = 2.5  # of memory traffic for each INT4 weight that is expanded to 16 bits
 
@@ -73,20 +74,25 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
     weights_s = _over(plan.streamed_bytes_per_pass / ranks, link)
     cache_s = _over(_cache_bytes_on_link(plan, one) / ranks, rates.link_bytes_per_s)
     passes = plan.architecture.num_layers * work.micro_batches
+    launches = overlap.launch + (CACHE_LAUNCH if _moves_cache(plan) else 0)
     return {
         "link": weights_s + cache_s,
         "disk": _over(plan.placement.nvme_bytes, (rates.disk_bytes_per_s or 0) * overlap.disk),
         "gemm": _gemm_s(plan, one),
         "hbm": _traffic_s(plan, one),
-        "launch": ((known.layer_s or 0) * overlap.launch * passes + (known.step_s or 0)) if known else 0.0,
+        "launch": ((known.layer_s or 0) * launches * passes + (known.step_s or 0)) if known else 0.0,
     }
 
 
 def _cache_bytes_on_link(plan: Plan, one: _Pass) -> int:
     """Keys and values that come to the GPU, for which weights have to wait; those that go back take the other way."""
-    if plan.run.kv_cache.device is CacheDevice.gpu or plan.machine.device == "cpu":
+    if not _moves_cache(plan):
         return 0
     return ELEMENT_BYTES * plan.run.workload.sequences * plan.architecture.kv_elements(one.cached)
+
+
+def _moves_cache(plan: Plan) -> bool:
+    return plan.run.kv_cache.device is CacheDevice.cpu and plan.machine.device == "cuda"
 
 
 def _gemm_s(plan: Plan, one: _Pass) -> float:
@@ -164,7 +170,8 @@ def _load_s(plan: Plan) -> float | None:
     overlap, known = plan.storage.overlap, plan.machine.calibration
     if known is None:
         return None
-    filled = known.pin_bytes_per_s if plan.pin_memory else known.host_bytes_per_s
+    pinned = known.pin_bytes_per_s and overlap.pinning * known.pin_bytes_per_s
+    filled = pinned if plan.pin_memory else known.host_bytes_per_s
     made_s = overlap.load_s_per_parameter * plan.architecture.num_parameters
     host_s = _over(plan.placement.cpu_bytes + plan.storage.host_buffer_bytes, filled)
     return overlap.load_s + made_s + host_s + _over(plan.placement.nvme_bytes, known.disk_write_bytes_per_s)

@@ -4,7 +4,7 @@ import faulthandler
 import logging
 import signal
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -40,17 +40,17 @@ def main(plan: Plan, config: dict[str, Any], channel: Connection) -> Measurement
     progress = Progress(channel.send) if first else silent()
     _limit_gpu_memory(plan)
     engine = engines.get(plan.run.engine.name)
-    engine.prepare(plan, progress)
-    began = time.perf_counter()
-    session = engine.load(plan, config, progress)
-    load_s = time.perf_counter() - began
-    try:
+    with ExitStack() as held:
+        held.push(distributed.leave)
+        engine.prepare(plan, progress)
+        began = time.perf_counter()
+        session = engine.load(plan, config, progress)
+        held.callback(session.close)
+        load_s = time.perf_counter() - began
         verification = verify(session, plan, progress) if plan.run.verify is Verify.on else None
         if verification is not None and not verification.passed:
             return Measurement(samples=None, verification=verification, perplexity=None, gpu_peak_bytes=0)
         return _measure(plan, session, load_s, verification, progress)
-    finally:
-        session.close()
 
 
 def _belong_to_the_launcher() -> None:

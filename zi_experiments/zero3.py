@@ -9,9 +9,9 @@ from zi_experiments.plan import ELEMENT_BYTES, Overlap, Placement, Plan, Storage
 
 MIN_SWAP_BYTES = 1 << 20  # DeepSpeed keeps smaller parameters in memory
 OVERLAP = {
-    Profile.tuned: Overlap(hidden=0.95, launch=2.5, stall=1.6, disk=0.7, load_s=3.5, load_s_per_parameter=2e-10),
+    Profile.tuned: Overlap(hidden=0.95, launch=2.5, stall=1.6, disk=0.7, load_s=2.0, load_s_per_parameter=2e-10),
     # a hook, a fetch and a wait for every submodule, with nothing on its way meanwhile
-    Profile.reference: Overlap(hidden=0.0, launch=10.0, stall=0.0, disk=0.7, load_s=3.5, load_s_per_parameter=2e-10),
+    Profile.reference: Overlap(hidden=1.0, launch=14.0, stall=8.0, disk=0.7, load_s=2.0, load_s_per_parameter=2e-10),
 }
 
 

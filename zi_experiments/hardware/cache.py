@@ -14,7 +14,7 @@ from zi_experiments.config import Calibration, Ceilings
 from zi_experiments.hardware import Machine
 from zi_experiments.hardware.disk import Disk, existing, mount_of
 
-FORMAT = 1  # raised when a figure is measured in another way
+FORMAT = 2  # raised when a figure is measured in another way
 _NAMES = {field.name for field in (*fields(Ceilings), *fields(Calibration))} - {"source"}
 
 

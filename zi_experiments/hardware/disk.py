@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 from zi_experiments.config import Run
@@ -17,7 +16,6 @@ from zi_experiments.config import Run
 MOST_IN_FLIGHT = 64
 _MOST_BUFFER_BYTES = 1 << 30  # of all requests together
 _MOST_BYTES = 1 << 30  # of the file: some filesystems take seconds to free a larger one
-_EACH_WAY_S = 1.0
 _LEAST_REQUESTS = 4
 _MEMORY = ("tmpfs", "ramfs")  # newer kernels take O_DIRECT there, and copy
 
@@ -85,7 +83,7 @@ def mount_of(folder: Path) -> Mount:
     return Mount(device=part.device, mountpoint=part.mountpoint, kind=part.fstype)
 
 
-def bytes_per_s(disk: Disk) -> tuple[float, float]:
+def bytes_per_s(disk: Disk, each_way_s: float = 1.0) -> tuple[float, float]:
     """What the disk reads and what it writes, over a file of its own that has no name and so never stays behind.
 
     Raises `OSError`, in one line, where there is no room, no permission, or no disk below the filesystem.
@@ -96,19 +94,22 @@ def bytes_per_s(disk: Disk) -> tuple[float, float]:
     blocks = min(_MOST_BYTES, shutil.disk_usage(folder).free // 2) // disk.block_bytes
     if blocks < _LEAST_REQUESTS:
         raise OSError(f"{folder} has no room for {2 * _LEAST_REQUESTS} requests of {disk.block_bytes} bytes")
+    in_flight = min(disk.in_flight, blocks)
+    region = blocks // in_flight * disk.block_bytes
     with ExitStack() as held:
         descriptor = _nameless(folder)
         held.callback(os.close, descriptor)
         with suppress(OSError):  # without it a file grows as it is written
-            os.posix_fallocate(descriptor, 0, blocks * disk.block_bytes)
+            os.posix_fallocate(descriptor, 0, in_flight * region)
         # anonymous pages: O_DIRECT wants aligned buffers
-        buffers = [held.enter_context(mmap.mmap(-1, disk.block_bytes)) for _ in range(disk.in_flight)]
+        buffers = [held.enter_context(mmap.mmap(-1, disk.block_bytes)) for _ in range(in_flight)]
         random = os.urandom(disk.block_bytes)  # a disk that compresses finds nothing in it
         for buffer in buffers:
             buffer.write(random)
-        written, write_rate = _carry_out(os.pwritev, descriptor, buffers, blocks, again=False)
+        everything = [region // disk.block_bytes] * in_flight
+        written, write_rate = _carry_out(os.pwritev, descriptor, buffers, region, everything, each_way_s, again=False)
         os.fdatasync(descriptor)
-        _, read_rate = _carry_out(os.preadv, descriptor, buffers, written, again=True)
+        _, read_rate = _carry_out(os.preadv, descriptor, buffers, region, written, each_way_s, again=True)
         return read_rate, write_rate
 
 
@@ -125,27 +126,31 @@ def _nameless(folder: Path) -> int:
 
 
 def _carry_out(
-    request: Callable[..., int], descriptor: int, buffers: list[mmap.mmap], blocks: int, again: bool
-) -> tuple[int, float]:
-    """Requests one after the other through `blocks` blocks, and from the start `again`, until the time is over.
+    request: Callable[..., int],
+    descriptor: int,
+    buffers: list[mmap.mmap],
+    region: int,
+    blocks: list[int],
+    seconds: float,
+    *,
+    again: bool,
+) -> tuple[list[int], float]:
+    """Each buffer's requests, through so many blocks of a region of its own, and from its start `again`, until time is over.
 
-    How many there were, and the bytes per second.
+    Engines read so too: a part of a layer by each request, far from the others, which disks of several devices like
+    better than one stretch for all. Returns how many requests each buffer had, and the bytes per second.
     """
-    numbers = count()
     began = time.perf_counter()
 
-    def work(buffer: mmap.mmap) -> int:
-        done = 0
-        while not done or time.perf_counter() - began < _EACH_WAY_S:
-            number = next(numbers)
-            if number >= blocks and not again:
-                break
-            moved = request(descriptor, [buffer], number % blocks * len(buffer))
+    def work(number: int) -> int:
+        buffer, most, done = buffers[number], blocks[number], 0
+        while not done or ((again or done < most) and time.perf_counter() - began < seconds):
+            moved = request(descriptor, [buffer], number * region + done % most * len(buffer))
             if moved != len(buffer):
                 raise OSError(f"{request.__name__} moved {moved} of {len(buffer)} bytes")
             done += 1
         return done
 
     with ThreadPoolExecutor(len(buffers), "disk") as threads:
-        done = sum(threads.map(work, buffers))
-    return done, done * len(buffers[0]) / (time.perf_counter() - began)
+        done = list(threads.map(work, range(len(buffers))))
+    return done, sum(done) * len(buffers[0]) / (time.perf_counter() - began)

@@ -1,6 +1,7 @@
 """The block schedule: several micro-batches go through a layer, one after the other, while its weights are there."""
 
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ def in_blocks(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
     if (blocks == 1 and not caches) or not all(isinstance(cache, BlockCache) for cache in caches):
         return forward(*args, **kwargs)
-    outputs = []
+    joined = None
     for block in range(blocks):
         mine = _block(args, batch, blocks, block), _block(kwargs, batch, blocks, block)
-        outputs.append(forward(*mine[0], **mine[1]))
-    return _join(outputs)
+        joined = _put(joined, forward(*mine[0], **mine[1]), blocks, block)
+    return joined
 
 
 def _block(value: Any, batch: int, blocks: int, block: int) -> Any:
@@ -48,9 +49,14 @@ def _block(value: Any, batch: int, blocks: int, block: int) -> Any:
     return value
 
 
-def _join(outputs: list[Any]) -> Any:
-    if isinstance(outputs[0], torch.Tensor):
-        return torch.cat(outputs)
-    if isinstance(outputs[0], tuple):
-        return tuple(_join(list(parts)) for parts in zip(*outputs, strict=True))
-    return outputs[0]
+def _put(whole: Any, part: Any, blocks: int, block: int) -> Any:
+    """What a layer has returned for a micro-batch, in its place in the whole batch's, which the first one makes."""
+    if isinstance(part, torch.Tensor):
+        rows = part.shape[0]
+        joined = part.new_empty(blocks * rows, *part.shape[1:]) if whole is None else whole
+        joined[block * rows : (block + 1) * rows] = part
+        return joined
+    if isinstance(part, tuple):
+        wholes = repeat(None) if whole is None else whole
+        return tuple(_put(one, mine, blocks, block) for one, mine in zip(wholes, part, strict=False))
+    return part if whole is None else whole

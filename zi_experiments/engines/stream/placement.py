@@ -10,7 +10,7 @@ from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Verif
 from zi_experiments.engines.stream.slab import Layout, lay_out
 from zi_experiments.plan import ELEMENT_BYTES, Overlap, Placement, Plan, Storage
 
-OVERLAP = Overlap(hidden=1.0, launch=1.9, stall=0.0, disk=0.95, load_s=0.5, load_s_per_parameter=9e-11)
+OVERLAP = Overlap(hidden=1.0, launch=1.55, stall=0.0, disk=0.95, load_s=0.5, load_s_per_parameter=4.5e-11, pinning=3.0)
 BUFFERS = 4  # slabs in host memory in front of the GPU's slots, when they come from disk
 
 

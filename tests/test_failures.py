@@ -1,0 +1,66 @@
+"""What is said of workers that ran out of memory: only what would change something."""
+
+import json
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from zi_experiments import failures
+
+
+@pytest.fixture
+def said(make_plan, tmp_path):
+    """`said(error, *overrides)` → status, message and hint, from the file that a worker of OPT-13B leaves."""
+
+    def said(error, *overrides):
+        file = tmp_path / "error.json"
+        file.write_text(
+            json.dumps({"message": {"message": error, "extraInfo": {"py_callstack": "", "timestamp": "0"}}})
+        )
+        child = ChildFailedError("main", {0: ProcessFailure(0, 1, 1, str(file))})
+        plan = make_plan("model=opt-13b", "engine=stream", *overrides)
+        found = failures.of_worker(child, plan, "during load", False, tmp_path)
+        return found.status, found.failure.message, found.failure.hint
+
+    return said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fixes"),
+    [
+        (("offload=none", "quant=fp16"), "offload=cpu, kv_cache=cpu, quant=int4 or a smaller workload.batch_size"),
+        (("offload=none", "quant=int4", "kv_cache=cpu"), "offload=cpu or a smaller workload.batch_size"),
+        (("offload=cpu", "quant=int4", "kv_cache=cpu"), "a smaller workload.batch_size"),
+        (
+            ("offload=cpu", "quant=int4", "kv_cache=cpu", "offload.resident=0.6"),
+            "offload.resident=0.3 or a smaller workload.batch_size",
+        ),
+    ],
+    ids=str,
+)
+def test_out_of_gpu_memory(said, overrides, fixes):
+    status, message, hint = said("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.", *overrides)
+
+    assert (status, message) == ("oom", "the GPU ran out of memory (rank 0, during load)")
+    assert hint == f"pass {fixes}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fixes"),
+    [
+        (
+            ("offload=cpu", "quant=fp16"),
+            "offload=nvme, quant=int4, offload.pin_memory=false or a smaller hardware.host_memory_gib",
+        ),
+        (
+            ("offload=nvme", "quant=int4", "offload.pin_memory=false"),
+            "a smaller hardware.host_memory_gib",
+        ),
+    ],
+    ids=str,
+)
+def test_out_of_host_memory(said, overrides, fixes):
+    status, message, hint = said("MemoryError: ", *overrides)
+
+    assert (status, message) == ("oom", "the host ran out of memory (rank 0, during load)")
+    assert hint == f"pass {fixes}"
