@@ -15,6 +15,8 @@ class HFSession:
         self._device = device
         self._cache = cache  # None: one of transformers' own for each pass
         self._close = close
+        if (head := model.get_output_embeddings()) is not None:
+            head.register_forward_pre_hook(_contiguous)
 
     def generate(self, input_ids: Any, gen_len: int, streamer: Any = None) -> Any:
         import torch
@@ -35,6 +37,15 @@ class HFSession:
 
     def close(self) -> None:
         self._close()
+
+
+def _contiguous(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The last token of each sequence in one piece, which `linear` multiplies at once.
+
+    Of a view it makes a product for each sequence, unless the weight requires a gradient, and on a CPU a copy of the head
+    for each: 3 s of a prefill of OPT-1.3B on two cores.
+    """
+    return (args[0].contiguous(), *args[1:])
 
 
 def host_cache(plan: Plan, device: Any) -> Any:

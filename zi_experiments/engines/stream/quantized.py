@@ -58,16 +58,18 @@ def expand(slab: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
     group_size, per_byte = layout.quant.group_size, 8 // layout.quant.bits
     assert group_size is not None
     for start, rows, columns in spans(layout):
-        integers = codes[start // per_byte :][: rows * columns // per_byte]
+        target = out[start : start + rows * columns]
+        packed = codes[start // per_byte :][: rows * columns // per_byte]
         if per_byte == 2:
-            integers = torch.stack((integers >> 4, integers & 15), dim=-1).flatten()
+            target[0::2] = packed >> 4
+            target[1::2] = packed & 15
+        else:
+            target.copy_(packed)
         shape = (-1, group_size, columns) if layout.quant.group_dim == 0 else (rows, columns)
         groups = (-1, 1, columns) if layout.quant.group_dim == 0 else (rows, 1)
         count = rows * columns // group_size
         scale, minimum = (part[start // group_size :][:count].view(groups) for part in (scales, minima))
-        target = out[start : start + rows * columns].view(shape)
-        torch.div(integers.view(shape).to(out.dtype), scale, out=target)
-        target += minimum
+        target.view(shape).div_(scale).add_(minimum)
 
 
 def spans(layout: Layout) -> list[tuple[int, int, int]]:
