@@ -13,9 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from cases import CASES, CPU_CASES, Case, Entries, Entry
 from rich.console import Console
@@ -23,9 +24,11 @@ from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-CeilingsOf = Callable[[Case, Path], dict[str, float]]
 SHARES = ("of the\nbound", "predicted")  # measured against both
 sys.path.insert(0, str(ROOT))  # the checkout, whether it is installed or not
+TRIES = 3  # of a case on a machine that others use as well
+STEADY = 0.15  # the first of them counts during which rates have changed by less than this share
+ROWS = (8, 512)  # of products like those of the cases' decode steps and prefills
 DISK_S = 4.0  # that it is read for: what others do there changes from one second to the next
 
 
@@ -164,23 +167,103 @@ def choose(names: list[str], cases: tuple[Case, ...]) -> tuple[Case, ...]:
     return tuple(one for one in cases if not names or one.group in names or one.name in names)
 
 
-def measure(one: Case, fixed: dict[str, float], disk: Path) -> dict[str, float]:
-    """The ceilings of one case: machines are shared, so those that others use too are measured right before it."""
-    from published import compose
+class Bench(Protocol):
+    """The device that cases run on."""
 
-    from zi_experiments.hardware import rates
-    from zi_experiments.hardware.disk import bytes_per_s, of_run
+    what: dict[str, str]  # the JSON file says of it
 
-    measured = {"link_bytes_per_s": rates.link_bytes_per_s()} | fixed
-    rates.release()
-    if one.on_disk:
+    def measure(self, one: Case, disk: Path) -> dict[str, float]:
+        """Ceilings for a case, which come before what its run knows. Machines are shared: measured right before it."""
+
+    def drift(self, one: Case, disk: Path) -> float:
+        """How much the machine has changed since, as a share."""
+
+
+class Gpu:
+    """The first GPU. Raises `LookupError` without one."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from zi_experiments.hardware import rates
+
+        if not torch.cuda.is_available():
+            raise LookupError("no GPU is visible: --list works without one, and --cpu has cases for such a machine")
+        self._fixed = {"flops": rates.square_flops(torch.float16), "hbm_bytes_per_s": rates.copy_bytes_per_s("cuda")}
+        self.what = {"command": "make bench-gpu", "gpu": torch.cuda.get_device_name(0)}
+        self._disk: float | None = None
+
+    def measure(self, one: Case, disk: Path) -> dict[str, float]:
+        from zi_experiments.hardware import rates
+
+        measured = {"link_bytes_per_s": rates.link_bytes_per_s()} | self._fixed
+        rates.release()
+        self._disk = self._read_rate(one, disk)
+        if self._disk:
+            measured["disk_bytes_per_s"] = self._disk
+        shown = ", ".join(f"{name.split('_')[0]} {value:.4g}" for name, value in measured.items())
+        print(f"  measured: {shown}", flush=True)
+        return measured
+
+    def drift(self, one: Case, disk: Path) -> float:
+        """Of the disk alone: nobody else computes on the GPU."""
+        now = self._read_rate(one, disk)
+        return _change([(self._disk, now)] if self._disk and now else [])
+
+    def _read_rate(self, one: Case, disk: Path) -> float | None:
+        from published import compose
+
+        from zi_experiments.engines.reading import disk_of
+        from zi_experiments.hardware.disk import bytes_per_s
+
+        if not one.on_disk:
+            return None
         try:
-            measured["disk_bytes_per_s"], _ = bytes_per_s(of_run(compose(one.overrides), disk), DISK_S)
+            return bytes_per_s(disk_of(compose(one.overrides), disk), DISK_S)[0]
         except OSError as error:
             print(f"  the disk could not be measured: {error.strerror or error}", flush=True)
-    shown = ", ".join(f"{name.split('_')[0]} {value:.4g}" for name, value in measured.items())
-    print(f"  measured: {shown}", flush=True)
-    return measured
+            return None
+
+
+class Cpu:
+    """The processor, all of whose rates are measured anew before each run and after it."""
+
+    def __init__(self) -> None:
+        self.what = {"command": "make bench-cpu"}
+        self._before: list[float] = []
+
+    def measure(self, one: Case, disk: Path) -> dict[str, float]:
+        self._before = self._rates(one, disk)
+        return {}  # the run finds them where they are kept
+
+    def drift(self, one: Case, disk: Path) -> float:
+        return _change(zip(self._before, self._rates(one, disk), strict=False))  # no disk where it cannot be measured
+
+    def _rates(self, one: Case, disk: Path) -> list[float]:
+        """Those on which most of a pass depends."""
+        from published import compose
+
+        from zi_experiments import hardware
+        from zi_experiments.engines.reading import disk_of
+        from zi_experiments.hardware import calibration
+
+        run = compose(one.overrides)
+        there = disk_of(run, disk) if one.on_disk else None
+        machine = calibration.measure(run.hardware, hardware.detect(run.hardware), there, _say)
+        if machine.calibration is None:
+            return []  # it has said why
+        products = [machine.calibration.gemm_flops[machine.dtypes[0]][rows] for rows in ROWS]
+        read = machine.ceilings.disk_bytes_per_s
+        return [*products, read] if one.on_disk and read else products
+
+
+def _change(pairs: Iterable[tuple[float, float]]) -> float:
+    """The largest change of a rate, as a share."""
+    return max((max(pair) / min(pair) - 1 for pair in pairs), default=0.0)
+
+
+def _say(line: str) -> None:
+    print(f"  {line}", flush=True)
 
 
 def run_cases(
@@ -188,7 +271,7 @@ def run_cases(
     entries: Entries,
     extra: list[str],
     timeout_s: float,
-    ceilings_of: CeilingsOf,
+    bench: Bench,
     keep: Callable[[], None],
 ) -> None:
     """Run one case after the other into `entries`, and call `keep` after each."""
@@ -199,31 +282,31 @@ def run_cases(
         for number, one in enumerate(chosen, 1):
             print(f"{number}/{len(chosen)} {one.name}", flush=True)
             began = time.perf_counter()
-            measured = ceilings_of(one, disk)
-            typed = arguments(one, measured, extra)
-            record, output = execute(typed, Path(scratch) / str(number), timeout_s)
-            entries[one.name] = entry = to_entry(record, output, typed, measured)
+            entries[one.name] = entry = steadiest(
+                attempt(one, bench, disk, extra, Path(scratch) / f"{number}-{turn}", timeout_s) for turn in range(TRIES)
+            )
             keep()
             done = f"{_number(entry['metrics']['decode_tok_per_s'], 2)} tok/s" if entry["metrics"] else entry["error"]
             print(f"  {entry['status']} in {time.perf_counter() - began:.0f} s: {done}", flush=True)
 
 
-def on_gpu() -> tuple[dict[str, str], CeilingsOf]:
-    """What the JSON file says of the first GPU, and how its ceilings are measured. Raises `LookupError` without one."""
-    import torch
-
-    from zi_experiments.hardware import rates
-
-    if not torch.cuda.is_available():
-        raise LookupError("no GPU is visible: --list works without one, and --cpu has cases for such a machine")
-    fixed = {"flops": rates.square_flops(torch.float16), "hbm_bytes_per_s": rates.copy_bytes_per_s("cuda")}
-    what = {"command": "make bench-gpu", "gpu": torch.cuda.get_device_name(0)}
-    return what, lambda one, disk: measure(one, fixed, disk)
+def attempt(one: Case, bench: Bench, disk: Path, extra: list[str], folder: Path, timeout_s: float) -> Entry:
+    """Run a case, and say how much the machine has changed meanwhile."""
+    measured = bench.measure(one, disk)
+    typed = arguments(one, measured, extra)
+    record, output = execute(typed, folder, timeout_s)
+    return to_entry(record, output, typed, measured) | {"drift": bench.drift(one, disk)}
 
 
-def on_cpu() -> tuple[dict[str, str], CeilingsOf]:
-    """The same without a GPU, where each run takes the rates that `hardware=cpu` measures."""
-    return {"command": "make bench-cpu"}, lambda one, disk: {}
+def steadiest(tries: Iterable[Entry]) -> Entry:
+    """The first try during which the machine was steady, or which failed; or else that during which it changed least."""
+    made: list[Entry] = []
+    for entry in tries:
+        made.append(entry)
+        if entry["drift"] <= STEADY or not entry["metrics"]:
+            return entry
+        print(f"  the machine has changed by {100 * entry['drift']:.0f} %", flush=True)
+    return min(made, key=lambda entry: entry["drift"])
 
 
 def _slug(gpu: str) -> str:
@@ -250,16 +333,16 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a time limit ends the case and shows the table
     try:
-        what, ceilings_of = on_cpu() if asked.cpu else on_gpu()
+        bench = Cpu() if asked.cpu else Gpu()
     except LookupError as error:
         parser.error(str(error))
-    path = asked.output or ROOT / "docs" / "results" / f"bench-{'cpu' if asked.cpu else _slug(what['gpu'])}.json"
+    path = asked.output or ROOT / "docs" / "results" / f"bench-{'cpu' if asked.cpu else _slug(bench.what['gpu'])}.json"
     entries = load_entries(path)
     try:
         run_cases(
             *(chosen, entries, asked.override, asked.timeout),
-            ceilings_of=ceilings_of,
-            keep=lambda: save(path, what, entries, cases),
+            bench=bench,
+            keep=lambda: save(path, bench.what, entries, cases),
         )
     finally:
         console = Console()

@@ -159,7 +159,7 @@ CASES = (
         targets=PLACED_TARGETS,
     ),
     # verification has made four passes before the first that is measured, so that nothing is left to warm up
-    case("opt-6.7b-nvme", "stream", "opt-6.7b nvme fp16", STREAM, *workload(4, 1, 0), targets=(of_disk(0.95),)),
+    case("opt-6.7b-nvme", "stream", "opt-6.7b nvme fp16", STREAM, *workload(4, 2, 0), targets=(of_disk(0.95),)),
     case("opt-6.7b-nvme", "deepspeed-tuned", "opt-6.7b nvme fp16", *TUNED, *workload(3, 1, 0)),
     case(
         *("micro-batches", "stream", "opt-13b cpu fp16", STREAM, "workload.micro_batches=8", "kv_cache=gpu", *SHORT),

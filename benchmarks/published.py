@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from zi_experiments import architecture, config, planner
 from zi_experiments.architecture import Architecture
+from zi_experiments.compose import from_choices, to_run
 from zi_experiments.config import Hardware, Run
 from zi_experiments.hardware import GIB, Machine
 from zi_experiments.plan import Plan
@@ -110,7 +111,7 @@ def compose(overrides: tuple[str, ...]) -> Run:
     """The run that a command line gives."""
     config.register()
     with hydra.initialize_config_dir(config_dir=str(config.conf_dir()), version_base="1.3"):
-        return config.to_run(hydra.compose("config", overrides=list(overrides)))
+        return to_run(hydra.compose("config", overrides=list(overrides)))
 
 
 def plan_of(row: Row) -> Plan:
@@ -123,7 +124,7 @@ def plan_of(row: Row) -> Plan:
 
 @cache
 def _described(model: str) -> Architecture:
-    return architecture.load(config.from_choices({"model": model}, {}))
+    return architecture.load(from_choices({"model": model}, {}))
 
 
 def described_machine(hardware: Hardware) -> Machine:

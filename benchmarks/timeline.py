@@ -26,7 +26,7 @@ def record(quant: str) -> dict[str, Any]:
     import torch
 
     from zi_experiments import engines, environment, planner, progress
-    from zi_experiments.config import from_choices
+    from zi_experiments.compose import from_choices
 
     choices = {"model": "opt-13b", "offload": "cpu", "quant": quant, "engine": "stream"}
     choices |= {"workload": "zero-inference", "tracking": "none"}

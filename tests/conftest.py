@@ -13,6 +13,7 @@ import pytest
 from reliability import Page
 
 from zi_experiments import architecture, config, planner
+from zi_experiments.compose import to_run
 from zi_experiments.config import Calibration, Ceilings, ConfigError
 from zi_experiments.hardware import Machine
 
@@ -72,6 +73,8 @@ MACHINES["measured"] = replace(
         host_bytes_per_s=20e9,
         disk_write_bytes_per_s=2e9,
         gemm_flops={name: {1: 2e12, 16: 32e12, 1024: 512e12} for name in ("float16", "bfloat16")},
+        attention_flops=None,
+        cache_bytes_per_s=None,
         expand_elements_per_s=1e12,
         layer_s=1e-4,
         step_s=2e-3,
@@ -108,7 +111,7 @@ def compose():
 def compose_run(compose):
     """`compose_run(*overrides)` → the typed Run; a new one at each call."""
     composed = cache(compose)
-    return lambda *overrides: config.to_run(composed(*overrides))
+    return lambda *overrides: to_run(composed(*overrides))
 
 
 @pytest.fixture(scope="session")

@@ -147,7 +147,7 @@ def generate(model, ids):
 def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", engine: str = "deepspeed", **settings):
     """A checkpoint loaded as a worker loads it: its plan and its session."""
     from zi_experiments import engines, environment, planner, progress
-    from zi_experiments.config import from_choices
+    from zi_experiments.compose import from_choices
 
     choices = {"offload": offload, "quant": quant, "kv_cache": kv_cache, "engine": engine}
     choices |= {"model": "local", "weights": "pretrained", "tracking": "none"}

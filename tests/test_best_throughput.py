@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from cli import Cli
@@ -26,6 +28,8 @@ calibration:
   host_bytes_per_s: 1.0e+10
   disk_write_bytes_per_s: null
   gemm_flops: {float16: {1: 1.0e+9, 64: 5.0e+10}, bfloat16: {1: 1.0e+9, 64: 5.0e+10}}
+  attention_flops: null
+  cache_bytes_per_s: null
   expand_elements_per_s: null
   layer_s: 1.0e-3
   step_s: 1.0e-3
@@ -98,14 +102,15 @@ def test_the_best_is_shown_with_the_curve_and_its_command(cli, searched):
         assert f"{result['metrics']['total_tok_per_s']:,.1f}" in table
         assert f"{result['plan']['prediction']['total_tok_per_s']:,.1f}" in table
     command = best_command(searched)
-    assert command[:3] == ["python", "-m", "zi_experiments"]
+    assert command[:4] == ["python", "-m", "zi_experiments", "--config-dir"]
     assert f"workload.batch_size={best['config']['workload']['batch_size']}" in command
     assert f"workload.micro_batches={best['config']['workload']['micro_batches']}" in command
     assert not any("search" in word or "experiment=" in word for word in command)
 
 
 def test_the_command_of_the_best_runs_it_alone(cli, searched):
-    done = cli.run(*best_command(searched)[3:], "plan_only=true")
+    command = [sys.executable, *best_command(searched)[1:], "plan_only=true"]
+    done = subprocess.run(command, cwd=cli.folder, env=cli.environment(), capture_output=True, text=True)
     best = max(records(cli), key=lambda result: result["metrics"]["total_tok_per_s"])
 
     assert done.returncode == 0, done.stdout + done.stderr
@@ -141,8 +146,22 @@ def test_a_run_with_the_largest_batch_records_which_that_was(cli):
 
 # --- the table, of records made up ----------------------------------------------------------------------------------
 
+COMMAND = "python -m zi_experiments -m experiment=best-throughput"
 
-def job(overrides, rate, *, rank=0, sequences=8, predicted=100.0, engine="stream", resident=0, kv="gpu", status="ok"):
+
+def job(
+    overrides,
+    rate,
+    *,
+    rank=0,
+    sequences=8,
+    predicted=100.0,
+    engine="stream",
+    resident=0,
+    kv="gpu",
+    status="ok",
+    command=COMMAND,
+):
     config = {
         "search": {"rank": rank},
         "workload": {"batch_size": sequences, "micro_batches": 1},
@@ -152,7 +171,8 @@ def job(overrides, rate, *, rank=0, sequences=8, predicted=100.0, engine="stream
     }
     plan = {"sequences": sequences, "prediction": {"total_tok_per_s": predicted}}
     metrics = None if rate is None else {"total_tok_per_s": rate}
-    return list(overrides), {"config": config, "plan": plan, "metrics": metrics, "status": status}
+    run = {"command": command}
+    return list(overrides), {"config": config, "plan": plan, "metrics": metrics, "status": status, "run": run}
 
 
 def shown(*jobs):
@@ -178,6 +198,13 @@ def test_the_command_has_what_was_typed_and_what_was_decided_once():
     assert text.splitlines()[-1] == (
         "best: python -m zi_experiments workload=zero-inference model=opt-13b workload.batch_size=12 kv_cache=gpu "
         "workload.micro_batches=1 offload.resident=auto"
+    )
+
+
+@pytest.mark.parametrize("flag", ["--config-dir '/my choices'", "--config-dir='/my choices'", "-cd '/my choices'"])
+def test_the_command_finds_the_choices_of_the_user(flag):
+    assert "best: python -m zi_experiments --config-dir '/my choices' workload=" in shown(
+        job([], 9.0, command=f"{COMMAND} {flag} hardware=mine")
     )
 
 

@@ -19,8 +19,9 @@ from cli import wait_for
 
 from zi_experiments import hardware
 from zi_experiments.config import Calibration, ConfigError
+from zi_experiments.engines.reading import MOST_IN_FLIGHT, disk_of
 from zi_experiments.hardware import cache, calibration, choice
-from zi_experiments.hardware.disk import MOST_IN_FLIGHT, Disk, bytes_per_s, mount_of, of_run
+from zi_experiments.hardware.disk import Disk, bytes_per_s, mount_of
 from zi_experiments.locks import FolderLock
 
 BLOCK_BYTES = 1 << 20
@@ -246,7 +247,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path({tests!r})))
 from conftest import MACHINES
 from dataclasses import replace
-from zi_experiments.config import from_choices
+from zi_experiments.compose import from_choices
 from zi_experiments.hardware import calibration, disk
 where = disk.Disk(folder=Path({folder!r}), block_bytes=1 << 20, in_flight=4)
 told = lambda line: print(line, flush=True)
@@ -431,7 +432,7 @@ def test_a_run_says_how_it_reads(compose_run, tmp_path):
     deepspeed = compose_run("offload=nvme", "offload.aio.queue_depth=4", "offload.aio.intra_op_parallelism=2")
     blocks = compose_run("offload=nvme", "engine=stream", "offload.aio.block_size=268435456")
 
-    assert of_run(stream, tmp_path) == Disk(folder=tmp_path, block_bytes=8 << 20, in_flight=16)
-    assert of_run(deepspeed, tmp_path).in_flight == 8
-    assert of_run(compose_run("offload=nvme"), tmp_path).in_flight == MOST_IN_FLIGHT
-    assert of_run(blocks, tmp_path).in_flight == 4  # buffers of 1 GiB together
+    assert disk_of(stream, tmp_path) == Disk(folder=tmp_path, block_bytes=8 << 20, in_flight=16)
+    assert disk_of(deepspeed, tmp_path).in_flight == 8
+    assert disk_of(compose_run("offload=nvme"), tmp_path).in_flight == MOST_IN_FLIGHT
+    assert disk_of(blocks, tmp_path).in_flight == 4  # buffers of 1 GiB together

@@ -4,9 +4,12 @@ from copy import deepcopy
 from itertools import product
 
 import pytest
+from omegaconf import OmegaConf
 
 from zi_experiments import changes, config
-from zi_experiments.config import ConfigError, conf_dir, validate
+from zi_experiments.compose import choose
+from zi_experiments.config import ConfigError, conf_dir
+from zi_experiments.validate import validate
 
 # what a user may have set in a group beside its choice; some go with some choices only
 SETTINGS = {
@@ -41,7 +44,7 @@ def raw(compose):
     def raw(*overrides):
         if overrides not in known:
             cfg = compose(*overrides)
-            known[overrides] = config.OmegaConf.to_object(cfg)
+            known[overrides] = OmegaConf.to_object(cfg)
         return deepcopy(known[overrides])
 
     return raw
@@ -51,7 +54,7 @@ def raw(compose):
 def test_a_choice_made_differently_is_what_hydra_composes(raw, group, before, after, settings):
     run, expected = raw(f"{group}={before}", *settings), raw(f"{group}={after}", *settings)
 
-    config.choose(run, group, after)
+    choose(run, group, after)
 
     assert getattr(run, group) == getattr(expected, group)
     run.name = expected.name  # which is made of the choices
@@ -69,7 +72,7 @@ def test_hydra_takes_the_last_of_two_choices(compose_run):
 def test_a_choice_of_the_user_s_own_is_replaced_as_a_whole(compose_run):
     """Nobody knows which of its values were meant, so that they all go with it."""
     run = compose_run("quant=int8", "quant.name=mine", "quant.group_size=32")
-    config.choose(run, "quant", "int4")
+    choose(run, "quant", "int4")
 
     assert run.quant == compose_run("quant=int4").quant
 

@@ -12,7 +12,8 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from zi_experiments import config
-from zi_experiments.config import ConfigError, OffloadDevice, Run, TrackingMode, Verify, conf_dir, to_run
+from zi_experiments.compose import to_run
+from zi_experiments.config import ConfigError, OffloadDevice, Run, TrackingMode, Verify, conf_dir
 
 YAMLS = sorted(
     (path for path in conf_dir().glob("*/*.yaml") if path.parent.name != "hydra"),

@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zi_experiments import architecture, fit, planner
-from zi_experiments.config import Calibration, Ceilings, ConfigError, OffloadDevice, Run, to_run
+from zi_experiments.compose import to_run
+from zi_experiments.config import Calibration, Ceilings, ConfigError, OffloadDevice, Run
 from zi_experiments.predict import predict
 from zi_experiments.record import describe_plan
 
@@ -260,6 +261,8 @@ calibrations = st.builds(
         st.sampled_from(("float16", "bfloat16")),
         st.dictionaries(st.integers(1, 10**5), st.floats(1, 1e300), min_size=1, max_size=4),
     ),
+    attention_flops=rates,
+    cache_bytes_per_s=rates,
     expand_elements_per_s=rates,
     layer_s=overheads,
     step_s=overheads,

@@ -34,6 +34,10 @@ SETTINGS = {
     "an unknown key": (["workload.batchsize=2"], r"workload\.batchsize"),
     "an unknown key, added": (["+workload.batchsize=2"], r"workload\.batchsize is not a setting.*workload\.batch_size"),
     "an unknown group, added": (["+stray.key=1"], "stray is not a setting"),
+    "a part of what is null": (
+        ["hardware.calibration.layer_s=1"],
+        r"hardware\.calibration, which is null: pass hardware=",
+    ),
     "a word for a number": (["workload.batch_size=many"], r"workload\.batch_size=many"),
     "a word for a list": (["tracking.tags=alone"], r"tracking\.tags=alone"),
     "a number for an architecture": (["model.architecture=5"], r"model\.architecture=5"),

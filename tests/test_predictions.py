@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,8 @@ CALIBRATION = Calibration(
     host_bytes_per_s=1e10,
     disk_write_bytes_per_s=None,
     gemm_flops={"float16": {1: 1e12, 4096: 1e14}},
+    attention_flops=None,
+    cache_bytes_per_s=None,
     expand_elements_per_s=None,
     layer_s=1e-5,
     step_s=1e-5,
@@ -35,7 +37,7 @@ def case(prefill_s=1.0, step_s=1.0, command=COMMAND, gpu="Made Up"):
     made = {
         "command": command,
         "metrics": {"ttft_s": prefill_s, "tpot_p50_s": step_s},
-        "environment": {"gpu": gpu, "cpu": "A Processor", "driver": None},
+        "environment": {"gpu": gpu, "cpu": "A Processor", "cpu_cores": 2, "driver": None},
         "plan": {
             "device": "cuda",
             "dtype": "float16",
@@ -89,7 +91,7 @@ def test_the_page_by_hand(streamed_s):
     runs = [measured(streamed_s / 1.05, streamed_s), measured(streamed_s / 0.8, streamed_s), cached]
     page = predictions.page([*runs, measured(streamed_s, streamed_s / 1.01, gpu=None)])
 
-    before, _, after = page.partition("## A Processor")
+    before, _, after = page.partition("## A Processor, 2 cores\n")
     assert "## Made Up" in before
     lines = [line for line in before.splitlines() if line.startswith("| opt-125m | stream | cpu fp16 |")]
     assert [line.split(" | ")[3] for line in lines] == ["", "", "2 micro-batches"]
@@ -98,6 +100,15 @@ def test_the_page_by_hand(streamed_s):
     assert "prefill median 20.0 %, worst 40.0 %; decode median 0.0 %, worst 30.0 %." in before
     assert "Of 3 runs 1 have their prefill predicted within 10 %, and 2 their decode step." in before
     assert "decode median 1.0 %, worst 1.0 %. Of 1 runs 1 have" in after
+
+
+def test_a_processor_is_allowed_more():
+    one = measured(gpu=None)
+    one = replace(one, machine=replace(one.machine, device="cpu", gpu_memory_bytes=None))
+    found = predictions.compare(one).prediction
+    runs = [replace(one, prefill_s=found.prefill_s / over, step_s=found.decode_step_s / over) for over in (1.2, 0.7)]
+
+    assert "Of 2 runs 1 have their prefill predicted within 25 %, and 1 their decode step." in predictions.page(runs)
 
 
 def test_plans_are_those_that_were_measured():

@@ -107,9 +107,25 @@ def test_a_folder_that_is_a_file_cannot_be_written(tmp_path):
     assert "Not a directory" in system.writable(tmp_path / "file" / "folder").found
 
 
-def test_a_disk_without_room_is_known(tmp_path):
-    assert system.free_space(tmp_path, 0).fix is None
-    assert system.free_space(tmp_path, 1 << 62).fix == "pass offload.path=/a/larger/disk"
+@pytest.mark.parametrize(
+    ("choices", "found", "fix"),
+    [
+        ("always [madvise] never\n", "madvise", None),
+        ("[always] madvise never\n", "always", None),
+        ("always madvise [never]\n", "never", "echo madvise > "),
+        (None, "none in this kernel", "CONFIG_TRANSPARENT_HUGEPAGE"),
+    ],
+)
+def test_a_kernel_that_makes_no_large_pages_is_known(monkeypatch, tmp_path, choices, found, fix):
+    path = tmp_path / "enabled"
+    if choices is not None:
+        path.write_text(choices)
+    monkeypatch.setattr(system, "LARGE_PAGES", str(path))
+
+    finding = system.large_pages()
+
+    assert finding.found.rpartition(": ")[2] == found
+    assert (fix in finding.fix) if fix else finding.fix is None
 
 
 @pytest.fixture

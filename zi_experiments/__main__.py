@@ -51,6 +51,12 @@ def _report(sweep: Sweep) -> None:
 
 
 def _reason(error: Exception) -> str:
+    parts = [each for each in config.typed(sys.argv[1:]).overrides if "hardware.calibration." in each.partition("=")[0]]
+    if parts and "Unexpected type" in str(error):
+        return (
+            f"{parts[0]} sets a part of hardware.calibration, which is null: pass hardware=… of a file that "
+            "python -m zi_experiments.hardware has written"
+        )
     behind = error.__cause__ if isinstance(error, CompactHydraException) else None
     return f"{error} ({behind})" if behind else str(error)
 

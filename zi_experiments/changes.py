@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial, reduce
 
-from zi_experiments.config import ConfigError, Run, choose, validate
+from zi_experiments.compose import choose
+from zi_experiments.config import ConfigError, Run
+from zi_experiments.validate import validate
 
 # from what changes a run least to what changes it most
 CHOICES = (

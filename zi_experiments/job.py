@@ -2,34 +2,32 @@
 
 import json
 import traceback
-import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from rich.console import Console
 
 from zi_experiments import (
     architecture,
+    asked,
     checkpoint,
     engines,
     environment,
     failures,
     hardware,
     hashes,
+    here,
     launch,
     memory,
     metrics,
+    plan_only,
     planner,
     preflight,
     progress,
@@ -38,12 +36,12 @@ from zi_experiments import (
     search,
     signals,
 )
-from zi_experiments.config import ConfigError, OffloadDevice, Run, TrackingMode, to_run
-from zi_experiments.hardware import calibration, disk
+from zi_experiments.compose import to_run
+from zi_experiments.config import ConfigError, OffloadDevice, Run, TrackingMode
 from zi_experiments.plan import Plan
-from zi_experiments.record import Failure, Record, RunInfo, Status
-from zi_experiments.sinks import Guarded, Sink, plan_table
-from zi_experiments.sinks.console import ConsoleSink, display_path, show_plan
+from zi_experiments.record import Failure, Status
+from zi_experiments.sinks import Guarded, Sink
+from zi_experiments.sinks.console import ConsoleSink, display_path
 from zi_experiments.sinks.result_file import NAME, ResultFile, to_json
 from zi_experiments.units import gigabytes
 
@@ -70,8 +68,12 @@ def run_job(
     `KeyboardInterrupt`, after the record is written, when the user stops it.
     """
     console = Console()
-    if _asked(cfg, "plan_only") is True:
-        _only_plan(cfg, console)
+    if asked.setting(cfg, "plan_only") is True:
+        try:
+            plan_only.show(cfg, console)
+        except ConfigError as error:
+            _say(console, f"refused {error}")
+            raise RunFailed(str(cfg.name)) from error
         return
     job = _Job(cfg, console)
     try:
@@ -84,39 +86,11 @@ def run_job(
         raise RunFailed(f"{job.record.run.name}: {job.record.status}")
 
 
-def _only_plan(cfg: DictConfig, console: Console) -> None:
-    try:
-        run = to_run(cfg)
-        folder = scratch.base_for_weights(run, Path(HydraConfig.get().runtime.output_dir) / "offload")
-        machine = calibration.known(run.hardware, _detect(run, folder), _disk(run, folder))
-        arch = architecture.load(run)
-        settled = search.settle(run, arch, machine)
-        if settled is None:
-            raise ConfigError(f"the search has no candidate of rank {run.search.rank}: pass search.rank=0")
-        plan = planner.build(settled, arch, machine)
-    except ConfigError as error:
-        _say(console, f"refused {error}")
-        raise RunFailed(str(cfg.name)) from error
-    show_plan(run.name, plan, console)
-    plan_table.show(plan, search.improvements(plan), console)
-
-
-def _detect(run: Run, folder: Path) -> hardware.Machine:
-    """The machine, with what is free in the folder for weights on disk; of another machine nobody knows that."""
-    machine = hardware.detect(run.hardware)
-    is_here = not hardware.is_elsewhere(run.hardware, machine.gpu_name)
-    return replace(machine, disk_free_bytes=disk.free_bytes(folder) if is_here else None)
-
-
-def _disk(run: Run, folder: Path) -> disk.Disk | None:
-    return disk.of_run(run, folder) if run.offload.device is OffloadDevice.nvme else None
-
-
 class _Job:
     """A run under way: its record as far as it has got, and the sinks that will have it."""
 
     def __init__(self, cfg: DictConfig, console: Console) -> None:
-        self.record = _begin(cfg)
+        self.record = asked.record(cfg)
         self.is_stored = False
         self._is_begun = False
         self._console = console
@@ -196,19 +170,18 @@ class _Job:
         temporary = scratch.for_temporary_files(self.record.run.id)
         for base in {temporary.parent, *([folder] if run.offload.device is OffloadDevice.nvme else [])}:
             self._remove_abandoned(base)
-        return calibration.known(run.hardware, _detect(run, folder), _disk(run, folder))
+        return here.known(run, folder)
 
     def _measured(self, run: Run, machine: hardware.Machine) -> hardware.Machine:
         """The machine with its rates, measured now if they are not known."""
-        there = _disk(run, self._disk_folder(run))
-        return calibration.ensure(run.hardware, machine, there, partial(_say, self._console))
+        return here.measured(run, machine, self._disk_folder(run), partial(_say, self._console))
 
     def _disk_folder(self, run: Run) -> Path:
         return scratch.base_for_weights(run, self._folder / "offload")
 
     def _run(self, plan: Plan) -> None:
         run = plan.run
-        self._update(plan=plan, config=_settled(self.record.config, run))
+        self._update(plan=plan, config=asked.settled(self.record.config, run))
         if self.record.checkpoint and "files" not in self.record.checkpoint:
             commit = getattr(plan.architecture.config, "_commit_hash", None)
             self._update(checkpoint=self.record.checkpoint | {"commit": commit})
@@ -283,16 +256,6 @@ class _Job:
             sink.close()
 
 
-def _settled(config: dict[str, Any], run: Run) -> dict[str, Any]:
-    """The configuration with what was left open as it was decided; the command has what was typed."""
-    work = {"batch_size": run.workload.batch_size, "micro_batches": run.workload.micro_batches}
-    return config | {
-        "workload": config["workload"] | work,
-        "kv_cache": config["kv_cache"] | {"device": run.kv_cache.device.value},
-        "offload": config["offload"] | {"resident": run.offload.resident},
-    }
-
-
 def _explain(error: Exception) -> tuple[Status, Failure]:
     if isinstance(error, ConfigError):
         return "refused", Failure(type="ConfigError", message=str(error))
@@ -304,60 +267,6 @@ def _explain(error: Exception) -> tuple[Status, Failure]:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _begin(cfg: DictConfig) -> Record:
-    """The record of a run of which nothing is known yet but what was asked."""
-    hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
-    group = _asked(cfg, "tracking.group")
-    if group is None and hydra.mode is RunMode.MULTIRUN:
-        sweep = Path(hydra.sweep.dir)
-        group = sweep.name
-    return Record(
-        status="killed",
-        error=Failure(type="Unfinished", message="the run is under way, or was killed together with its launcher"),
-        run=RunInfo(
-            id=uuid.uuid4().hex[:12],
-            name=str(_asked(cfg, "name")),
-            group=group,
-            started_at=_now(),
-            finished_at=None,
-            command=environment.command(),
-            git_revision=environment.git_revision(),
-        ),
-        folder=str(folder),
-        choices={group: choice for group, choice in hydra.runtime.choices.items() if not group.startswith("hydra/")},
-        config=_plain(cfg),
-    )
-
-
-def _asked(cfg: DictConfig, key: str) -> Any:
-    """A setting; None where it is missing or cannot be resolved, which the door will refuse."""
-    try:
-        return OmegaConf.select(cfg, key)
-    except OmegaConfBaseException:
-        return None
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as JSON has it; unresolved where it cannot be resolved, since the record must exist all the same."""
-    try:
-        plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    except OmegaConfBaseException:
-        plain = OmegaConf.to_container(cfg, enum_to_str=True)
-    jsonable: dict[str, Any] = _jsonable(plain)
-    return jsonable
-
-
-def _jsonable(value: Any) -> Any:
-    """The same with the text of what JSON has no word for: what is no number, and bytes."""
-    if isinstance(value, dict):
-        return {key: _jsonable(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_jsonable(each) for each in value]
-    odd = isinstance(value, bytes) or (isinstance(value, float) and not isfinite(value))
-    return str(value) if odd else value
 
 
 def _wandb(run: Run, console: Console) -> Sink:

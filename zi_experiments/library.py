@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from zi_experiments import checkpoint, distributed, engines, environment, planner, preflight, progress, scratch
-from zi_experiments.config import ConfigError, Run, conf_dir, from_choices
+from zi_experiments.compose import from_choices
+from zi_experiments.config import ConfigError, Run, conf_dir
 from zi_experiments.hardware import disk
 
 

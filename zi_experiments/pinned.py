@@ -7,11 +7,22 @@ from functools import partial
 from typing import Any
 
 
-class _Pages(mmap.mmap):
-    """Anonymous pages that CUDA may know: `cudaHostRegister` wants to be told before they are unmapped."""
+class Pages(mmap.mmap):
+    """Anonymous pages, as large as the kernel has them, that CUDA may know: `cudaHostRegister` wants to be told before
+    they are unmapped.
 
-    def __init__(self, *args: Any) -> None:
+    A disk fills large pages faster: a request has a limited number of parts, and each page far from the last is one.
+    """
+
+    def __new__(cls, nbytes: int) -> "Pages":
+        # not shared, which is Python's default: what is shared has large pages only where the machine's owner allows it
+        return super().__new__(cls, -1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def __init__(self, nbytes: int) -> None:
         self._unregister: Callable[[], Any] = lambda: None
+        self.madvise(mmap.MADV_DONTFORK)  # of pages that a child has as well, a device may keep the child's
+        with suppress(OSError):  # a kernel without transparent huge pages refuses
+            self.madvise(mmap.MADV_HUGEPAGE)
 
     def register(self, address: int) -> None:
         register(address, len(self))
@@ -26,9 +37,7 @@ def host_empty(numel: int, dtype: Any, *, pinned: bool) -> Any:
     """A tensor in pages of its own, so that disks can read into it around the page cache."""
     import torch
 
-    pages = _Pages(-1, numel * dtype.itemsize)
-    with suppress(OSError):  # a kernel without transparent huge pages refuses
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    pages = Pages(numel * dtype.itemsize)
     tensor = torch.frombuffer(pages, dtype=dtype, count=numel)
     if pinned:
         tensor.fill_(0)  # all cores ask for the pages; the driver would, with one

@@ -33,7 +33,7 @@ class Overlap:
     launch: float  # host work of a decoder layer, as a multiple of plain transformers'
     stall: float  # the same of the time in which neither the link nor the device works
     expand: float = 1.0  # time to expand quantized weights, as a multiple of the stream engine's
-    disk: float = 1.0  # share of the disk's rate that it reaches
+    copies: float = 0.0  # times that all weights are copied within the device's memory
     load_s: float = 2.0  # of loading that does not depend on the model's size
     load_s_per_parameter: float = 0.0  # to make or convert one, and quantize it
     pinning: float = 1.0  # rate at which loading pins, as a multiple of that of one block at a time

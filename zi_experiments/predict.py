@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, log
 
-from zi_experiments.config import CacheDevice, Calibration
+from zi_experiments.config import CacheDevice, Calibration, WeightSource
 from zi_experiments.plan import ELEMENT_BYTES, Plan
 
-CACHE_TRAFFIC = 3  # a step reads keys and values to append to them, writes them, and reads them to attend
+APPENDED = 2  # keys and values are read and written to append to them
 CACHE_LAUNCH = 0.5  # of a layer of plain transformers, to move its keys and values between host memory and the GPU
-CPU_TRAFFIC = 0.15  # of the rate of a copy that element-wise operations of a processor reach
+CPU_MADE_S = 5e-9  # for one thread of a processor to make a random weight
+CPU_TRAFFIC = 0.35  # of the rate of a copy that element-wise operations of a processor reach
 EXPANDED_BYTES = 2.5  # of memory traffic for each INT4 weight that is expanded to 16 bits
 
 
@@ -77,7 +78,7 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
     launches = overlap.launch + (CACHE_LAUNCH if _moves_cache(plan) else 0)
     return {
         "link": weights_s + cache_s,
-        "disk": _over(plan.placement.nvme_bytes, (rates.disk_bytes_per_s or 0) * overlap.disk),
+        "disk": _over(plan.placement.nvme_bytes, rates.disk_bytes_per_s),
         "gemm": _gemm_s(plan, one),
         "hbm": _traffic_s(plan, one),
         "launch": ((known.layer_s or 0) * launches * passes + (known.step_s or 0)) if known else 0.0,
@@ -111,7 +112,8 @@ def _gemm_s(plan: Plan, one: _Pass) -> float:
     seconds += _product_s(plan, vocabulary * arch.hidden_size, sequences)  # of the last token alone
     if one.tokens > 1:
         attention = 2 * sequences * one.tokens**2 * arch.hidden_size * arch.num_layers
-        seconds += _over(attention, _rate(plan, tokens))
+        known = plan.machine.calibration
+        seconds += _over(attention, (known and known.attention_flops) or _rate(plan, tokens))
     return work.micro_batches * seconds
 
 
@@ -148,10 +150,14 @@ def _traffic_s(plan: Plan, one: _Pass) -> float:
     arch, work, ranks = plan.architecture, plan.run.workload, plan.run.hardware.num_gpus
     # a layer reads or writes its residual stream about a dozen times, and what is inside of its feed-forward part four
     activations = work.sequences / ranks * one.tokens * arch.num_layers * (14 * arch.hidden_size + 4 * plan.widest)
-    cache = CACHE_TRAFFIC * work.sequences / ranks * arch.kv_elements(one.cached + one.tokens)
-    rate = plan.machine.ceilings.hbm_bytes_per_s
+    cache = work.sequences / ranks * arch.kv_elements(one.cached + one.tokens)
+    known, rate = plan.machine.calibration, plan.machine.ceilings.hbm_bytes_per_s
     share = CPU_TRAFFIC if plan.machine.device == "cpu" else 1.0
-    return _over(ELEMENT_BYTES * (activations + cache), rate and share * rate) + _expanding_s(plan)
+    moved_s = _over(ELEMENT_BYTES * (activations + APPENDED * cache), rate and share * rate)
+    # over a prompt, attention is arithmetic
+    attended_s = _over(ELEMENT_BYTES * cache, (known and known.cache_bytes_per_s) or rate) if one.tokens == 1 else 0.0
+    copied_s = _over(2 * plan.storage.overlap.copies * plan.weight_bytes, rate)
+    return moved_s + attended_s + copied_s + _expanding_s(plan)
 
 
 def _expanding_s(plan: Plan) -> float:
@@ -172,7 +178,10 @@ def _load_s(plan: Plan) -> float | None:
         return None
     pinned = known.pin_bytes_per_s and overlap.pinning * known.pin_bytes_per_s
     filled = pinned if plan.pin_memory else known.host_bytes_per_s
-    made_s = overlap.load_s_per_parameter * plan.architecture.num_parameters
+    each_s = overlap.load_s_per_parameter
+    if plan.machine.device == "cpu" and plan.run.weights.source is WeightSource.random:
+        each_s += CPU_MADE_S
+    made_s = each_s * plan.architecture.num_parameters
     host_s = _over(plan.placement.cpu_bytes + plan.storage.host_buffer_bytes, filled)
     return overlap.load_s + made_s + host_s + _over(plan.placement.nvme_bytes, known.disk_write_bytes_per_s)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from zi_experiments import environment
 
+LARGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 _IPC_LOCK = 14  # the capability to lock memory without a limit, as a bit of CapEff
 _ARCHITECTURE = re.compile(r"\d+\.\d+(\+PTX)?")
 _AIO_PROGRAM = "#include <libaio.h>\nint main(void) { return io_queue_init(0, 0); }\n"
@@ -137,6 +138,17 @@ def aio_requests(needed: int) -> Finding:
     return Finding(found=f"{left} of fs.aio-max-nr={most} are left", fix=fix)
 
 
+def large_pages() -> Finding:
+    """Whether the kernel makes large pages for memory that asks for them, which disks and GPUs fill faster."""
+    try:
+        choices = Path(LARGE_PAGES).read_text()
+    except OSError:
+        return Finding(found="none in this kernel", fix="a kernel with CONFIG_TRANSPARENT_HUGEPAGE")
+    chosen = choices.partition("[")[2].partition("]")[0]
+    fix = f"echo madvise > {LARGE_PAGES}, as root" if chosen == "never" else None
+    return Finding(found=f"transparent huge pages: {chosen}", fix=fix)
+
+
 def writable(folder: Path) -> Finding:
     """Whether files can be made in a folder, which is made if need be."""
     try:
@@ -159,11 +171,9 @@ def direct_io(folder: Path) -> Finding:
     return Finding(found=str(folder))
 
 
-def free_space(folder: Path, needed_bytes: int) -> Finding:
-    """Whether a folder's disk has so much room."""
-    free = shutil.disk_usage(folder).free
-    fix = None if needed_bytes <= free else "pass offload.path=/a/larger/disk"
-    return Finding(found=f"{folder} has {free / 1e9:.1f} GB free", fix=fix)
+def free_space(folder: Path) -> Finding:
+    """The room that a folder's disk has; plans say how much they need."""
+    return Finding(found=f"{folder} has {shutil.disk_usage(folder).free / 1e9:.1f} GB free")
 
 
 def launcher_variables() -> Finding:

@@ -1,6 +1,7 @@
 """What ZeRO stage 3 does with the weights of a plan: what stays on the GPU, what is swapped, which buffers. Pure figures."""
 
 from collections import Counter
+from dataclasses import replace
 from math import ceil
 
 from zi_experiments.architecture import Parameter
@@ -9,10 +10,13 @@ from zi_experiments.plan import ELEMENT_BYTES, Overlap, Placement, Plan, Storage
 
 MIN_SWAP_BYTES = 1 << 20  # DeepSpeed keeps smaller parameters in memory
 OVERLAP = {
-    Profile.tuned: Overlap(hidden=0.95, launch=2.5, stall=1.6, disk=0.7, load_s=2.0, load_s_per_parameter=2e-10),
+    Profile.tuned: Overlap(hidden=0.95, launch=2.5, stall=1.6, load_s=2.0, load_s_per_parameter=2e-10),
     # a hook, a fetch and a wait for every submodule, with nothing on its way meanwhile
-    Profile.reference: Overlap(hidden=1.0, launch=14.0, stall=8.0, disk=0.7, load_s=2.0, load_s_per_parameter=2e-10),
+    Profile.reference: Overlap(hidden=1.0, launch=14.0, stall=8.0, load_s=2.0, load_s_per_parameter=2e-10),
 }
+
+# without a GPU that would go on by itself, DeepSpeed waits for what it reads, and its kernel to expand weights is CUDA's
+CPU_HIDDEN, CPU_EXPAND = 0.0, {Profile.tuned: 1.5, Profile.reference: 1.8}
 
 
 def storage(plan: Plan) -> Storage:
@@ -38,8 +42,15 @@ def storage(plan: Plan) -> Storage:
         host_buffer_bytes=buffers,
         gpu_buffer_bytes=plan.expanded_bytes + (2 * plan.layer_numel * ELEMENT_BYTES if offloaded else 0),
         locked_bytes=buffers,
-        overlap=OVERLAP[plan.run.engine.profile or Profile.tuned],
+        overlap=_overlap(plan),
     )
+
+
+def _overlap(plan: Plan) -> Overlap:
+    profile = plan.run.engine.profile or Profile.tuned
+    if plan.machine.device == "cuda":
+        return OVERLAP[profile]
+    return replace(OVERLAP[profile], hidden=CPU_HIDDEN, expand=CPU_EXPAND[profile])
 
 
 def persistence_numel(plan: Plan) -> int:

@@ -4,6 +4,7 @@ What is outside of the layers is gathered once and stays, which is FSDP2's defau
 """
 
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from zi_experiments import distributed, weights
@@ -17,6 +18,8 @@ from zi_experiments.progress import Progress
 
 PREFETCHED_LAYERS = 2
 OVERLAP = Overlap(hidden=0.0, launch=2.1, stall=0.0, load_s=3.0, load_s_per_parameter=2e-9)
+# on a CPU one copy, to new pages, which the kernel clears first
+COPIES_ON_CPU = 3.0
 
 
 def storage(plan: Plan) -> Storage:
@@ -33,7 +36,7 @@ def storage(plan: Plan) -> Storage:
         placement=sixteen_bit.placement(plan),
         streamed_bytes_per_pass=everything - outside if sixteen_bit.crosses_link(plan) else 0,
         gpu_buffer_bytes=live * ELEMENT_BYTES * plan.layer_numel + outside,
-        overlap=OVERLAP,
+        overlap=OVERLAP if plan.machine.device == "cuda" else replace(OVERLAP, copies=COPIES_ON_CPU),
     )
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from zi_experiments import signals
-from zi_experiments.config import ConfigError, conf_dir, from_choices
-from zi_experiments.hardware import calibration, child, choice, detect, disk
+from zi_experiments.compose import from_choices
+from zi_experiments.config import ConfigError, conf_dir
+from zi_experiments.engines import reading
+from zi_experiments.hardware import calibration, child, choice, detect
 
 
 def main() -> int:
@@ -36,7 +38,7 @@ def _measure(folder: Path | None, name: str | None, output: Path | None) -> int:
     if folder is not None and not folder.expanduser().is_dir():
         raise ConfigError(f"--path {folder} is no folder: pass --path /a/folder/on/NVMe")
     run = from_choices({"hardware": "auto", "engine": "stream"}, {})
-    there = disk.of_run(run, folder) if folder is not None else None
+    there = reading.disk_of(run, folder) if folder is not None else None
     machine = detect(run.hardware)
     shipped = conf_dir() / "hardware"
     name = name or (output.stem if output is not None else choice.default_name(machine))

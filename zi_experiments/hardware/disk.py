@@ -1,6 +1,5 @@
 """How fast the disk of a folder writes and reads around the page cache, with as many requests as a run has under way."""
 
-import mmap
 import os
 import shutil
 import time
@@ -11,10 +10,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from zi_experiments.config import Run
+from zi_experiments.pinned import Pages
 
-MOST_IN_FLIGHT = 64
-_MOST_BUFFER_BYTES = 1 << 30  # of all requests together
 _MOST_BYTES = 1 << 30  # of the file: some filesystems take seconds to free a larger one
 _LEAST_REQUESTS = 4
 _MEMORY = ("tmpfs", "ramfs")  # newer kernels take O_DIRECT there, and copy
@@ -36,25 +33,6 @@ class Mount:
     device: str
     mountpoint: str
     kind: str
-
-
-def of_run(run: Run, folder: Path) -> Disk:
-    """The disk of a folder as the engine of a run reads there.
-
-    `stream` reads each of its buffers in so many parts at a time. DeepSpeed has a queue for each thread; what its profiles
-    take by default, and what others leave to the kernel, is more than a disk can tell from `MOST_IN_FLIGHT`.
-    """
-    from zi_experiments.engines.stream.placement import BUFFERS
-    from zi_experiments.engines.stream.store import CHUNK_BYTES, PARALLEL
-
-    aio = run.offload.aio
-    block_bytes = aio.block_size or CHUNK_BYTES
-    if run.engine.name == "stream":
-        in_flight = (aio.intra_op_parallelism or PARALLEL) * BUFFERS
-    else:
-        in_flight = (aio.intra_op_parallelism or MOST_IN_FLIGHT) * (aio.queue_depth or MOST_IN_FLIGHT)
-    most = min(MOST_IN_FLIGHT, max(1, _MOST_BUFFER_BYTES // block_bytes))
-    return Disk(folder=folder, block_bytes=block_bytes, in_flight=min(in_flight, most))
 
 
 def existing(folder: Path) -> Path:
@@ -83,7 +61,7 @@ def mount_of(folder: Path) -> Mount:
     return Mount(device=part.device, mountpoint=part.mountpoint, kind=part.fstype)
 
 
-def bytes_per_s(disk: Disk, each_way_s: float = 1.0) -> tuple[float, float]:
+def bytes_per_s(disk: Disk, each_way_s: float = 2.0) -> tuple[float, float]:
     """What the disk reads and what it writes, over a file of its own that has no name and so never stays behind.
 
     Raises `OSError`, in one line, where there is no room, no permission, or no disk below the filesystem.
@@ -101,8 +79,7 @@ def bytes_per_s(disk: Disk, each_way_s: float = 1.0) -> tuple[float, float]:
         held.callback(os.close, descriptor)
         with suppress(OSError):  # without it a file grows as it is written
             os.posix_fallocate(descriptor, 0, in_flight * region)
-        # anonymous pages: O_DIRECT wants aligned buffers
-        buffers = [held.enter_context(mmap.mmap(-1, disk.block_bytes)) for _ in range(in_flight)]
+        buffers = [held.enter_context(Pages(disk.block_bytes)) for _ in range(in_flight)]
         random = os.urandom(disk.block_bytes)  # a disk that compresses finds nothing in it
         for buffer in buffers:
             buffer.write(random)
@@ -128,7 +105,7 @@ def _nameless(folder: Path) -> int:
 def _carry_out(
     request: Callable[..., int],
     descriptor: int,
-    buffers: list[mmap.mmap],
+    buffers: list[Pages],
     region: int,
     blocks: list[int],
     seconds: float,

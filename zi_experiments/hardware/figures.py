@@ -26,6 +26,8 @@ def measure(device: str, dtypes: list[str]) -> tuple[dict[str, Any], list[str]]:
         found["host_bytes_per_s"] = rates.copy_bytes_per_s("cpu")
         found["hbm_bytes_per_s"] = rates.copy_bytes_per_s(device) if device == "cuda" else found["host_bytes_per_s"]
         found["gemm_flops"] = {name: rates.gemm_flops(getattr(torch, name), device) for name in dtypes}
+        found["attention_flops"] = rates.attention_flops(first) if device == "cpu" else None
+        found["cache_bytes_per_s"] = rates.cache_bytes_per_s(first) if device == "cpu" else None
         square = [rates.square_flops(first)] if device == "cuda" else []
         found["flops"] = max(square + list(found["gemm_flops"][dtypes[0]].values()))
         found["expand_elements_per_s"] = _expansion(first, device, notes)

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from zi_experiments.config import Quant
 from zi_experiments.engines.stream.quantized import expand, pack
@@ -19,6 +19,7 @@ SQUARE = 8192  # rows and columns of a product that keeps a GPU busy
 ROWS = (1, 8, 32, 128, 512, 4096)
 WEIGHTS = {"cuda": (20480, 5120), "cpu": (8192, 2048)}  # of a transformer's shape
 TURNS = {"cuda": 4, "cpu": 8}  # weights that take turns, so that none waits in a cache for its next one
+ATTENTION = (4, 32, 256, 64)  # sequences, heads, tokens, width of a head
 INT4 = Quant(name="int4", bits=4, group_size=64, group_dim=1)
 
 _BATCH_S = 0.005  # of calls that are timed together: launching the first of them counts for nothing beside that
@@ -108,6 +109,21 @@ def _product_s(rows: int, weights: list[torch.Tensor]) -> float:
     x = torch.randn(rows, weights[0].shape[1], dtype=weights[0].dtype, device=weights[0].device)
     turn = cycle(weights)
     return _seconds(lambda: linear(x, next(turn)), x.device.type)
+
+
+def attention_flops(dtype: torch.dtype) -> float:
+    """Of causal attention over a prompt on the CPU: the products of each token with itself and those before it."""
+    q, k, v = (torch.randn(ATTENTION, dtype=dtype) for _ in range(3))
+    sequences, heads, tokens, width = ATTENTION
+    seconds = _seconds(lambda: scaled_dot_product_attention(q, k, v, is_causal=True), "cpu")
+    return 2 * sequences * heads * tokens**2 * width / seconds
+
+
+def cache_bytes_per_s(dtype: torch.dtype) -> float:
+    """Of keys and values, as the attention of one more token of each sequence reads them on the CPU."""
+    k, v = (torch.randn(ATTENTION, dtype=dtype) for _ in range(2))
+    q = k[:, :, :1].clone()
+    return 2 * k.nbytes / _seconds(lambda: scaled_dot_product_attention(q, k, v), "cpu")
 
 
 def expand_elements_per_s(dtype: torch.dtype, device: str) -> float:

@@ -7,6 +7,8 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
+from zi_experiments.config import typed
+
 Job = tuple[list[str], dict[str, Any]]  # the overrides of a run, and its record
 
 _BAR_WIDTH = 20
@@ -69,4 +71,6 @@ def _command(job: Job) -> str:
     kept = [each for each in kept if each.partition("=")[0] not in keys]
     if not any(each.startswith("workload=") for each in kept):
         kept.insert(0, "workload=zero-inference")  # the experiment's
-    return f"python -m zi_experiments {shlex.join([*kept, *decided])}"
+    folder = typed(shlex.split(record["run"]["command"])).config_dir
+    own = ["--config-dir", folder] if folder else []  # with choices of the user's
+    return f"python -m zi_experiments {shlex.join([*own, *kept, *decided])}"

@@ -9,10 +9,8 @@ from itertools import count
 
 import torch
 
+from zi_experiments.engines.stream.placement import CHUNK_BYTES, PARALLEL
 from zi_experiments.engines.stream.slab import PAGE
-
-CHUNK_BYTES = 8 << 20  # of a request to the disk, unless offload.aio.block_size says otherwise
-PARALLEL = 4  # requests for a slab at a time, unless offload.aio.intra_op_parallelism says otherwise
 
 
 class DirectFile:

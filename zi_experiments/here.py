@@ -1,0 +1,28 @@
+"""The machine as it is for a run: what is here, what was measured of it, and what is free where weights go."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from zi_experiments import hardware
+from zi_experiments.config import OffloadDevice, Run
+from zi_experiments.engines import reading
+from zi_experiments.hardware import Machine, calibration, disk
+
+
+def known(run: Run, folder: Path) -> Machine:
+    """The machine with what was measured of it before, and with what is free in the folder for weights on disk."""
+    machine = hardware.detect(run.hardware)
+    # of another machine nobody knows that
+    is_here = not hardware.is_elsewhere(run.hardware, machine.gpu_name)
+    machine = replace(machine, disk_free_bytes=disk.free_bytes(folder) if is_here else None)
+    return calibration.known(run.hardware, machine, _disk(run, folder))
+
+
+def measured(run: Run, machine: Machine, folder: Path, tell: Callable[[str], None]) -> Machine:
+    """The machine with its rates, measured now if they are not known; `tell` gets a line for what takes time."""
+    return calibration.ensure(run.hardware, machine, _disk(run, folder), tell)
+
+
+def _disk(run: Run, folder: Path) -> disk.Disk | None:
+    return reading.disk_of(run, folder) if run.offload.device is OffloadDevice.nvme else None

@@ -1,0 +1,26 @@
+"""`plan_only=true`: the plan of a run, shown in seconds, with nothing loaded and nothing left behind."""
+
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+
+from zi_experiments import architecture, here, planner, scratch, search
+from zi_experiments.compose import to_run
+from zi_experiments.config import ConfigError
+from zi_experiments.sinks import plan_table
+from zi_experiments.sinks.console import show_plan
+
+
+def show(cfg: DictConfig, console: Console) -> None:
+    """Raises `ConfigError` for a run that would be refused."""
+    run = to_run(cfg)
+    machine = here.known(run, scratch.base_for_weights(run, Path(HydraConfig.get().runtime.output_dir) / "offload"))
+    arch = architecture.load(run)
+    settled = search.settle(run, arch, machine)
+    if settled is None:
+        raise ConfigError(f"the search has no candidate of rank {run.search.rank}: pass search.rank=0")
+    plan = planner.build(settled, arch, machine)
+    show_plan(run.name, plan, console)
+    plan_table.show(plan, search.improvements(plan), console)
