@@ -4,6 +4,7 @@ import os
 import re
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -30,7 +31,7 @@ class Faulty(Cli):
         self.marker = uuid.uuid4().hex
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
-        self.shared_before = _abandoned_shared_memory()  # of others, who were there first
+        self.shared_before = abandoned_shared_memory()  # of others, who were there first
 
     def environment(self, **variables: str) -> dict[str, str]:
         return super().environment(ZI_TEST=self.marker, TMPDIR=str(self.temporary), **variables)
@@ -60,7 +61,7 @@ class Faulty(Cli):
         weights = [path for base in (self.folder, *more) for path in base.rglob("zi-*") if path.is_dir()]
         found += ["weights" for path in weights if path.parent != self.temporary]
         found += [f"unfinished {path.name}" for path in self.folder.rglob(".result.json.tmp")]
-        return found + [f"shared memory {name}" for name in sorted(_abandoned_shared_memory() - self.shared_before)]
+        return found + [f"shared memory {name}" for name in sorted(abandoned_shared_memory() - self.shared_before)]
 
 
 def _variable(process: psutil.Process, name: str) -> str | None:
@@ -70,15 +71,19 @@ def _variable(process: psutil.Process, name: str) -> str | None:
         return None
 
 
-def _abandoned_shared_memory() -> set[str]:
-    """What of shared memory no process has mapped; other tests may run at the same time."""
-    names = set(os.listdir("/dev/shm"))
+def abandoned_shared_memory() -> set[str]:
+    """What of shared memory no process has mapped; other tests may run at the same time.
+
+    Told by inodes: a semaphore is mapped under a name of its own by the process that makes it, which glibc removes.
+    """
+    unmapped = {entry.inode(): entry.name for entry in os.scandir("/dev/shm")}
     for process in psutil.process_iter():
-        try:
-            names -= {Path(mapped.path).name for mapped in process.memory_maps() if mapped.path.startswith("/dev/shm/")}
-        except psutil.Error:
-            continue
-    return names
+        with suppress(OSError):  # it has just ended
+            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                _, _, _, _, inode, *path = line.split(maxsplit=5)
+                if path and path[0].startswith("/dev/shm/"):
+                    unmapped.pop(int(inode), None)
+    return set(unmapped.values())
 
 
 def fill(folder: Path) -> None:

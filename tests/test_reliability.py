@@ -1,12 +1,14 @@
 """Faults, caused for real: what a run says, and that nothing stays behind. docs/reliability.md is written from here."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import socket
 import time
 from contextlib import suppress
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import psutil
@@ -14,7 +16,7 @@ import pytest
 import torch
 import wandb_file
 from cli import wait_for, workers
-from reliability import Faulty, fill, shown
+from reliability import Faulty, abandoned_shared_memory, fill, shown
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,6 +59,17 @@ def worker_of(process):
     return found[0]
 
 
+def test_shared_memory_is_abandoned_when_no_process_has_it():
+    before = abandoned_shared_memory()
+    event = multiprocessing.get_context("spawn").Event()
+    assert abandoned_shared_memory() <= before
+    named = SharedMemory(create=True, size=1)
+    named.close()
+    assert abandoned_shared_memory() - before >= {named.name.removeprefix("/")}
+    named.unlink()
+    assert not event.is_set()
+
+
 # --- kill -9 ---------------------------------------------------------------------------------------------------------
 
 
@@ -81,6 +94,7 @@ def test_the_launcher_is_killed(cli, page):
     wait_for(process, "measure:")
     (written,) = cli.folder.glob("outputs/**/*.wandb")
     wait_until(lambda: written.stat().st_size > 1000)  # W&B writes every 15 s
+    wait_until(lambda: not list(cli.temporary.glob("wandb-symon-portfile-*")))  # its monitor has started
     process.kill()
     end(process)
 
