@@ -1,7 +1,8 @@
 """What stays on the device and what is streamed, and from where. Pure figures."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 from math import ceil
 
@@ -25,13 +26,21 @@ class LayerPlacement:
     on_disk: bool  # whether it comes from there, or from host memory
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Layer:
+    """The parameters of a decoder layer. Layers that are alike share the first one's, which may be a hundred times fewer."""
+
+    parameters: tuple[tuple[str, Parameter], ...]  # with their names in the layer
+    stored_bytes: dict[str, int]  # of each, the smallest first
+
+
 def place(plan: Plan) -> tuple[LayerPlacement, ...]:
     """The placement of each decoder layer, in the order in which they run."""
     layers = _layers(plan)
     resident = plan.run.offload.resident
     if plan.run.offload.device is OffloadDevice.none:
         return _split(plan, layers, 0)
-    total: int = sum(_stored_bytes(plan, p) for layer in layers for _, p in layer)
+    total = sum(sum(layer.stored_bytes.values()) for layer in layers)
     if resident != "auto":
         return _split(plan, layers, ceil((1 - resident) * total))
     # what is streamed takes slots, which take room from what is resident
@@ -75,17 +84,19 @@ def slots(plan: Plan) -> int:
     return 2 if plan.run.offload.resident == "auto" else 3
 
 
-def _layers(plan: Plan) -> list[list[tuple[str, Parameter]]]:
-    """The parameters of each decoder layer, with their names in it."""
+def _layers(plan: Plan) -> list[_Layer]:
+    """The decoder layers, in the order in which they run."""
     parameters = sorted((p for p in plan.architecture.parameters if p.layer is not None), key=lambda p: p.layer or 0)
-    return [
-        [(p.name.partition(f".{index}.")[2], p) for p in layer]
-        for index, layer in groupby(parameters, lambda p: p.layer)
-    ]
-
-
-def _stored_bytes(plan: Plan, parameter: Parameter) -> int:
-    return ELEMENT_BYTES * plan.stored_numel(parameter)
+    kinds: dict[tuple[tuple[str, tuple[int, ...], bool], ...], _Layer] = {}
+    layers = []
+    for index, group in groupby(parameters, lambda p: p.layer):
+        named = tuple((p.name.partition(f".{index}.")[2], p) for p in group)
+        kind = tuple((name, p.shape, p.quantizable) for name, p in named)
+        if kind not in kinds:
+            sizes = sorted(((name, ELEMENT_BYTES * plan.stored_numel(p)) for name, p in named), key=lambda one: one[1])
+            kinds[kind] = _Layer(parameters=named, stored_bytes=dict(sizes))
+        layers.append(kinds[kind])
+    return layers
 
 
 def _outside_bytes(plan: Plan) -> int:
@@ -93,42 +104,44 @@ def _outside_bytes(plan: Plan) -> int:
     return ELEMENT_BYTES * sum(p.numel for p in plan.architecture.parameters if p.layer is None)
 
 
-def _split(plan: Plan, layers: list[list[tuple[str, Parameter]]], needed: int) -> tuple[LayerPlacement, ...]:
+def _split(plan: Plan, layers: list[_Layer], needed: int) -> tuple[LayerPlacement, ...]:
     """Stream at least `needed` bytes, evenly: a part of every layer, so that slots are small and copies steady."""
-    ranks = plan.run.hardware.num_gpus
-    quantized = {p.name for p in plan.architecture.parameters if plan.is_quantized(p)}
+
+    @cache
+    def with_streamed(layer: _Layer, chosen: tuple[str, ...]) -> LayerPlacement:
+        quantized = {p.name for _, p in layer.parameters if plan.is_quantized(p)}
+        stays = [(name, p) for name, p in layer.parameters if name not in chosen]
+        goes = [(name, p) for name, p in layer.parameters if name in chosen]
+        return LayerPlacement(
+            resident=lay_out(stays, quantized, plan.run.quant, shares=1),
+            streamed=lay_out(goes, quantized, plan.run.quant, shares=plan.run.hardware.num_gpus),
+            on_disk=False,
+        )
+
     placed, sent = [], 0
     for index, layer in enumerate(layers):
         due = -(-needed * (index + 1) // len(layers))
-        chosen = {p.name for p in _choose(plan, [p for _, p in layer], due - sent)}
-        sent += sum(_stored_bytes(plan, p) for _, p in layer if p.name in chosen)
-        parts = (
-            lay_out(part, quantized, plan.run.quant, shares)
-            for part, shares in (
-                ([(name, p) for name, p in layer if p.name not in chosen], 1),
-                ([(name, p) for name, p in layer if p.name in chosen], ranks),
-            )
-        )
-        resident, streamed = parts
-        placed.append(LayerPlacement(resident=resident, streamed=streamed, on_disk=False))
+        chosen = tuple(_choose(layer, due - sent))
+        sent += sum(layer.stored_bytes[name] for name in chosen)
+        placed.append(with_streamed(layer, chosen))
     if plan.run.offload.device is not OffloadDevice.nvme:
         return tuple(placed)
     in_memory = _fitting_host(plan, placed) if plan.run.offload.resident == "auto" else 0
     spread = [(i + 1) * in_memory // len(placed) > i * in_memory // len(placed) for i in range(len(placed))]
     return tuple(
-        LayerPlacement(resident=layer.resident, streamed=layer.streamed, on_disk=layer.streamed.nbytes > 0 and not held)
+        replace(layer, on_disk=layer.streamed.nbytes > 0 and not held)
         for layer, held in zip(placed, spread, strict=True)
     )
 
 
-def _choose(plan: Plan, layer: list[Parameter], bytes_due: int) -> Iterator[Parameter]:
+def _choose(layer: _Layer, bytes_due: int) -> Iterator[str]:
     """Parameters of a layer that have at least so many bytes together: as few as possible, the last as small as enough."""
-    left = sorted(layer, key=lambda p: _stored_bytes(plan, p))
+    left = list(layer.stored_bytes)
     while bytes_due > 0 and left:
-        enough = (p for p in left if _stored_bytes(plan, p) >= bytes_due)
+        enough = (name for name in left if layer.stored_bytes[name] >= bytes_due)
         chosen = next(enough, left[-1])
         left.remove(chosen)
-        bytes_due -= _stored_bytes(plan, chosen)
+        bytes_due -= layer.stored_bytes[chosen]
         yield chosen
 
 
