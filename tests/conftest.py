@@ -1,5 +1,6 @@
 """What the tests share: runs composed from the real `conf/`, and machines written down by hand."""
 
+import gc
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from zi_experiments.hardware import Machine
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test needs the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny models threads only wait for one another
+
+gc.set_threshold(10_000)  # as a run does
 
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:

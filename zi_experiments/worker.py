@@ -1,6 +1,7 @@
 """What one worker process does: load, warm up, measure. The only part of a run that touches devices."""
 
 import faulthandler
+import gc
 import logging
 import signal
 import time
@@ -41,6 +42,7 @@ def main(plan: Plan, config: dict[str, Any], channel: Connection) -> Measurement
     _limit_gpu_memory(plan)
     engine = engines.get(plan.run.engine.name)
     with ExitStack() as held:
+        held.callback(gc.freeze)  # what was imported goes with the process: to look through it takes most of a second
         held.push(distributed.leave)
         engine.prepare(plan, progress)
         began = time.perf_counter()
