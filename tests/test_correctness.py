@@ -21,7 +21,8 @@ def deepspeed_result(tmp_path: Path, *, offload: str = "cpu", ranks: int = 1, **
     }
     out = tmp_path / "out.pt"
     script = Path(__file__).parent / "logits.py"
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
+    several = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", f"--log-dir={tmp_path}/logs"]
+    launcher = several if ranks > 1 else []
     command = [sys.executable, *launcher, str(script), str(out), json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
