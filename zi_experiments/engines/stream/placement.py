@@ -28,9 +28,9 @@ class LayerPlacement:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Layer:
-    """The parameters of a decoder layer. Layers that are alike share the first one's, which may be a hundred times fewer."""
+    """The parameters of a decoder layer, and of all that are like it: of most models there is one kind."""
 
-    parameters: tuple[tuple[str, Parameter], ...]  # with their names in the layer
+    parameters: tuple[tuple[str, Parameter], ...]  # of the first, with their names in it
     stored_bytes: dict[str, int]  # of each, the smallest first
 
 
