@@ -11,6 +11,8 @@ import pytest
 from families import FAMILIES, GROUPED_FAMILIES, GROUPS, LAYOUTS, OFFLOADS, QUANTS, STREAMED, STREAMED_GROUPS
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
+pytestmark = pytest.mark.timeout(1800)  # the first one waits for all families, and for operators to be compiled
+
 HEADER = """# Families
 
 Written by `make test ARGS="tests/test_families.py --update-golden"`, from what the tests compute, and compared with it by
