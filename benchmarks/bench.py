@@ -180,27 +180,27 @@ class Bench(Protocol):
 
 
 class Gpu:
-    """The first GPU. Raises `LookupError` without one."""
+    """The first GPU; its machine is measured anew before each run. Raises `LookupError` without one."""
 
     def __init__(self) -> None:
         import torch
 
-        from zi_experiments.hardware import rates
-
         if not torch.cuda.is_available():
             raise LookupError("no GPU is visible: --list works without one, and --cpu has cases for such a machine")
-        self._fixed = {"flops": rates.square_flops(torch.float16), "hbm_bytes_per_s": rates.copy_bytes_per_s("cuda")}
         self.what = {"command": "make bench-gpu", "gpu": torch.cuda.get_device_name(0)}
         self._disk: float | None = None
 
     def measure(self, one: Case, disk: Path) -> dict[str, float]:
-        from zi_experiments.hardware import rates
+        from published import compose
 
-        measured = {"link_bytes_per_s": rates.link_bytes_per_s()} | self._fixed
-        rates.release()
+        from zi_experiments import hardware
+        from zi_experiments.hardware import calibration
+
+        asked = compose(one.overrides).hardware
+        found = calibration.measure(asked, hardware.detect(asked), None, _say).ceilings
         self._disk = self._read_rate(one, disk)
-        if self._disk:
-            measured["disk_bytes_per_s"] = self._disk
+        rates = {name: getattr(found, name) for name in ("link_bytes_per_s", "flops", "hbm_bytes_per_s")}
+        measured = {name: rate for name, rate in (rates | {"disk_bytes_per_s": self._disk}).items() if rate}
         shown = ", ".join(f"{name.split('_')[0]} {value:.4g}" for name, value in measured.items())
         print(f"  measured: {shown}", flush=True)
         return measured

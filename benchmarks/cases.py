@@ -141,13 +141,13 @@ PLACED_TARGETS = (of_best_placement(0.95, 48), figure("of the plan's bound", "fr
 MICRO_TARGETS = (times("one micro-batch", 7.0, "opt-13b-fp16/stream"),)
 CASES = (
     case("opt-13b-fp16", "stream", "opt-13b cpu fp16", STREAM, *workload(), targets=FP16_TARGETS),
-    case("opt-13b-fp16", "deepspeed-reference", "opt-13b cpu fp16", *REFERENCE, *workload(8, 1)),
-    case("opt-13b-fp16", "deepspeed-tuned", "opt-13b cpu fp16", *TUNED, *workload(8, 1)),
-    case("opt-13b-fp16", "accelerate", "opt-13b cpu fp16", "engine=accelerate", *workload(4, 1)),
-    case("opt-13b-fp16", "fsdp", "opt-13b cpu fp16", "engine=fsdp", *workload(8, 1)),
+    case("opt-13b-fp16", "deepspeed-reference", "opt-13b cpu fp16", *REFERENCE, *workload(8, 3)),
+    case("opt-13b-fp16", "deepspeed-tuned", "opt-13b cpu fp16", *TUNED, *workload(8, 3)),
+    case("opt-13b-fp16", "accelerate", "opt-13b cpu fp16", "engine=accelerate", *workload(4, 3)),
+    case("opt-13b-fp16", "fsdp", "opt-13b cpu fp16", "engine=fsdp", *workload(8, 3)),
     case("opt-13b-int4", "stream", "opt-13b cpu int4", STREAM, *workload(), targets=INT4_TARGETS),
-    case("opt-13b-int4", "deepspeed-reference", "opt-13b cpu int4", *REFERENCE, *workload(repeats=1)),
-    case("opt-13b-int4", "deepspeed-tuned", "opt-13b cpu int4", *TUNED, *workload(repeats=1)),
+    case("opt-13b-int4", "deepspeed-reference", "opt-13b cpu int4", *REFERENCE, *workload(repeats=3)),
+    case("opt-13b-int4", "deepspeed-tuned", "opt-13b cpu int4", *TUNED, *workload(repeats=3)),
     case("opt-13b-resident", "stream", "opt-13b none int4", STREAM, *workload(repeats=1)),
     case(
         *("opt-175b-int4", "stream", "opt-175b cpu int4", STREAM, *SHORT),

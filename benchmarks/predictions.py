@@ -28,12 +28,16 @@ HEADER = """# Predictions against measurements
 
 Written by `make test ARGS="-n 0 tests/test_predictions.py --update-golden"`, and compared with the code by every `make test`.
 
-Each row is a case of `make bench-gpu` or `make bench-cpu` ([`docs/results`](results)), and what its plan predicts before
-anything is loaded ([limits.md](limits.md) has the formulas), from the rates of its machine. With a GPU these are what
-`hardware=auto` has measured there, and link, memory, arithmetic and disk as they were measured again right before the case.
-What others use as well is measured before each run and after it, the disk and with a processor everything: of up to three runs
-the first counts during which disk and products have changed by less than 15 %, or else the one with the least change. An error
-is the prediction over the measured median, minus 1.
+Each row is a case of `make bench-gpu` or `make bench-cpu` ([`docs/results`](results)), and what its plan predicts
+before anything is loaded ([limits.md](limits.md) has the formulas), from the rates that `hardware=auto` had measured on
+its machine. What others use as well is measured before each run and after it, the disk and with a processor everything:
+of up to three runs the first counts during which disk and products have changed by less than 15 %, or else the one with
+the least change. An error is the prediction over the measured median, minus 1.
+
+The H200 is part of a virtual machine on a host that others compute on as well. There a core is up to twice as slow for
+a second or two, which the engines feel that wait for it: `accelerate`, whose copies from pageable memory it makes, and
+the reference profile of `deepspeed` in INT4, whose launches take longer than its copies. Of those two runs one prefill
+each was measured.
 """
 COLUMNS = (
     *("model", "engine", "weights", "besides"),

@@ -410,6 +410,16 @@ def test_loading_makes_the_weights_and_puts_them_where_they_stay(planned, overri
     assert predict(plan).load_s == near(3.0 + 12.85347328 + expected)
 
 
+def test_quantizing_takes_its_time_while_loading(planned):
+    known = {"pin_bytes_per_s": 4e9}
+    plan = planned("offload=none", "quant=int4", known=known, overlap={"load_s_per_quantized": 1e-9})
+    quantized = sum(p.numel for p in plan.architecture.parameters if plan.is_quantized(p))
+
+    assert 12e9 < quantized < plan.architecture.num_parameters
+    assert predict(plan).load_s == near(quantized * 1e-9)
+    assert predict(planned("offload=none", known=known, overlap={"load_s_per_quantized": 1e-9})).load_s == 0
+
+
 def test_a_processor_makes_random_weights_in_one_thread(planned):
     plan = planned("offload=cpu", name="cpu", known={})
     weights = replace(plan.run.weights, source=WeightSource.pretrained)

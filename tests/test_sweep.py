@@ -117,7 +117,7 @@ def run_with_faults(cli, *arguments):
     return process.returncode, "".join(lines)
 
 
-@pytest.mark.timeout(1200)  # five minutes where nothing else runs
+@pytest.mark.timeout(1800)  # five minutes where nothing else runs
 def test_forty_runs_with_eight_failures(cli, page, small_disk):
     experiments = write_experiments(cli)
     code, output = run_with_faults(cli, "-m", *QUICK, experiments)

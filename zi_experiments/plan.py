@@ -35,7 +35,8 @@ class Overlap:
     expand: float = 1.0  # time to expand quantized weights, as a multiple of the stream engine's
     copies: float = 0.0  # times that all weights are copied within the device's memory
     load_s: float = 2.0  # of loading that does not depend on the model's size
-    load_s_per_parameter: float = 0.0  # to make or convert one, and quantize it
+    load_s_per_parameter: float = 0.0  # to make or convert one
+    load_s_per_quantized: float = 0.0  # to quantize one
     pinning: float = 1.0  # rate at which loading pins, as a multiple of that of one block at a time
 
 

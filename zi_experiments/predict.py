@@ -181,7 +181,7 @@ def _load_s(plan: Plan) -> float | None:
     each_s = overlap.load_s_per_parameter
     if plan.machine.device == "cpu" and plan.run.weights.source is WeightSource.random:
         each_s += CPU_MADE_S
-    made_s = each_s * plan.architecture.num_parameters
+    made_s = (each_s + overlap.load_s_per_quantized * plan.quantized_fraction) * plan.architecture.num_parameters
     host_s = _over(plan.placement.cpu_bytes + plan.storage.host_buffer_bytes, filled)
     return overlap.load_s + made_s + host_s + _over(plan.placement.nvme_bytes, known.disk_write_bytes_per_s)
 

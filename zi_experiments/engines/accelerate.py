@@ -17,7 +17,7 @@ from zi_experiments.engines.session import HFSession, host_cache
 from zi_experiments.plan import ELEMENT_BYTES, Overlap, Plan, Storage
 from zi_experiments.progress import Progress
 
-OVERLAP = Overlap(hidden=1.0, launch=3.0, stall=0.0, load_s=3.0, load_s_per_parameter=1e-9)
+OVERLAP = Overlap(hidden=0.0, launch=4.0, stall=0.0, load_s=3.0, load_s_per_parameter=1e-9)
 Values = Iterator[tuple[list[str], Any]]  # of every parameter: all its names, and its value on the device
 
 

@@ -11,7 +11,15 @@ from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Verif
 from zi_experiments.engines.stream.slab import Layout, lay_out
 from zi_experiments.plan import ELEMENT_BYTES, Overlap, Placement, Plan, Storage
 
-OVERLAP = Overlap(hidden=1.0, launch=1.55, stall=0.0, load_s=0.5, load_s_per_parameter=4.5e-11, pinning=3.0)
+OVERLAP = Overlap(
+    hidden=1.0,
+    launch=1.55,
+    stall=0.0,
+    load_s=0.9,
+    load_s_per_parameter=3e-12,
+    load_s_per_quantized=2e-11,
+    pinning=3.0,
+)
 BUFFERS = 4  # slabs in host memory in front of the GPU's slots, when they come from disk
 CHUNK_BYTES = 8 << 20  # of a request to the disk, unless offload.aio.block_size says otherwise
 PARALLEL = 4  # requests for a slab at a time, unless offload.aio.intra_op_parallelism says otherwise
