@@ -41,7 +41,7 @@ each was measured.
 """
 COLUMNS = (
     *("model", "engine", "weights", "besides"),
-    *("prefill s", "predicted", "error", "mostly", "step s", "predicted", "error", "mostly"),
+    *("prefill s", "predicted", "error", "mostly", "step s", "predicted", "error", "mostly", "load s", "predicted"),
 )
 
 
@@ -54,6 +54,7 @@ class Measured:
     processor: str
     prefill_s: float
     step_s: float
+    load_s: float
 
     @property
     def on(self) -> str:
@@ -93,6 +94,7 @@ def runs(found: dict[str, Any]) -> Iterator[Measured]:
                 processor=f"{case['environment']['cpu']}, {case['environment']['cpu_cores']} cores",
                 prefill_s=case["metrics"]["ttft_s"],
                 step_s=case["metrics"]["tpot_p50_s"],
+                load_s=case["metrics"]["load_s"],
             )
 
 
@@ -163,7 +165,7 @@ def _line(one: Compared) -> str:
         *(run.model.name, engine, f"{run.offload.name} {run.quant.name}", _besides(one.plan)),
         *(f"{seen.prefill_s:.3f}", f"{found.prefill_s:.3f}", f"{100 * one.prefill_error:+.1f} %"),
         *(_mostly(found.prefill_limited_by), f"{seen.step_s:.4f}", f"{found.decode_step_s:.4f}"),
-        *(f"{100 * one.step_error:+.1f} %", _mostly(found.limited_by)),
+        *(f"{100 * one.step_error:+.1f} %", _mostly(found.limited_by), f"{seen.load_s:.1f}", f"{found.load_s:.1f}"),
     )
     return f"| {' | '.join(cells)} |\n"
 

@@ -428,6 +428,13 @@ def test_a_processor_makes_random_weights_in_one_thread(planned):
     assert predict(plan).load_s - predict(pretrained).load_s == near(12_853_473_280 * 5e-9)
 
 
+def test_a_processor_takes_longer_to_quantize_than_to_leave_a_weight_as_it_is(planned):
+    plain, quantized = (planned("offload=cpu", quant, name="cpu", known={}) for quant in ("quant=fp16", "quant=int4"))
+    count = sum(p.numel for p in quantized.architecture.parameters if quantized.is_quantized(p))
+
+    assert predict(quantized).load_s - predict(plain).load_s == near(count * 3e-9)
+
+
 def test_an_engine_may_pin_several_blocks_at_a_time(planned):
     known = {"pin_bytes_per_s": 4e9, "host_bytes_per_s": 20e9}
     for overrides, rate in (("offload=cpu",), 8e9), (("offload=cpu", "offload.pin_memory=false"), 20e9):

@@ -36,7 +36,7 @@ def case(prefill_s=1.0, step_s=1.0, command=COMMAND, gpu="Made Up"):
     """A case as a benchmark's file has it, which is JSON."""
     made = {
         "command": command,
-        "metrics": {"ttft_s": prefill_s, "tpot_p50_s": step_s},
+        "metrics": {"ttft_s": prefill_s, "tpot_p50_s": step_s, "load_s": 12.34},
         "environment": {"gpu": gpu, "cpu": "A Processor", "cpu_cores": 2, "driver": None},
         "plan": {
             "device": "cuda",
@@ -97,6 +97,8 @@ def test_the_page_by_hand(streamed_s):
     assert [line.split(" | ")[3] for line in lines] == ["", "", "2 micro-batches"]
     assert [line.split(" | ")[6] for line in lines] == ["+5.0 %", "-20.0 %", "-40.0 %"]
     assert [line.split(" | ")[10] for line in lines] == ["+0.0 %", "+0.0 %", "-30.0 %"]
+    loaded = predictions.compare(cached).prediction.load_s
+    assert {tuple(line.rstrip(" |").split(" | ")[-2:]) for line in lines} == {("12.3", f"{loaded:.1f}")}
     assert "prefill median 20.0 %, worst 40.0 %; decode median 0.0 %, worst 30.0 %." in before
     assert "Of 3 runs 1 have their prefill predicted within 10 %, and 2 their decode step." in before
     assert "decode median 1.0 %, worst 1.0 %. Of 1 runs 1 have" in after

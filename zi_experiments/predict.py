@@ -10,6 +10,7 @@ from zi_experiments.plan import ELEMENT_BYTES, Plan
 APPENDED = 2  # keys and values are read and written to append to them
 CACHE_LAUNCH = 0.5  # of a layer of plain transformers, to move its keys and values between host memory and the GPU
 CPU_MADE_S = 5e-9  # for one thread of a processor to make a random weight
+CPU_QUANTIZED_S = 3e-9  # for a processor to quantize one
 CPU_TRAFFIC = 0.35  # of the rate of a copy that element-wise operations of a processor reach
 EXPANDED_BYTES = 2.5  # of memory traffic for each INT4 weight that is expanded to 16 bits
 
@@ -178,10 +179,11 @@ def _load_s(plan: Plan) -> float | None:
         return None
     pinned = known.pin_bytes_per_s and overlap.pinning * known.pin_bytes_per_s
     filled = pinned if plan.pin_memory else known.host_bytes_per_s
-    each_s = overlap.load_s_per_parameter
-    if plan.machine.device == "cpu" and plan.run.weights.source is WeightSource.random:
-        each_s += CPU_MADE_S
-    made_s = (each_s + overlap.load_s_per_quantized * plan.quantized_fraction) * plan.architecture.num_parameters
+    each_s, quantized_s = overlap.load_s_per_parameter, overlap.load_s_per_quantized
+    if plan.machine.device == "cpu":
+        each_s += CPU_MADE_S * (plan.run.weights.source is WeightSource.random)
+        quantized_s += CPU_QUANTIZED_S
+    made_s = (each_s + quantized_s * plan.quantized_fraction) * plan.architecture.num_parameters
     host_s = _over(plan.placement.cpu_bytes + plan.storage.host_buffer_bytes, filled)
     return overlap.load_s + made_s + host_s + _over(plan.placement.nvme_bytes, known.disk_write_bytes_per_s)
 
