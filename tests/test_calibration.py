@@ -20,7 +20,7 @@ from cli import wait_for
 from zi_experiments import hardware
 from zi_experiments.config import Calibration, ConfigError
 from zi_experiments.engines.reading import MOST_IN_FLIGHT, disk_of
-from zi_experiments.hardware import cache, calibration, choice
+from zi_experiments.hardware import cache, calibration, choice, overhead
 from zi_experiments.hardware.disk import Disk, bytes_per_s, mount_of
 from zi_experiments.locks import FolderLock
 
@@ -78,6 +78,26 @@ def on_disk(tmp_path):
         pytest.skip("temporary files are in memory here")
     (tmp_path / "disk").mkdir()
     return Disk(folder=tmp_path / "disk", block_bytes=BLOCK_BYTES, in_flight=4)
+
+
+class Steps(overhead.Overhead):
+    """Steps of 4 and of 12 layers that are written down instead of measured."""
+
+    def __init__(self, *steps_s):
+        self._found = []
+        self._written = list(steps_s)
+
+    def _steps_s(self):
+        return self._written.pop(0)
+
+
+def test_what_a_layer_and_a_step_take_by_hand():
+    """1 ms a layer and 1 ms a step at one moment, 2 and 4 ms at another."""
+    steps = Steps([5e-3, 13e-3], [12e-3, 28e-3])
+    steps.sample()
+    steps.sample()
+
+    assert steps.layer_and_step_s() == (pytest.approx(1.5e-3), pytest.approx(2.5e-3))
 
 
 def test_what_was_measured_is_possible(cached, auto, here):

@@ -136,11 +136,6 @@ def expand_elements_per_s(dtype: torch.dtype, device: str) -> float:
     return layout.elements / _seconds(lambda: expand(slab, layout, out), device)
 
 
-def release() -> None:
-    """Give the GPU's memory back, for what is measured next."""
-    torch.cuda.empty_cache()
-
-
 def _pinned() -> Any:
     return host_empty(COPY_BYTES, torch.uint8, pinned=True)
 
