@@ -16,12 +16,15 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cases import CASES, CPU_CASES, Case, Entries, Entry
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from zi_experiments.hardware import Machine
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = ("of the\nbound", "predicted")  # measured against both
@@ -191,15 +194,11 @@ class Gpu:
         self._disk: float | None = None
 
     def measure(self, one: Case, disk: Path) -> dict[str, float]:
-        from published import compose
-
-        from zi_experiments import hardware
-        from zi_experiments.hardware import calibration
-
-        asked = compose(one.overrides).hardware
-        found = calibration.measure(asked, hardware.detect(asked), None, _say).ceilings
+        machine = _machine(one, None)
+        if machine.calibration is None:
+            raise SystemExit("without what the GPU can do there is nothing to compare with")
         self._disk = self._read_rate(one, disk)
-        rates = {name: getattr(found, name) for name in ("link_bytes_per_s", "flops", "hbm_bytes_per_s")}
+        rates = {name: getattr(machine.ceilings, name) for name in ("link_bytes_per_s", "flops", "hbm_bytes_per_s")}
         measured = {name: rate for name, rate in (rates | {"disk_bytes_per_s": self._disk}).items() if rate}
         shown = ", ".join(f"{name.split('_')[0]} {value:.4g}" for name, value in measured.items())
         print(f"  measured: {shown}", flush=True)
@@ -241,20 +240,25 @@ class Cpu:
 
     def _rates(self, one: Case, disk: Path) -> list[float]:
         """Those on which most of a pass depends."""
-        from published import compose
-
-        from zi_experiments import hardware
-        from zi_experiments.engines.reading import disk_of
-        from zi_experiments.hardware import calibration
-
-        run = compose(one.overrides)
-        there = disk_of(run, disk) if one.on_disk else None
-        machine = calibration.measure(run.hardware, hardware.detect(run.hardware), there, _say)
+        machine = _machine(one, disk if one.on_disk else None)
         if machine.calibration is None:
             return []  # it has said why
         products = [machine.calibration.gemm_flops[machine.dtypes[0]][rows] for rows in ROWS]
         read = machine.ceilings.disk_bytes_per_s
         return [*products, read] if one.on_disk and read else products
+
+
+def _machine(one: Case, disk: Path | None) -> "Machine":
+    """What a case runs on, measured anew, its disk too where a path is given. Without a calibration it has said why."""
+    from published import compose
+
+    from zi_experiments import hardware
+    from zi_experiments.engines.reading import disk_of
+    from zi_experiments.hardware import calibration
+
+    run = compose(one.overrides)
+    there = disk_of(run, disk) if disk is not None else None
+    return calibration.measure(run.hardware, hardware.detect(run.hardware), there, _say)
 
 
 def _change(pairs: Iterable[tuple[float, float]]) -> float:

@@ -181,8 +181,9 @@ def _load_s(plan: Plan) -> float | None:
     filled = pinned if plan.pin_memory else known.host_bytes_per_s
     each_s, quantized_s = overlap.load_s_per_parameter, overlap.load_s_per_quantized
     if plan.machine.device == "cpu":
-        each_s += CPU_MADE_S * (plan.run.weights.source is WeightSource.random)
         quantized_s += CPU_QUANTIZED_S
+        if plan.run.weights.source is WeightSource.random:
+            each_s += CPU_MADE_S
     made_s = (each_s + quantized_s * plan.quantized_fraction) * plan.architecture.num_parameters
     host_s = _over(plan.placement.cpu_bytes + plan.storage.host_buffer_bytes, filled)
     return overlap.load_s + made_s + host_s + _over(plan.placement.nvme_bytes, known.disk_write_bytes_per_s)
