@@ -29,6 +29,21 @@ def test_a_lookup_gives_the_rows_of_the_expanded_table(bits, group_dim):
     assert module.weight.dim() == 1, "the parameter is as it was: packed and flat"
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_dim", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_product_has_the_whole_matrix(bits, group_dim, dtype):
+    """In float16 too: there DeepSpeed itself looks for its CUDA kernel, whatever the device."""
+    quant = Quant(name="", bits=bits, group_size=32, group_dim=group_dim)
+    module = nn.Linear(64, 128, bias=False, dtype=dtype)
+    weight = module.weight.detach().clone()
+    quantize(module.weight, quant)
+    expand_in_forward(module)
+    inputs = torch.randn(3, 64, dtype=dtype)
+
+    assert torch.equal(module(inputs), inputs @ round_trip(weight, quant).T)
+
+
 def test_an_embedding_that_multiplies_with_its_table_has_all_of_it():
     class Scored(nn.Embedding):
         def forward(self, ids):

@@ -19,7 +19,7 @@ def replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None
         setattr(owner, name, original)
 
 
-def partitioning_at_the_end(model_type: type, prepare: Callable[[str, Any], None]) -> AbstractContextManager[None]:
+def partitioning_at_the_end(model_type: Any, prepare: Callable[[str, Any], None]) -> AbstractContextManager[None]:
     """Let zero.Init take the parameters when the whole model exists, and call `prepare(name, parameter)` before each.
 
     zero.Init partitions the parameters of a module as soon as the module exists. By then nobody knows its name in the
@@ -29,9 +29,13 @@ def partitioning_at_the_end(model_type: type, prepare: Callable[[str, Any], None
     from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
     from torch import nn
 
+    # `from_pretrained` replaces the method by one that does nothing while the model is built, and ties when all is loaded
+    tie_weights = model_type.tie_weights
+
     def wrap(original: Any) -> Any:
         def post_init(self: Any, module: Any) -> None:
             if type(module) is model_type:
+                tie_weights(module)
                 _partition(self, module, prepare)
             for name, parameter in module.named_parameters(recurse=False):
                 if not is_zero_param(parameter):
@@ -50,7 +54,6 @@ def _partition(init: Any, model: Any, prepare: Callable[[str, Any], None]) -> No
     import torch
     from torch import nn
 
-    model.tie_weights()
     owners = defaultdict(list)
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -76,7 +76,16 @@ def _unpack(parameter: Any) -> tuple[Any, Any, Any]:
 
 
 def _expand(parameter: Any) -> Any:
-    return parameter.dequantizer.dequantize(*_unpack(parameter))
+    """The parameter's weights, in its dtype and shape before it was quantized."""
+    codes, scale, minimum = _unpack(parameter)
+    dequantizer = parameter.dequantizer
+    if codes.device.type == "cuda":
+        return dequantizer.dequantize(codes, scale, minimum)
+    # for float16 DeepSpeed would look for its CUDA kernel, on a processor that computes float16 as well
+    if dequantizer.config["num_bits"] == 4:
+        codes = dequantizer._decompress_uint4_to_uint8(codes)
+    groups = codes.unflatten(dequantizer.config["group_dim"], (-1, dequantizer.config["group_size"]))
+    return dequantizer._dequantize_int8(groups, scale, minimum).view(codes.shape)
 
 
 class _Rows:
