@@ -161,6 +161,8 @@ CASES = (
     # verification has made four passes before the first that is measured, so that nothing is left to warm up
     case("opt-6.7b-nvme", "stream", "opt-6.7b nvme fp16", STREAM, *workload(4, 2, 0), targets=(of_disk(0.95),)),
     case("opt-6.7b-nvme", "deepspeed-tuned", "opt-6.7b nvme fp16", *TUNED, *workload(3, 1, 0)),
+    case("opt-6.7b-nvme-int4", "stream", "opt-6.7b nvme int4", STREAM, *workload(6, 2, 0), targets=(of_disk(0.95),)),
+    case("opt-6.7b-nvme-int4", "deepspeed-tuned", "opt-6.7b nvme int4", *TUNED, *workload(4, 1, 0)),
     case(
         *("micro-batches", "stream", "opt-13b cpu fp16", STREAM, "workload.micro_batches=8", "kv_cache=gpu", *SHORT),
         targets=MICRO_TARGETS,
@@ -191,5 +193,7 @@ CPU_CASES = tuple(
         ("cpu", "int4", "deepspeed-tuned", TUNED),
         ("nvme", "fp16", "stream", (STREAM,)),
         ("nvme", "fp16", "deepspeed-tuned", TUNED),
+        ("nvme", "int4", "stream", (STREAM,)),
+        ("nvme", "int4", "deepspeed-tuned", TUNED),
     )
 )

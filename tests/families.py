@@ -7,6 +7,7 @@ python families.py FOLDER FAMILY…
 
 import json
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 # Wide enough that even in INT4 a layer has weights above the 1 MiB under which nothing goes to disk.
 WIDE = {"hidden_size": 512, "intermediate_size": 3840, "num_attention_heads": 8}
 GROUPED = WIDE | {"num_key_value_heads": 2, "head_dim": 64}
+VOCABULARY, LARGE_VOCABULARY = 256, 4096  # in INT4 too, the table of the large one goes to disk
 FAMILIES = {
     "opt": {
         "hidden_size": 512,
@@ -59,6 +61,10 @@ FAMILIES = {
         "v_head_dim": 64,
     },
 }
+FAMILIES |= {
+    "opt, large tied vocabulary": FAMILIES["opt"] | {"vocab_size": LARGE_VOCABULARY},
+    "llama, large untied vocabulary": FAMILIES["llama"] | {"vocab_size": LARGE_VOCABULARY},
+}
 LAYERS = {"bloom": "n_layer", "gptj": "n_layer", "gpt2": "n_layer"}
 QUANTS = {"fp16": 16, "int4": 4, "int8": 8}
 OFFLOADS = ("none", "cpu", "nvme")
@@ -85,8 +91,9 @@ IDS = torch.randint(5, 250, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
 def tiny_config(family: str):
-    numbers = FAMILIES[family] | {LAYERS.get(family, "num_hidden_layers"): 2}
-    return AutoConfig.for_model(family, vocab_size=256, **numbers)
+    model_type = family.partition(",")[0]
+    numbers = {"vocab_size": VOCABULARY, **FAMILIES[family], LAYERS.get(model_type, "num_hidden_layers"): 2}
+    return AutoConfig.for_model(model_type, **numbers)
 
 
 def save_checkpoint(
@@ -220,7 +227,7 @@ def compare(
     layout: str = "safetensors",
     **groups: int,
 ) -> dict:
-    from zi_experiments import progress
+    from zi_experiments import engines, inventory, progress
     from zi_experiments.verify import verify
 
     settings = {f"quant.{key}": value for key, value in groups.items()}
@@ -230,7 +237,13 @@ def compare(
     with torch.inference_mode():
         mine = session.model(ids).logits
     stored, on_disk = held_by_stream(session, checkpoint) if engine == "stream" else held_by_deepspeed(session)
+    planned, found = engines.get(engine).stored(plan), session.inventory()
     result = {
+        "difference": inventory.difference(planned, found.parameters),
+        "misplaced": inventory.difference(engines.get(engine).stored(in_memory(plan)), found.parameters),
+        "held_bytes": found.held.gpu_bytes + found.held.cpu_bytes + found.held.nvme_bytes,
+        "padding_bytes": found.held.padding_bytes,
+        "parameter_bytes": 2 * sum(each.numel for each in planned.values()),
         "rel_error": float((mine.float() - logits.float()).norm() / logits.float().norm()),
         "tokens_equal": bool(torch.equal(session.generate(ids, GEN_LEN, None), tokens)),
         "problem": verify(session, plan, progress.silent()).problem,
@@ -243,6 +256,14 @@ def compare(
     }
     session.close()
     return result
+
+
+def in_memory(plan):
+    """The same plan with all weights on the device."""
+    from zi_experiments.config import OffloadDevice
+
+    offload = replace(plan.run.offload, device=OffloadDevice.none)
+    return replace(plan, run=replace(plan.run, offload=offload))
 
 
 def held_by_deepspeed(session) -> tuple[int, int]:
@@ -259,7 +280,7 @@ def held_by_stream(session, checkpoint: Path) -> tuple[int, int]:
     layers = decoder_layers(session.model)[1]
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     outside = sum(p.nbytes for p in session.model.parameters() if id(p) not in inside)
-    resident = sum(layer.forward.__self__._resident.nbytes for layer in layers)
+    resident = sum(layer.forward.__self__.resident.nbytes for layer in layers)
     in_memory = sum(slab.nbytes for slab in session._close.__self__._slabs if isinstance(slab, torch.Tensor))
     on_disk = sum(file.stat().st_size for file in (checkpoint.parent / "disk").glob("rank*"))
     return outside + resident + in_memory + on_disk, on_disk

@@ -85,7 +85,7 @@ def a_minimum_is_not_a_number(codes, scales, minima):
 
 @contextmanager
 def changed_resident(session, index):
-    slab = decoder_layers(session.model)[1][index].forward.__self__._resident
+    slab = decoder_layers(session.model)[1][index].forward.__self__.resident
     before = slab.clone()
     slab[: slab.numel() // 8] = 0
     yield session

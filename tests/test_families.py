@@ -87,14 +87,22 @@ def is_equal(result):
     return result["rel_error"] == 0 and result["tokens_equal"] and result["problem"] is None
 
 
+def assert_stored_as_planned(result):
+    """By parameter, and in bytes; the inventory of an engine against what the test itself finds in memory and on disk."""
+    assert result["difference"] is None
+    assert result["held_bytes"] == result["stored_bytes"] == result["planned_bytes"]
+    assert result["held_bytes"] == result["parameter_bytes"] + result["padding_bytes"]
+    assert result["disk_bytes"] == result["planned_disk_bytes"]
+
+
 @pytest.mark.parametrize(("family", "quant", "offload"), product(FAMILIES, QUANTS, OFFLOADS))
 def test_what_is_computed_and_stored(results, family, quant, offload):
     result = results[key(family, quant, offload)]
 
     assert is_equal(result), result
-    assert result["stored_bytes"] == result["planned_bytes"]
-    assert result["disk_bytes"] == result["planned_disk_bytes"]
+    assert_stored_as_planned(result)
     assert (result["disk_bytes"] > 0) == (offload == "nvme")
+    assert (result["misplaced"] is not None) == (offload == "nvme")
     assert result["quantized_fraction"] > 0.9 or quant == "fp16"
 
 
@@ -108,7 +116,7 @@ def test_other_groups(results, family, quant, groups):
     result = results[key(family, quant, "cpu", "gpu", *groups)]
 
     assert is_equal(result), result
-    assert result["stored_bytes"] == result["planned_bytes"]
+    assert_stored_as_planned(result)
 
 
 @pytest.mark.parametrize(("family", "cell"), product(FAMILIES, STREAMED))
@@ -117,8 +125,7 @@ def test_what_is_streamed(results, family, cell):
     result = results[streamed(family, *cell)]
 
     assert is_equal(result), result
-    assert result["stored_bytes"] == result["planned_bytes"]
-    assert result["disk_bytes"] == result["planned_disk_bytes"]
+    assert_stored_as_planned(result)
     assert (result["disk_bytes"] > 0) == ("nvme" in cell)
 
 
@@ -128,7 +135,7 @@ def test_other_groups_are_streamed(results, family, groups):
     result = results[key(family, quant, "cpu", "gpu", size, dim, engine="stream")]
 
     assert is_equal(result), result
-    assert result["stored_bytes"] == result["planned_bytes"]
+    assert_stored_as_planned(result)
 
 
 @pytest.mark.parametrize(("family", "layout"), LAYOUTS)

@@ -213,7 +213,7 @@ class _Job:
             _say(self._console, f"removed {display_path(path)}: the run that made it was killed")
 
     def _conclude(self, plan: Plan, measured: "Measurement", peaks: memory.Monitor) -> None:
-        self._update(verification=measured.verification)
+        self._update(stored=measured.stored, verification=measured.verification)
         if measured.samples is None:
             assert measured.verification is not None
             message = f"verification failed: {measured.verification.problem}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from zi_experiments import environment, failures, signals
+from zi_experiments import environment, failures, inventory, signals
 from zi_experiments.plan import Plan
 from zi_experiments.progress import Display
 
@@ -29,7 +29,9 @@ _GRACE_S = 2.0  # for a worker to end by itself, or to say where it is
 
 
 def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, console: Console) -> "Measurement":
-    """Run the workers of a plan, one process per GPU, and return what rank 0 measured, with the largest GPU peak.
+    """Run the workers of a plan, one process per GPU, and return what rank 0 measured.
+
+    Its GPU peak is the largest of all ranks, and what is stored that of all together.
 
     Their output goes to files under `logs`, and their temporary files to the folder `temporary`. Raises
     `failures.WorkerError` when one fails, is killed, or gives no sign of progress for `launch.timeout_s`. A
@@ -81,8 +83,9 @@ def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, cons
             _stop(running)
             raise
     peak = max(result.gpu_peak_bytes for result in results.values())
+    stored = inventory.total([result.stored for result in results.values()])
     measurement: Measurement = results[0]
-    return replace(measurement, gpu_peak_bytes=peak)
+    return replace(measurement, gpu_peak_bytes=peak, stored=stored)
 
 
 @contextmanager

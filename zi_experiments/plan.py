@@ -8,6 +8,7 @@ from functools import cached_property
 from zi_experiments.architecture import Architecture, Parameter
 from zi_experiments.config import CacheDevice, Run
 from zi_experiments.hardware import Machine
+from zi_experiments.inventory import Home, Stored
 
 ELEMENT_BYTES = 2  # every run computes in a 16-bit type
 GIB = 1 << 30
@@ -23,6 +24,22 @@ class Placement:
     gpu_bytes: int
     cpu_bytes: int
     nvme_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.gpu_bytes + self.cpu_bytes + self.nvme_bytes
+
+
+def placement_of(stored: dict[str, Stored]) -> Placement:
+    """Where parameters live that are each held once, without padding."""
+    numel = Counter[Home]()
+    for each in stored.values():
+        numel[each.home] += each.numel
+    return Placement(
+        gpu_bytes=ELEMENT_BYTES * numel[Home.gpu],
+        cpu_bytes=ELEMENT_BYTES * numel[Home.cpu],
+        nvme_bytes=ELEMENT_BYTES * numel[Home.nvme],
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +105,11 @@ class Plan:
         quant = self.run.quant
         assert quant.group_size is not None
         return parameter.numel * quant.bits // 16 + 2 * (parameter.numel // quant.group_size)
+
+    @property
+    def device_home(self) -> Home:
+        """The memory of the device that computes."""
+        return Home.gpu if self.machine.device == "cuda" else Home.cpu
 
     @property
     def uses_cuda_quantizer(self) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from zi_experiments import fit
+from zi_experiments.inventory import Held
 from zi_experiments.measure import Samples
 from zi_experiments.metrics import Metrics
 from zi_experiments.plan import Plan
@@ -52,6 +53,7 @@ class Record:
     plan: Plan | None = None
     environment: dict[str, Any] | None = None
     checkpoint: dict[str, Any] | None = None  # what was loaded, by its hashes; None: random weights
+    stored: Held | None = None  # what was loaded, over all ranks
     samples: Samples | None = None
     metrics: Metrics | None = None
     verification: Verification | None = None  # None: verify=off, or the run did not get as far
@@ -70,6 +72,7 @@ class Record:
             "plan": describe_plan(self.plan) if self.plan else None,
             "environment": self.environment,
             "checkpoint": self.checkpoint,
+            "stored": asdict(self.stored) if self.stored else None,
             "samples": self.samples.to_dict() if self.samples else None,
             "metrics": asdict(self.metrics) if self.metrics and self.status == "ok" else None,
             "verification": asdict(self.verification) if self.verification else None,

@@ -14,8 +14,9 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from zi_experiments import distributed, engines, quality, workload
+from zi_experiments import distributed, engines, inventory, quality, workload
 from zi_experiments.config import Verify
+from zi_experiments.inventory import Held
 from zi_experiments.measure import Samples, measure_passes
 from zi_experiments.plan import Plan
 from zi_experiments.progress import Progress, silent
@@ -26,6 +27,7 @@ from zi_experiments.verify import Verification, verify
 class Measurement:
     """What a worker brings back."""
 
+    stored: Held  # the weights of this rank
     samples: Samples | None  # None when what was loaded failed its verification
     verification: Verification | None  # None with verify=off
     perplexity: float | None  # None without workload.text
@@ -49,10 +51,21 @@ def main(plan: Plan, config: dict[str, Any], channel: Connection) -> Measurement
         session = engine.load(plan, config, progress)
         held.callback(session.close)
         load_s = time.perf_counter() - began
+        stored = check_stored(plan, engine, session)
         verification = verify(session, plan, progress) if plan.run.verify is Verify.on else None
         if verification is not None and not verification.passed:
-            return Measurement(samples=None, verification=verification, perplexity=None, gpu_peak_bytes=0)
-        return _measure(plan, session, load_s, verification, progress)
+            return Measurement(
+                stored=stored, samples=None, verification=verification, perplexity=None, gpu_peak_bytes=0
+            )
+        return _measure(plan, session, load_s, stored, verification, progress)
+
+
+def check_stored(plan: Plan, engine: engines.Engine, session: engines.Session) -> Held:
+    """What this rank holds. Raises `RuntimeError` when that is not what the plan says, and figures would mislead."""
+    found = session.inventory()
+    if problem := inventory.difference(engine.stored(plan), found.parameters):
+        raise RuntimeError(problem)
+    return found.held
 
 
 def _belong_to_the_launcher() -> None:
@@ -67,7 +80,12 @@ def _belong_to_the_launcher() -> None:
 
 
 def _measure(
-    plan: Plan, session: engines.Session, load_s: float, verification: Verification | None, progress: Progress
+    plan: Plan,
+    session: engines.Session,
+    load_s: float,
+    stored: Held,
+    verification: Verification | None,
+    progress: Progress,
 ) -> Measurement:
     work = plan.run.workload
     ids = workload.prompts(
@@ -85,7 +103,11 @@ def _measure(
     measured = run(count=work.repeats, phase="measure")
     samples = Samples(load_s=load_s, warmup=warmup, measured=measured)
     return Measurement(
-        samples=samples, verification=verification, perplexity=perplexity, gpu_peak_bytes=_gpu_peak(plan)
+        stored=stored,
+        samples=samples,
+        verification=verification,
+        perplexity=perplexity,
+        gpu_peak_bytes=_gpu_peak(plan),
     )
 
 

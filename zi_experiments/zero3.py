@@ -6,7 +6,8 @@ from math import ceil
 
 from zi_experiments.architecture import Parameter
 from zi_experiments.config import ConfigError, OffloadDevice, Profile
-from zi_experiments.plan import ELEMENT_BYTES, Overlap, Placement, Plan, Storage
+from zi_experiments.inventory import Home, Stored
+from zi_experiments.plan import ELEMENT_BYTES, Overlap, Plan, Storage, placement_of
 
 MIN_SWAP_BYTES = 1 << 20  # DeepSpeed keeps smaller parameters in memory
 OVERLAP = {
@@ -21,8 +22,7 @@ CPU_HIDDEN, CPU_EXPAND = 0.0, {Profile.tuned: 1.5, Profile.reference: 1.8}
 
 def storage(plan: Plan) -> Storage:
     """Where DeepSpeed keeps the weights. Raises `ConfigError` when it has no room for its own NVMe buffers."""
-    everything = ELEMENT_BYTES * sum(plan.stored_numel(p) for p in plan.architecture.parameters)
-    placement, buffers = _placement(plan, everything), buffer_bytes_host(plan)
+    placement, buffers = placement_of(stored(plan)), buffer_bytes_host(plan)
     if buffers > plan.machine.host_memory_bytes:
         profile = (
             "" if plan.run.engine.profile is Profile.tuned else ", or engine.profile=tuned, which computes smaller ones"
@@ -33,7 +33,7 @@ def storage(plan: Plan) -> Storage:
         )
     offloaded = plan.run.offload.device is not OffloadDevice.none
     return Storage(
-        weight_bytes=everything,
+        weight_bytes=placement.total_bytes,
         placement=placement,
         # on a CPU there is no link to cross
         streamed_bytes_per_pass=placement.cpu_bytes + placement.nvme_bytes
@@ -76,19 +76,17 @@ def swapped(plan: Plan) -> list[Parameter]:
     return [p for p in plan.architecture.parameters if ceil(plan.stored_numel(p) / ranks) * ELEMENT_BYTES >= smallest]
 
 
-def _placement(plan: Plan, everything: int) -> Placement:
-    nvme = cpu = 0
-    if plan.run.offload.device is not OffloadDevice.none:
-        on_disk, most = {p.name for p in swapped(plan)}, persistence_numel(plan)
-        for p in plan.architecture.parameters:
-            if p.name in on_disk:
-                nvme += ELEMENT_BYTES * plan.stored_numel(p)
-            elif plan.stored_numel(p) > most:
-                cpu += ELEMENT_BYTES * plan.stored_numel(p)
-    on_device = everything - nvme - cpu
-    if plan.machine.device == "cpu":
-        return Placement(gpu_bytes=0, cpu_bytes=cpu + on_device, nvme_bytes=nvme)
-    return Placement(gpu_bytes=on_device, cpu_bytes=cpu, nvme_bytes=nvme)
+def stored(plan: Plan) -> dict[str, Stored]:
+    """Every parameter by name: large ones where `offload` says, small ones on the device that computes."""
+    on_disk, most = {p.name for p in swapped(plan)}, persistence_numel(plan)
+    offloaded = plan.run.offload.device is not OffloadDevice.none
+
+    def home(p: Parameter) -> Home:
+        if p.name in on_disk:
+            return Home.nvme
+        return Home.cpu if offloaded and plan.stored_numel(p) > most else plan.device_home
+
+    return {p.name: Stored(numel=plan.stored_numel(p), home=home(p)) for p in plan.architecture.parameters}
 
 
 def buffer_numel(plan: Plan) -> int:

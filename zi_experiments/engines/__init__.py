@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from zi_experiments.config import ConfigError
+from zi_experiments.inventory import Inventory, Stored
 from zi_experiments.plan import Plan, Storage
 from zi_experiments.progress import Progress
 
@@ -19,6 +20,9 @@ class Session(Protocol):
         `input_ids` is int64 of shape (sequences of this rank, prompt_len); returns (sequences, prompt_len + gen_len).
         """
 
+    def inventory(self) -> Inventory:
+        """What this rank holds of the weights, as it is found in memory and on disk."""
+
     def close(self) -> None: ...
 
 
@@ -28,6 +32,9 @@ class Engine(Protocol):
 
         Raises `ConfigError` for what the engine cannot do.
         """
+
+    def stored(self, plan: Plan) -> dict[str, Stored]:
+        """How the engine should hold each parameter of a plan, by name: what a session's `inventory` is compared with."""
 
     def config(self, plan: Plan, scratch: str | None) -> dict[str, Any]:
         """The engine's own configuration for a plan, as it goes into the record."""

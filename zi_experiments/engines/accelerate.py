@@ -6,6 +6,7 @@ Its hooks copy without overlap, from pageable memory; files are read through the
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from zi_experiments.config import ConfigError, OffloadDevice
 from zi_experiments.engines import sixteen_bit
 from zi_experiments.engines.modules import device_of, names_of, put
 from zi_experiments.engines.session import HFSession, host_cache
-from zi_experiments.plan import ELEMENT_BYTES, Overlap, Plan, Storage
+from zi_experiments.inventory import Home, Inventory, Stored, held, home_of
+from zi_experiments.plan import ELEMENT_BYTES, Overlap, Plan, Storage, placement_of
 from zi_experiments.progress import Progress
 
 OVERLAP = Overlap(hidden=0.0, launch=4.0, stall=0.0, load_s=3.0, load_s_per_parameter=1e-9)
@@ -25,18 +27,22 @@ def storage(plan: Plan) -> Storage:
     """All weights where `offload` says, and those of one module at a time on the GPU."""
     sixteen_bit.refuse_quantized(plan)
     _check(plan)
-    everything = ELEMENT_BYTES * plan.architecture.num_parameters
+    placement = placement_of(stored(plan))
     streams, on_disk = sixteen_bit.crosses_link(plan), plan.run.offload.device is OffloadDevice.nvme
     largest = _largest_module_bytes(plan)
     return Storage(
-        weight_bytes=everything,
-        placement=sixteen_bit.placement(plan),
-        streamed_bytes_per_pass=everything if streams else 0,
+        weight_bytes=placement.total_bytes,
+        placement=placement,
+        streamed_bytes_per_pass=placement.total_bytes if streams else 0,
         host_buffer_bytes=largest if on_disk else 0,
         gpu_buffer_bytes=largest if streams else 0,
         pinnable=False,
         overlap=OVERLAP,
     )
+
+
+def stored(plan: Plan) -> dict[str, Stored]:
+    return sixteen_bit.stored(plan)
 
 
 def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
@@ -62,9 +68,10 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     progress.begin("load", plan.weight_bytes, "bytes")
     with closing(weights.of(plan.run.weights, plan.architecture.config, dtype)) as source:
         model = weights.empty_model(source, plan.architecture.config, dtype, device)
+        names = names_of(model)  # hooks put parameters on the meta device, where none are tied
         keep(model, _values(plan, model, source, device, progress), device, config)
     progress.end()
-    return HFSession(model, device, host_cache(plan, device))
+    return HFSession(model, device, host_cache(plan, device), inventory=partial(_inventory, model, names))
 
 
 def _values(plan: Plan, model: Any, source: Any, device: Any, progress: Progress) -> Values:
@@ -103,6 +110,26 @@ def _on_disk(model: Any, values: Values, device: Any, config: dict[str, Any]) ->
             index[other] = index[name]
     save_offload_index(index, folder)
     disk_offload(model, folder, execution_device=device)
+
+
+def _inventory(model: Any, names: list[list[str]]) -> Inventory:
+    pieces = {name: _held(model, name) for name, *_ in names}
+    parameters = {name: Stored(numel=nbytes // ELEMENT_BYTES, home=home) for name, (home, nbytes) in pieces.items()}
+    return Inventory(parameters=parameters, held=held(pieces.values(), sum(nbytes for _, nbytes in pieces.values())))
+
+
+def _held(model: Any, name: str) -> tuple[Home, int]:
+    """Where accelerate takes a parameter from when its module is called, and how many bytes there are."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    hook = getattr(module, "_hf_hook", None)
+    source = getattr(hook, "weights_map", None)
+    if source is None:
+        tensor = module._parameters[key]
+        return home_of(tensor), tensor.nbytes
+    if (folder := getattr(source.dataset, "save_folder", None)) is not None:
+        return Home.nvme, (Path(folder) / f"{name}.dat").stat().st_size
+    return home_of(source[key]), source[key].nbytes
 
 
 def _check(plan: Plan) -> None:

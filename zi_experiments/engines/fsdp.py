@@ -13,7 +13,8 @@ from zi_experiments.config import ConfigError, OffloadDevice
 from zi_experiments.engines import sixteen_bit
 from zi_experiments.engines.modules import device_of, names_of, put
 from zi_experiments.engines.session import HFSession, host_cache
-from zi_experiments.plan import ELEMENT_BYTES, Overlap, Plan, Storage
+from zi_experiments.inventory import Stored
+from zi_experiments.plan import ELEMENT_BYTES, Overlap, Plan, Storage, placement_of
 from zi_experiments.progress import Progress
 
 PREFETCHED_LAYERS = 2
@@ -27,17 +28,21 @@ def storage(plan: Plan) -> Storage:
     sixteen_bit.refuse_quantized(plan)
     if plan.run.offload.device is OffloadDevice.nvme:
         raise ConfigError("engine=fsdp keeps weights in memory: pass offload=cpu, or engine=accelerate")
-    everything, outside = ELEMENT_BYTES * plan.architecture.num_parameters, ELEMENT_BYTES * plan.outside_numel
+    placement, outside = placement_of(stored(plan)), ELEMENT_BYTES * plan.outside_numel
     # Over several ranks: the layer that computes, what it was gathered in, and the same of those prefetched. One rank
     # gathers nothing and prefetches nothing: torch copies the parameters of a layer, one by one, when it is called.
     live = 2 if plan.run.hardware.num_gpus == 1 else 2 + PREFETCHED_LAYERS
     return Storage(
-        weight_bytes=everything,
-        placement=sixteen_bit.placement(plan),
-        streamed_bytes_per_pass=everything - outside if sixteen_bit.crosses_link(plan) else 0,
+        weight_bytes=placement.total_bytes,
+        placement=placement,
+        streamed_bytes_per_pass=placement.total_bytes - outside if sixteen_bit.crosses_link(plan) else 0,
         gpu_buffer_bytes=live * ELEMENT_BYTES * plan.layer_numel + outside,
         overlap=OVERLAP if plan.machine.device == "cuda" else replace(OVERLAP, copies=COPIES_ON_CPU),
     )
+
+
+def stored(plan: Plan) -> dict[str, Stored]:
+    return sixteen_bit.stored(plan)
 
 
 def config(plan: Plan, scratch: str | None) -> dict[str, Any]:

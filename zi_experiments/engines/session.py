@@ -1,19 +1,30 @@
 """What the sessions of all engines have in common."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from zi_experiments.config import CacheDevice
+from zi_experiments.inventory import Inventory, Stored, held, home_of
 from zi_experiments.plan import Plan
 
 
 class HFSession:
     """A Hugging Face model that an engine has made ready, on one rank."""
 
-    def __init__(self, model: Any, device: Any, cache: Any = None, close: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        device: Any,
+        cache: Any = None,
+        *,
+        inventory: Callable[[], Inventory] | None = None,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
         self.model = model
         self._device = device
         self._cache = cache  # None: one of transformers' own for each pass
+        self._inventory = inventory or partial(in_memory, model)
         self._close = close
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_contiguous)
@@ -35,8 +46,19 @@ class HFSession:
                 streamer=streamer,
             )
 
+    def inventory(self) -> Inventory:
+        return self._inventory()
+
     def close(self) -> None:
         self._close()
+
+
+def in_memory(model: Any) -> Inventory:
+    """What is held of a model whose parameters are ordinary tensors, or tensors sharded over the ranks."""
+    parameters = {name: Stored(numel=p.numel(), home=home_of(p)) for name, p in model.named_parameters()}
+    local = [getattr(p, "_local_tensor", p) for p in model.parameters()]
+    pieces = [(home_of(tensor), tensor.untyped_storage().nbytes()) for tensor in local]
+    return Inventory(parameters=parameters, held=held(pieces, sum(tensor.nbytes for tensor in local)))
 
 
 def _contiguous(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

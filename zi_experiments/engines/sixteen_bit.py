@@ -4,7 +4,8 @@ from typing import Any
 
 from zi_experiments.architecture import Parameter
 from zi_experiments.config import ConfigError, OffloadDevice
-from zi_experiments.plan import ELEMENT_BYTES, Placement, Plan
+from zi_experiments.inventory import Home, Stored
+from zi_experiments.plan import Plan
 
 
 def refuse_quantized(plan: Plan) -> None:
@@ -12,17 +13,11 @@ def refuse_quantized(plan: Plan) -> None:
         raise ConfigError(f"engine={plan.run.engine.name} keeps 16-bit weights: pass quant=fp16, or engine=stream")
 
 
-def placement(plan: Plan) -> Placement:
+def stored(plan: Plan) -> dict[str, Stored]:
     """All weights where `offload` says."""
-    everything = ELEMENT_BYTES * plan.architecture.num_parameters
-    home = plan.run.offload.device
-    if home is OffloadDevice.none and plan.machine.device == "cpu":
-        home = OffloadDevice.cpu
-    return Placement(
-        gpu_bytes=everything if home is OffloadDevice.none else 0,
-        cpu_bytes=everything if home is OffloadDevice.cpu else 0,
-        nvme_bytes=everything if home is OffloadDevice.nvme else 0,
-    )
+    offload = plan.run.offload.device
+    home = plan.device_home if offload is OffloadDevice.none else Home(offload.value)
+    return {p.name: Stored(numel=p.numel, home=home) for p in plan.architecture.parameters}
 
 
 def crosses_link(plan: Plan) -> bool:

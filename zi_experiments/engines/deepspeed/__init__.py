@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from zi_experiments import distributed, ds_config, zero3
@@ -10,8 +11,10 @@ from zi_experiments.config import WeightSource
 from zi_experiments.engines.deepspeed import patches, quantized
 from zi_experiments.engines.deepspeed.disk import checking_writes
 from zi_experiments.engines.deepspeed.ops import build_ops
+from zi_experiments.engines.deepspeed.partitions import inventory
 from zi_experiments.engines.deepspeed.pinned import register_swap_buffers
 from zi_experiments.engines.session import HFSession, host_cache
+from zi_experiments.inventory import Stored
 from zi_experiments.plan import Plan, Storage
 from zi_experiments.progress import Progress
 from zi_experiments.weights import RandomWeights, refuse_incomplete
@@ -25,6 +28,11 @@ def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
 def storage(plan: Plan) -> Storage:
     """Where ZeRO stage 3 keeps the weights."""
     return zero3.storage(plan)
+
+
+def stored(plan: Plan) -> dict[str, Stored]:
+    """How ZeRO stage 3 keeps each parameter."""
+    return zero3.stored(plan)
 
 
 def prepare(plan: Plan, progress: Progress) -> None:
@@ -67,7 +75,13 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     progress.end()
     # transformers holds it by a weak reference: without this one it would forget that ZeRO-3 is on
     engine.module.hf_deepspeed_config = hf_config
-    return HFSession(engine.module, engine.device, host_cache(plan, engine.device), engine.destroy)
+    return HFSession(
+        engine.module,
+        engine.device,
+        host_cache(plan, engine.device),
+        inventory=partial(inventory, engine.module),
+        close=engine.destroy,
+    )
 
 
 def _is_pretrained(plan: Plan) -> bool:

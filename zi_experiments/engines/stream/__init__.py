@@ -4,6 +4,7 @@ docs/stream.md has a picture of it.
 """
 
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,19 @@ from zi_experiments.architecture import decoder_layers
 from zi_experiments.engines.modules import device_of, names_of, put
 from zi_experiments.engines.session import HFSession
 from zi_experiments.engines.stream import placement
-from zi_experiments.plan import Plan, Storage
+from zi_experiments.inventory import Home, Inventory, Stored, held, home_of
+from zi_experiments.plan import ELEMENT_BYTES, Plan, Storage
 from zi_experiments.progress import Progress
 
 
 def storage(plan: Plan) -> Storage:
     """Where the slabs are, and the buffers that they pass through."""
     return placement.storage(plan)
+
+
+def stored(plan: Plan) -> dict[str, Stored]:
+    """How each parameter is kept."""
+    return placement.stored(plan)
 
 
 def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
@@ -63,12 +70,32 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         streamed = [index for index, layer in enumerate(placed) if layer.streamed.nbytes]
         store = loader.store({f"{prefix}.{index}": placed[index] for index in streamed}, path)
     source: Any = _source(plan, store, device) if streamed else None
+    layers = []
     for index, module in enumerate(modules):
         layer = StreamedLayer(module, placed[index], resident[index], expanded, plan.run.workload.micro_batches)
+        layers.append(layer)
         if index in streamed:
             layer.attach(source, streamed.index(index))
     progress.end()
-    return HFSession(model, device, make_cache(plan, device), store.close)
+    homes = dict(zip(streamed, (home for home, _ in store.pieces()), strict=True))
+    inventory = partial(_inventory, model, prefix, layers, homes, store)
+    return HFSession(model, device, make_cache(plan, device), inventory=inventory, close=store.close)
+
+
+def _inventory(model: Any, prefix: str, layers: list[Any], homes: dict[int, Home], store: Any) -> Inventory:
+    """What is outside of the layers, the slabs that stay with them, and this rank's shares of those that come."""
+    outside = {name: p for name, p in model.named_parameters() if not name.startswith(f"{prefix}.")}
+    stored = {name: Stored(numel=p.numel(), home=home_of(p)) for name, p in outside.items()}
+    slabs = [layer.resident for layer in layers]
+    pieces = [*((home_of(tensor), tensor.nbytes) for tensor in (*outside.values(), *slabs)), *store.pieces()]
+    own = sum(p.numel() for p in outside.values())
+    for index, layer in enumerate(layers):
+        for name, numel, stays in layer.held():
+            stored[f"{prefix}.{index}.{name}"] = Stored(
+                numel=numel, home=home_of(layer.resident) if stays else homes[index]
+            )
+            own += numel if stays else numel // distributed.ranks()
+    return Inventory(parameters=stored, held=held(pieces, ELEMENT_BYTES * own))
 
 
 def _source(plan: Plan, store: Any, device: Any) -> Any:

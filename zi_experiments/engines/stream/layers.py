@@ -1,5 +1,6 @@
 """Decoder layers whose weights come and go: Hugging Face's own modules, with parameters that point into slabs."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class StreamedLayer:
         expanded: torch.Tensor,
         micro_batches: int,
     ) -> None:
-        self._layer, self._placed, self._resident = layer, placed, resident
+        self._layer, self._placed = layer, placed
+        self.resident = resident  # the slab of what stays on the device
         first = placed.resident.elements
         last = first + placed.streamed.elements
         self._expanded = expanded[:first], expanded[first:last]
@@ -45,8 +47,20 @@ class StreamedLayer:
         """Where the slab comes from; `index` is the layer's among those that are streamed."""
         self._source, self._index = source, index
 
+    def held(self) -> Iterator[tuple[str, int, bool]]:
+        """Every parameter: its name in the layer, the 16-bit elements it takes, and whether it stays on the device.
+
+        Told by the buffer that it points into. Those in none of them are 16-bit ones that come with a slab.
+        """
+        stays, comes = self._expanded
+        for name, parameter in self._layer.named_parameters():
+            numel, in_stays = parameter.numel(), _lies_in(parameter, stays)
+            if in_stays or _lies_in(parameter, comes):
+                numel = self._placed.resident.packed_numel(numel)
+            yield name, numel, in_stays or _lies_in(parameter, self.resident)
+
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        expand(self._resident, self._placed.resident, self._expanded[0])
+        expand(self.resident, self._placed.resident, self._expanded[0])
         if self._source is None:
             return in_blocks(self._forward, args, kwargs, self._micro_batches)
         slab = self._source.take(self._index)
@@ -66,6 +80,10 @@ class StreamedLayer:
         for name, parameter in parameters.items():
             owner, _, key = name.rpartition(".")
             self._layer.get_submodule(owner)._parameters[key] = parameter
+
+
+def _lies_in(tensor: torch.Tensor, buffer: torch.Tensor) -> bool:
+    return buffer.data_ptr() <= tensor.data_ptr() < buffer.data_ptr() + buffer.nbytes
 
 
 def _as_parameters(tensors: dict[str, torch.Tensor]) -> dict[str, nn.Parameter]:

@@ -9,6 +9,7 @@ from math import ceil
 from zi_experiments.architecture import Parameter
 from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Verify
 from zi_experiments.engines.stream.slab import Layout, lay_out
+from zi_experiments.inventory import Home, Stored
 from zi_experiments.plan import ELEMENT_BYTES, Overlap, Placement, Plan, Storage
 
 OVERLAP = Overlap(
@@ -87,6 +88,25 @@ def storage(plan: Plan) -> Storage:
     )
 
 
+def stored(plan: Plan) -> dict[str, Stored]:
+    """Every parameter by name: what is outside of layers on the device in 16 bits, the others as `place` says."""
+    placed, found = place(plan), {}
+    for p in plan.architecture.parameters:
+        if p.layer is None:
+            found[p.name] = Stored(numel=p.numel, home=plan.device_home)
+            continue
+        layer = placed[p.layer]
+        streamed = any(place.name == name_in_layer(p) for place in (*layer.streamed.plain, *layer.streamed.quantized))
+        source = Home.nvme if layer.on_disk else Home.cpu
+        found[p.name] = Stored(numel=plan.stored_numel(p), home=source if streamed else plan.device_home)
+    return found
+
+
+def name_in_layer(parameter: Parameter) -> str:
+    """What a parameter of a decoder layer is called within it."""
+    return parameter.name.partition(f".{parameter.layer}.")[2]
+
+
 def slots(plan: Plan) -> int:
     """Slabs on the GPU: one computes, one is on its way, and unless memory is scarce one has arrived between them."""
     return 2 if plan.run.offload.resident == "auto" else 3
@@ -97,8 +117,8 @@ def _layers(plan: Plan) -> list[_Layer]:
     parameters = sorted((p for p in plan.architecture.parameters if p.layer is not None), key=lambda p: p.layer or 0)
     kinds: dict[tuple[tuple[str, tuple[int, ...], bool], ...], _Layer] = {}
     layers = []
-    for index, group in groupby(parameters, lambda p: p.layer):
-        named = tuple((p.name.partition(f".{index}.")[2], p) for p in group)
+    for _, group in groupby(parameters, lambda p: p.layer):
+        named = tuple((name_in_layer(p), p) for p in group)
         kind = tuple((name, p.shape, p.quantizable) for name, p in named)
         if kind not in kinds:
             sizes = sorted(((name, ELEMENT_BYTES * plan.stored_numel(p)) for name, p in named), key=lambda one: one[1])

@@ -56,6 +56,11 @@ class Layout:
         ends = (start + codes, start + codes + groups, start + codes + 2 * groups)
         return slice(start, ends[0]), slice(ends[0], ends[1]), slice(ends[1], ends[2])
 
+    def packed_numel(self, numel: int) -> int:
+        """16-bit elements that so many quantized weights take: integers, scales and minima."""
+        assert self.quant.group_size is not None
+        return numel * self.quant.bits // 16 + 2 * (numel // self.quant.group_size)
+
     @cached_property
     def nbytes(self) -> int:
         return _up(self.regions[2].stop, PAGE * self.shares)

@@ -11,6 +11,7 @@ import torch
 
 from zi_experiments.engines.stream.placement import CHUNK_BYTES, PARALLEL
 from zi_experiments.engines.stream.slab import PAGE
+from zi_experiments.inventory import Home
 
 
 class DirectFile:
@@ -81,6 +82,13 @@ class Store:
         on_disk = [index for index, slab in enumerate(slabs) if isinstance(slab, int)]
         self._next = (on_disk[number % len(on_disk)] for number in count()) if on_disk else iter(())
         self._taken = 0  # buffers handed out, ever
+
+    def pieces(self) -> list[tuple[Home, int]]:
+        """Where each slab is, and how many bytes of it; those on disk with the room that their file gives them."""
+        return [
+            (Home.nvme, self.sizes[index]) if isinstance(slab, int) else (Home.cpu, slab.nbytes)
+            for index, slab in enumerate(self._slabs)
+        ]
 
     def start(self, sizes: list[int]) -> None:
         """Begin to read ahead; `sizes` are the bytes of each slab's share."""
