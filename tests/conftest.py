@@ -84,7 +84,7 @@ MACHINES["measured"] = replace(
     ),
 )
 
-SLOWEST = ("test_sweep.py", "test_families.py", "test_reliability.py", "test_verify.py")
+SLOWEST = ("test_sweep.py", "test_families.py", "test_documentation.py", "test_reliability.py", "test_verify.py")
 
 
 def pytest_collection_modifyitems(items):
