@@ -122,7 +122,8 @@ def group_quantize(weight: torch.Tensor, bits: int, group_size: int = 64, group_
     scale = (2**bits - 1) / (high - low)
     codes = ((groups - low) * scale).round().clamp(0, 2**bits - 1)
     expanded = (codes / scale + low).reshape(rows_last.shape)
-    return expanded if group_dim == 1 else expanded.transpose(-1, -2)
+    # contiguous, as weights are: of others some processors compute products in another order
+    return expanded if group_dim == 1 else expanded.transpose(-1, -2).contiguous()
 
 
 def plain(folder: Path, bits: int, **groups: int):

@@ -31,7 +31,7 @@ class Held:
     gpu_bytes: int
     cpu_bytes: int
     nvme_bytes: int
-    padding_bytes: int  # the part of them that belongs to no parameter
+    padding_bytes: int  # the part of them that is padding, or a second copy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +42,9 @@ class Inventory:
     held: Held
 
 
-def home_of(tensor: Any) -> Home:
-    """The memory that a tensor is in."""
-    return Home.gpu if tensor.device.type == "cuda" else Home.cpu
+def home_on(device: Any) -> Home:
+    """The memory of a torch device."""
+    return Home.gpu if device.type == "cuda" else Home.cpu
 
 
 def held(pieces: Iterable[tuple[Home, int]], parameter_bytes: int) -> Held:

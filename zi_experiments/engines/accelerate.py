@@ -15,7 +15,7 @@ from zi_experiments.config import ConfigError, OffloadDevice
 from zi_experiments.engines import sixteen_bit
 from zi_experiments.engines.modules import device_of, names_of, put
 from zi_experiments.engines.session import HFSession, host_cache
-from zi_experiments.inventory import Home, Inventory, Stored, held, home_of
+from zi_experiments.inventory import Home, Inventory, Stored, held, home_on
 from zi_experiments.plan import ELEMENT_BYTES, Overlap, Plan, Storage, placement_of
 from zi_experiments.progress import Progress
 
@@ -126,10 +126,10 @@ def _held(model: Any, name: str) -> tuple[Home, int]:
     source = getattr(hook, "weights_map", None)
     if source is None:
         tensor = module._parameters[key]
-        return home_of(tensor), tensor.nbytes
+        return home_on(tensor.device), tensor.nbytes
     if (folder := getattr(source.dataset, "save_folder", None)) is not None:
         return Home.nvme, (Path(folder) / f"{name}.dat").stat().st_size
-    return home_of(source[key]), source[key].nbytes
+    return home_on(source[key].device), source[key].nbytes
 
 
 def _check(plan: Plan) -> None:

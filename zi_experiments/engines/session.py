@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from zi_experiments.config import CacheDevice
-from zi_experiments.inventory import Inventory, Stored, held, home_of
+from zi_experiments.inventory import Inventory, Stored, held, home_on
 from zi_experiments.plan import Plan
 
 
@@ -55,9 +55,9 @@ class HFSession:
 
 def in_memory(model: Any) -> Inventory:
     """What is held of a model whose parameters are ordinary tensors, or tensors sharded over the ranks."""
-    parameters = {name: Stored(numel=p.numel(), home=home_of(p)) for name, p in model.named_parameters()}
+    parameters = {name: Stored(numel=p.numel(), home=home_on(p.device)) for name, p in model.named_parameters()}
     local = [getattr(p, "_local_tensor", p) for p in model.parameters()]
-    pieces = [(home_of(tensor), tensor.untyped_storage().nbytes()) for tensor in local]
+    pieces = [(home_on(tensor.device), tensor.untyped_storage().nbytes()) for tensor in local]
     return Inventory(parameters=parameters, held=held(pieces, sum(tensor.nbytes for tensor in local)))
 
 

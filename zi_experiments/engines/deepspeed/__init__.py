@@ -79,7 +79,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         engine.module,
         engine.device,
         host_cache(plan, engine.device),
-        inventory=partial(inventory, engine.module),
+        inventory=partial(inventory, engine.module, engine.device),
         close=engine.destroy,
     )
 

@@ -1,25 +1,41 @@
 """What ZeRO stage 3 holds of a model, read off its partitions."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from zi_experiments import distributed
-from zi_experiments.inventory import Home, Inventory, Stored, held, home_of
+from zi_experiments.inventory import Home, Inventory, Stored, held, home_on
 from zi_experiments.plan import ELEMENT_BYTES
 
 
-def inventory(model: Any) -> Inventory:
-    """This rank's partitions of a model that `deepspeed.initialize` has taken."""
+def inventory(model: Any, device: Any) -> Inventory:
+    """This rank's part of a model that `deepspeed.initialize` has taken, and that computes on `device`.
+
+    Small parameters persist: the first pass gathers them on the device, where they stay. Their partitions stay as well.
+    """
     parameters = dict(model.named_parameters())
-    homes = {name: _home(parameter.ds_tensor) for name, parameter in parameters.items()}
-    stored = {name: Stored(numel=parameter.ds_numel, home=homes[name]) for name, parameter in parameters.items()}
-    # of a partition in an NVMe buffer, `ds_tensor` is the whole buffer
-    pieces = [(homes[name], ELEMENT_BYTES * parameter.ds_tensor.ds_numel) for name, parameter in parameters.items()]
+    stored = {
+        name: Stored(numel=parameter.ds_numel, home=_home(parameter, device)) for name, parameter in parameters.items()
+    }
+    pieces = [piece for parameter in parameters.values() for piece in _pieces(parameter, device)]
     numel = sum(_own_numel(parameter) for parameter in parameters.values())
     return Inventory(parameters=stored, held=held(pieces, ELEMENT_BYTES * numel))
 
 
-def _home(partition: Any) -> Home:
-    return home_of(partition) if partition.final_location is None else Home(partition.final_location.value)
+def _home(parameter: Any, device: Any) -> Home:
+    return home_on(device) if parameter.ds_persist else _partition_home(parameter.ds_tensor)
+
+
+def _pieces(parameter: Any, device: Any) -> Iterator[tuple[Home, int]]:
+    partition = parameter.ds_tensor
+    # of a partition in an NVMe buffer, the tensor is the whole buffer
+    yield _partition_home(partition), ELEMENT_BYTES * partition.ds_numel
+    if parameter.ds_persist and home_on(device) is not _partition_home(partition):
+        yield home_on(device), ELEMENT_BYTES * parameter.ds_numel
+
+
+def _partition_home(partition: Any) -> Home:
+    return home_on(partition.device) if partition.final_location is None else Home(partition.final_location.value)
 
 
 def _own_numel(parameter: Any) -> int:

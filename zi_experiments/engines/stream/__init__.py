@@ -13,7 +13,7 @@ from zi_experiments.architecture import decoder_layers
 from zi_experiments.engines.modules import device_of, names_of, put
 from zi_experiments.engines.session import HFSession
 from zi_experiments.engines.stream import placement
-from zi_experiments.inventory import Home, Inventory, Stored, held, home_of
+from zi_experiments.inventory import Home, Inventory, Stored, held, home_on
 from zi_experiments.plan import ELEMENT_BYTES, Plan, Storage
 from zi_experiments.progress import Progress
 
@@ -85,14 +85,14 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
 def _inventory(model: Any, prefix: str, layers: list[Any], homes: dict[int, Home], store: Any) -> Inventory:
     """What is outside of the layers, the slabs that stay with them, and this rank's shares of those that come."""
     outside = {name: p for name, p in model.named_parameters() if not name.startswith(f"{prefix}.")}
-    stored = {name: Stored(numel=p.numel(), home=home_of(p)) for name, p in outside.items()}
+    stored = {name: Stored(numel=p.numel(), home=home_on(p.device)) for name, p in outside.items()}
     slabs = [layer.resident for layer in layers]
-    pieces = [*((home_of(tensor), tensor.nbytes) for tensor in (*outside.values(), *slabs)), *store.pieces()]
+    pieces = [*((home_on(tensor.device), tensor.nbytes) for tensor in (*outside.values(), *slabs)), *store.pieces()]
     own = sum(p.numel() for p in outside.values())
     for index, layer in enumerate(layers):
         for name, numel, stays in layer.held():
             stored[f"{prefix}.{index}.{name}"] = Stored(
-                numel=numel, home=home_of(layer.resident) if stays else homes[index]
+                numel=numel, home=home_on(layer.resident.device) if stays else homes[index]
             )
             own += numel if stays else numel // distributed.ranks()
     return Inventory(parameters=stored, held=held(pieces, ELEMENT_BYTES * own))
