@@ -31,6 +31,8 @@ left to gain without another placement, and one above 1 would mean that a row is
 
 † Keys and values do not have to cross the link in 16 bits: attention is computed where they are, or they have 4 bits. The
 bound leaves them out: it is that of a GPU with room for them, which is never slower.
+
+Where weights come from a disk whose rate was not published, there is no bound.
 """
 FORMULAS = {"total": "B·G / (prefill + (G − 1) · step)", "decode": "B / step"}
 LIMITS = {"link": "link", "disk": "disk", "hbm": "GPU memory", "gemm": "arithmetic", None: "–"}
@@ -153,11 +155,12 @@ def bound_tok_per_s(sequences: int, gen_len: int, prefill_s: float, step_s: floa
     return sequences * gen_len / total_s
 
 
-def bound_of(row: Row, plan: Plan) -> float:
-    """The bound of a row's plan in its publication's terms."""
+def bound_of(row: Row, plan: Plan) -> float | None:
+    """The bound of a row's plan in its publication's terms; None where the rate of its disk is not known."""
     bound, work = plan.bound, plan.run.workload
-    assert bound.prefill_s is not None
-    assert bound.decode_step_s is not None
+    if bound.prefill_s is None or bound.decode_step_s is None:
+        assert bound.unknown == ("disk_bytes_per_s",)
+        return None
     return bound_tok_per_s(work.sequences, work.gen_len, bound.prefill_s, bound.decode_step_s, row.counts)
 
 
@@ -185,8 +188,8 @@ def _line(row: Row, plan: Plan) -> str:
         limits = [f"prefill {LIMITS[bound.prefill_limited_by]}", f"decode {limits[0]}"]
     cells = (
         *(row.number, row.system, run.model.name, f"{held}, {bits}" + (f"; {row.note}" if row.note else "")),
-        *(f"{row.kv} †" if row.kv else "GPU", row.sequences, f"{row.tok_per_s:g}", f"{most:.3g}"),
-        *(f"{row.tok_per_s / most:.2f}", ", ".join(limits)),
+        *(f"{row.kv} †" if row.kv else "GPU", row.sequences, f"{row.tok_per_s:g}"),
+        *((f"{most:.3g}", f"{row.tok_per_s / most:.2f}", ", ".join(limits)) if most else "–––"),
     )
     return f"| {' | '.join(map(str, cells))} |\n"
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from math import inf
 
 import pytest
 
@@ -10,14 +11,18 @@ from zi_experiments.config import Ceilings
 from zi_experiments.measure import Pass, Samples
 
 UNKNOWN = Ceilings(link_bytes_per_s=None, hbm_bytes_per_s=None, flops=None, disk_bytes_per_s=None, source=None)
+ENDLESS = Ceilings(link_bytes_per_s=inf, hbm_bytes_per_s=inf, flops=inf, disk_bytes_per_s=inf, source=None)
 
 
 @pytest.fixture
 def said(make_plan, machine):
-    """`said(step_s, *overrides, calibration=…, **ceilings)` → the sentence of a run whose steps took so long."""
+    """`said(step_s, *overrides, calibration=…, **ceilings)` → the sentence of a run whose steps took so long.
 
-    def said(step_s, *overrides, calibration=None, **ceilings):
-        on = machine("h200", ceilings=replace(UNKNOWN, **ceilings), calibration=calibration)
+    Rates that are not given do not limit it.
+    """
+
+    def said(step_s, *overrides, calibration=None, rates=ENDLESS, **ceilings):
+        on = machine("h200", ceilings=replace(rates, **ceilings), calibration=calibration)
         work = ("model=opt-13b", "quant=fp16", "workload=zero-inference")
         plan = make_plan(*work, *overrides, on=on)
         steps = [step_s] * (plan.run.workload.gen_len - 1)
@@ -96,7 +101,22 @@ def test_what_takes_longest_by_plan_is_named_where_it_is_not_the_limit(said, mac
 
 
 def test_nothing_is_said_where_nothing_is_known(said):
-    assert said(1.0, "offload=cpu") is None
+    assert said(1.0, "offload=cpu", rates=UNKNOWN) is None
+
+
+def test_a_bound_is_said_to_be_unknown_with_what_to_type(make_plan, machine):
+    h200 = machine("h200")
+    on = replace(h200, ceilings=replace(h200.ceilings, disk_bytes_per_s=None))
+
+    assert explain.unknown(make_plan("model=opt-13b", "offload=cpu", on=on)) is None
+    assert explain.unknown(make_plan("model=opt-13b", "offload=nvme", on=on)) == (
+        "neither bound nor prediction, since disk_bytes_per_s of this machine is not known: pass "
+        "hardware.ceilings.disk_bytes_per_s=…, or measure it with python -m zi_experiments.hardware --path FOLDER"
+    )
+    nothing = explain.unknown(make_plan("model=opt-13b", "offload=none", on=machine("h200", ceilings=UNKNOWN)))
+    assert "hardware.ceilings.hbm_bytes_per_s=… hardware.ceilings.flops=…, or measure it" in nothing
+    assert "link" not in nothing
+    assert "--path" not in nothing
 
 
 def test_nothing_is_said_of_a_run_without_decode(said):

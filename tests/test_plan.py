@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from itertools import product
 from math import ceil
 
@@ -6,7 +7,7 @@ import pytest
 import tiny
 from transformers import AutoConfig
 
-from zi_experiments import architecture, planner, zero3
+from zi_experiments import architecture, explain, planner, zero3
 from zi_experiments.config import Ceilings, ConfigError
 
 GIB = 1 << 30
@@ -330,11 +331,48 @@ def test_routed_experts_compute_for_their_tokens_only(make_plan):
     assert bound.decode_step_s == pytest.approx(2 * 32 * (attention + router + 2 * expert) * 4096 / 989e12)
 
 
-def test_a_bound_takes_the_ceilings_that_are_known(make_plan, machine):
-    only_link = machine(ceilings=Ceilings(63e9, None, None, None, "by hand"))
-    bound = opt_13b(make_plan, "offload=cpu", on=only_link).bound
+@pytest.mark.parametrize(
+    ("offload", "missing", "prefill_too"),
+    [
+        ("cpu", "link_bytes_per_s", True),
+        ("nvme", "disk_bytes_per_s", True),
+        ("none", "hbm_bytes_per_s", False),
+        ("none", "flops", True),
+    ],
+)
+def test_an_unknown_rate_leaves_no_bound_to_what_depends_on_it(make_plan, machine, offload, missing, prefill_too):
+    """All others being known, it would seem endless."""
+    on = machine("measured")
+    bound = opt_13b(
+        make_plan, f"offload={offload}", on=replace(on, ceilings=replace(on.ceilings, **{missing: None}))
+    ).bound
 
-    assert (bound.limited_by, bound.prefill_s) == ("link", bound.decode_step_s)
+    assert bound.unknown == (missing,)
+    assert (bound.decode_step_s, bound.limited_by) == (None, None)
+    assert (bound.prefill_s is None, bound.prefill_limited_by is None) == (prefill_too, prefill_too)
+
+
+@pytest.mark.parametrize(("name", "offload"), [("measured", "none"), ("cpu", "cpu")])
+def test_a_rate_of_what_nothing_crosses_need_not_be_known(make_plan, machine, name, offload):
+    """There is no link to a CPU, and no disk."""
+    needed = Ceilings(None, 4e11, 1e12, None, "by hand")
+    bound = opt_13b(make_plan, f"offload={offload}", on=machine(name, ceilings=needed)).bound
+
+    assert bound.unknown == ()
+    assert bound.decode_step_s
+    assert bound.prefill_s
+
+
+def test_a_bound_by_vendors_rates_says_so(make_plan, machine):
+    published = Ceilings(63e9, 4e12, 800e12, 5e9, "published by the vendor: dense 16-bit tensor rate")
+    by_vendor, by_hand = (
+        opt_13b(make_plan, "offload=cpu", on=machine("h200", ceilings=replace(published, source=source)))
+        for source in (published.source, "measured on 2026-07-01")
+    )
+
+    assert explain.least(by_vendor, 0.5, "link") == "500.0 ms (vendor's rates)"
+    assert explain.least(by_vendor, 0.5, "disk") == "500.0 ms", "that one was typed"
+    assert explain.least(by_hand, 0.5, "link") == "500.0 ms"
 
 
 def test_keys_and_values_in_host_memory_cross_the_link_too(make_plan):

@@ -95,9 +95,61 @@ def test_a_larger_batch_is_named_once_and_no_larger_than_it_has_to_be(better):
         run = replace(plan.run, workload=replace(plan.run.workload, batch_size=batch_size))
         return predict(planner.build(run, plan.architecture, plan.machine)).total_tok_per_s
 
-    largest = planner.largest_batch(plan.run, plan.architecture, plan.machine)
-    assert rate(size) * NOTICEABLE >= rate(largest)
+    assert size & (size - 1) == 0
+    assert size <= search.MOST_TIMES * plan.run.workload.batch_size
+    assert rate(size) * NOTICEABLE >= rate(search.MOST_TIMES * plan.run.workload.batch_size)
     assert rate(size // 2) * NOTICEABLE < rate(size), "half of it would be slower"
+
+
+def test_a_larger_batch_is_one_that_a_person_would_take(make_plan, machine):
+    """A power of two that fits, up to 16 times as large, though a thousand times as many sequences would fit."""
+
+    def sizes(batch_size, *overrides):
+        plan = make_plan("offload=cpu", f"workload.batch_size={batch_size}", *overrides, on=machine("measured"))
+        found = search._larger_batches(plan.run, plan.architecture, plan.machine)
+        return plan, [each.run.workload.batch_size for each in found]
+
+    plan, larger = sizes(6)
+    assert planner.largest_batch(plan.run, plan.architecture, plan.machine) > 6000
+    assert larger == [8, 16, 32, 64]
+    assert sizes(1)[1] == [2, 4, 8, 16]
+    most = planner.largest_batch(plan.run, plan.architecture, plan.machine)
+    assert sizes(most)[1] == []
+    assert sizes(4, "hardware.num_gpus=2")[1] == [8, 16, 32, 64]
+
+
+def test_a_gain_is_shown_with_the_latency_that_it_costs(better):
+    """More sequences wait longer for their first token, and for each of the others."""
+    plan, found = better("offload=none")
+    larger = next(each for each in found if each.text.startswith("workload.batch_size="))
+    now = search.paced(plan)
+
+    assert now.is_predicted
+    assert now.tok_per_s == predict(plan).total_tok_per_s
+    assert (now.ttft_s, now.tpot_s) == (predict(plan).prefill_s, predict(plan).decode_step_s)
+    assert larger.pace.ttft_s > now.ttft_s
+    assert larger.pace.tpot_s > now.tpot_s
+    assert larger.pace.tok_per_s > now.tok_per_s
+
+
+def test_without_a_measurement_plans_are_compared_by_their_bounds(make_plan, machine):
+    slow = make_plan("model=opt-13b", "quant=fp16", "offload=cpu", on=machine("h200"))
+    found = search.improvements(slow)
+
+    assert {"quant=int4", "offload=none"} <= set(texts(found))
+    assert not any(each.pace.is_predicted for each in found)
+    assert search.paced(slow).tpot_s == slow.bound.decode_step_s
+
+
+def test_nothing_is_advised_where_a_rate_is_not_known(make_plan, machine):
+    """Nor is what depends on it: a disk of which nothing is known would seem endlessly fast."""
+    on = machine("measured")
+    without = replace(on, ceilings=replace(on.ceilings, disk_bytes_per_s=None))
+
+    assert search.improvements(make_plan("model=opt-13b", "offload=nvme", on=without)) == []
+    found = search.improvements(make_plan("model=opt-13b", "offload=cpu", "quant=fp16", on=without))
+    assert found
+    assert "offload=nvme" not in texts(found)
 
 
 def test_what_does_not_fit_is_not_faster(better):
@@ -171,7 +223,8 @@ def test_a_search_begins_with_the_best_by_plan_and_goes_on_with_its_curve(ranked
     ],
 )
 def test_the_best_of_a_curve_is_the_smallest_batch_that_is_about_as_fast(compose_run, rates, best):
-    curve = [search.Candidate(text=str(n), run=compose_run(), tok_per_s=rate) for n, rate in enumerate(rates)]
+    paces = [search.Pace(ttft_s=1.0, tpot_s=1.0, tok_per_s=rate, is_predicted=True) for rate in rates]
+    curve = [search.Candidate(text=str(n), run=compose_run(), pace=pace) for n, pace in enumerate(paces)]
 
     assert search._best(curve).text == str(best)
 

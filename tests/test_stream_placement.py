@@ -5,7 +5,7 @@ from math import ceil
 
 import pytest
 
-from zi_experiments import planner
+from zi_experiments import fit, planner
 from zi_experiments.architecture import Parameter
 from zi_experiments.config import ConfigError, Quant, Verify
 from zi_experiments.engines.stream import placement
@@ -232,9 +232,12 @@ def test_each_rank_has_what_is_resident_to_itself_and_a_share_of_the_rest(plan_s
     placed = placement.place(plan)
     outside = 2 * sum(p.numel for p in plan.architecture.parameters if p.layer is None)
 
-    assert plan.placement.gpu_bytes == ranks * (outside + sum(layer.resident.nbytes for layer in placed))
+    resident = outside + sum(layer.resident.nbytes for layer in placed)
+    assert plan.placement.gpu_bytes == resident
+    assert plan.storage.copied_bytes == (ranks - 1) * resident
+    assert fit.uses(plan)[0].weights == resident, "on each of them"
     assert plan.streamed_bytes_per_pass == sum(layer.streamed.nbytes for layer in placed)
-    assert plan.weight_bytes == plan.placement.gpu_bytes // ranks + plan.streamed_bytes_per_pass
+    assert plan.weight_bytes == resident + plan.streamed_bytes_per_pass
 
 
 @pytest.mark.parametrize("key", ["queue_depth", "single_submit", "overlap_events"])

@@ -18,6 +18,25 @@ LIMITS = {
     "gemm": "matrix products",
     "launch": "the launch of kernels",
 }
+VENDORS = " (vendor's rates)"
+
+
+def unknown(plan: Plan) -> str | None:
+    """What to type for a bound to be known; None where it is."""
+    missing = plan.bound.unknown
+    if not missing:
+        return None
+    keys = " ".join(f"hardware.ceilings.{name}=…" for name in missing)
+    path = " --path FOLDER" if "disk_bytes_per_s" in missing else ""
+    return (
+        f"neither bound nor prediction, since {', '.join(missing)} of this machine {'is' if len(missing) == 1 else 'are'} "
+        f"not known: pass {keys}, or measure it with python -m zi_experiments.hardware{path}"
+    )
+
+
+def least(plan: Plan, value_s: float, limit: str | None) -> str:
+    """A bound as people read it, which says so if it is from a data sheet."""
+    return seconds(value_s) + (VENDORS if plan.is_published(limit) else "")
 
 
 def sentence(plan: Plan, metrics: Metrics) -> str | None:
@@ -36,14 +55,7 @@ def sentence(plan: Plan, metrics: Metrics) -> str | None:
 
 
 def _work(plan: Plan, limit: str, bound_s: float) -> str:
-    rates, ranks = plan.machine.ceilings, plan.run.hardware.num_gpus
-    rate = {
-        "link": rates.link_bytes_per_s,
-        "disk": rates.disk_bytes_per_s,
-        "hbm": rates.hbm_bytes_per_s,
-        "gemm": rates.flops,
-    }[limit]
+    rate = plan.rate(limit)
     assert rate is not None
-    everywhere = rate if limit == "disk" else ranks * rate
     unit = "FLOP" if limit == "gemm" else "B"
-    return _VERBS[limit].format(amount=scaled(bound_s * everywhere, unit), rate=scaled(everywhere, f"{unit}/s"))
+    return _VERBS[limit].format(amount=scaled(bound_s * rate, unit), rate=scaled(rate, f"{unit}/s"))

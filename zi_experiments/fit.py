@@ -35,24 +35,25 @@ def uses(plan: Plan) -> tuple[Use, ...]:
 def _memory(plan: Plan) -> tuple[Use, ...]:
     memory, stored, ranks = plan.machine.gpu_memory_bytes, plan.storage, plan.run.hardware.num_gpus
     if memory is None:
-        return (_host(plan, kv_cache=plan.kv_cache_bytes, workspace=ranks * plan.workspace_bytes),)
+        kv_cache, workspace = plan.kv_cache_bytes, ranks * plan.workspace_bytes
+        return (_host(plan, copies=stored.copied_bytes, kv_cache=kv_cache, workspace=workspace),)
     in_host = plan.run.kv_cache.device is CacheDevice.cpu
     gpu = Use(
         where="GPU",
-        weights=plan.placement.gpu_bytes // ranks,
+        weights=(plan.placement.gpu_bytes + stored.copied_bytes) // ranks,
         buffers=stored.gpu_buffer_bytes,
         kv_cache=(plan.kv_slot_bytes if in_host else plan.kv_cache_bytes) // ranks,
         workspace=plan.workspace_bytes,
         processes=plan.context_bytes,
         available=memory,
     )
-    return gpu, _host(plan, kv_cache=plan.kv_cache_bytes if in_host else 0, workspace=0)
+    return gpu, _host(plan, copies=0, kv_cache=plan.kv_cache_bytes if in_host else 0, workspace=0)
 
 
-def _host(plan: Plan, *, kv_cache: int, workspace: int) -> Use:
+def _host(plan: Plan, *, copies: int, kv_cache: int, workspace: int) -> Use:
     return Use(
         where="host",
-        weights=plan.placement.cpu_bytes,
+        weights=plan.placement.cpu_bytes + copies,
         buffers=plan.storage.host_buffer_bytes,
         kv_cache=kv_cache,
         workspace=workspace,

@@ -15,11 +15,18 @@ GIB = 1 << 30
 CONTEXT_BYTES = GIB  # of CUDA on each GPU, with its kernels; a cap on the memory of a run leaves it out
 WORKER_BYTES = 2_500_000_000  # of host memory, for a process with CUDA, torch and transformers beside its weights
 LIBRARY_BYTES = GIB // 8  # workspaces of its libraries, and what the allocator cannot use
+RATES = {
+    "link": "link_bytes_per_s",
+    "disk": "disk_bytes_per_s",
+    "hbm": "hbm_bytes_per_s",
+    "gemm": "flops",
+}  # that bound
+PUBLISHED = "published"  # how the source of a vendor's rates begins
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """Where the weights live between passes, in bytes over all ranks."""
+    """Where the weights live between passes, in bytes: each of them counted once."""
 
     gpu_bytes: int
     cpu_bytes: int
@@ -61,8 +68,9 @@ class Overlap:
 class Storage:
     """What an engine does with the weights of a plan, in bytes over all ranks unless said otherwise."""
 
-    weight_bytes: int  # all of them as stored, each counted once
     placement: Placement
+    copied_bytes: int = 0  # of weights that every rank has to itself, on all ranks but the first
+    expanded_numel: int = 0  # of quantized weights, those that are kept in 16 bits
     streamed_bytes_per_pass: int  # from host memory to the devices
     host_buffer_bytes: int = 0  # between disk and device
     gpu_buffer_bytes: int = 0  # on each GPU: weights on their way, or expanded
@@ -73,12 +81,13 @@ class Storage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bound:
-    """No run of this plan can be faster, as far as the ceilings are known; None where they are not."""
+    """No run of this plan can be faster; None where a rate is not known that it depends on."""
 
     prefill_s: float | None
     decode_step_s: float | None
     prefill_limited_by: str | None
     limited_by: str | None  # what bounds a decode step: "link", "disk", "hbm" or "gemm"
+    unknown: tuple[str, ...]  # the rates that are missing, by their names in `hardware.ceilings`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +130,17 @@ class Plan:
 
     @cached_property
     def quantized_fraction(self) -> float:
-        """Share of the model's parameters that are stored quantized."""
-        quantized = sum(p.numel for p in self.architecture.parameters if self.is_quantized(p))
-        return quantized / self.architecture.num_parameters
+        """Share of the model's parameters that are quantized."""
+        return self._quantized_numel / self.architecture.num_parameters
+
+    @property
+    def packed_fraction(self) -> float:
+        """Share of the model's parameters that are stored as integers: what is quantized and not kept expanded."""
+        return (self._quantized_numel - self.storage.expanded_numel) / self.architecture.num_parameters
+
+    @cached_property
+    def _quantized_numel(self) -> int:
+        return sum(p.numel for p in self.architecture.parameters if self.is_quantized(p))
 
     @property
     def bits_per_weight(self) -> float:
@@ -208,7 +225,7 @@ class Plan:
     @property
     def weight_bytes(self) -> int:
         """All weights as the engine stores them, each counted once."""
-        return self.storage.weight_bytes
+        return self.placement.total_bytes
 
     @property
     def placement(self) -> Placement:
@@ -240,31 +257,46 @@ class Plan:
         arithmetic takes 2 · parameters · tokens, plus 2 · B · P² · h · L for causal attention in prefill. Weights that
         meet a token are those of the decoder layers, and of experts those that one token is routed to.
         """
-        work, ranks, rates = self.run.workload, self.run.hardware.num_gpus, self.machine.ceilings
-        arch = self.architecture
-        traffic = {
-            "link": _over(self.streamed_bytes_per_pass, rates.link_bytes_per_s, ranks),
-            "disk": _over(self.placement.nvme_bytes, rates.disk_bytes_per_s, 1),
-        }
+        work, arch = self.run.workload, self.architecture
+        traffic: dict[str, float] = {"link": self.streamed_bytes_per_pass, "disk": self.placement.nvme_bytes}
         kv = ELEMENT_BYTES * work.sequences * arch.kv_elements(work.prompt_len)
         flops_per_token = 2 * self._active(lambda p: p.numel)
-        weights = ELEMENT_BYTES * self._active(self.stored_numel)
         decode = traffic | {
-            "link": _over(self.link_bytes_per_pass, rates.link_bytes_per_s, ranks),
-            "hbm": _over(weights + kv, rates.hbm_bytes_per_s, ranks),
-            "gemm": _over(flops_per_token * work.sequences, rates.flops, ranks),
+            "link": self.link_bytes_per_pass,
+            "hbm": ELEMENT_BYTES * self._active(self.stored_numel) + kv,
+            "gemm": flops_per_token * work.sequences,
         }
         attention = 2 * work.sequences * work.prompt_len**2 * arch.hidden_size * arch.num_layers
-        tokens = work.sequences * work.prompt_len
-        prefill = traffic | {"gemm": _over(flops_per_token * tokens + attention, rates.flops, ranks)}
-        prefill_limited_by, prefill_s = _longest(prefill)
-        limited_by, decode_step_s = _longest(decode)
+        prefill = traffic | {"gemm": flops_per_token * work.sequences * work.prompt_len + attention}
+        prefill_limited_by, prefill_s = self._longest(prefill)
+        limited_by, decode_step_s = self._longest(decode)
         return Bound(
             prefill_s=prefill_s,
             decode_step_s=decode_step_s,
             prefill_limited_by=prefill_limited_by,
             limited_by=limited_by,
+            unknown=self._unknown(decode | prefill),
         )
+
+    def rate(self, limit: str) -> float | None:
+        """What bounds a pass, at best and on all devices together, which share the disk; None: unknown."""
+        each: float | None = getattr(self.machine.ceilings, RATES[limit])
+        return each and each * (1 if limit == "disk" else self.run.hardware.num_gpus)
+
+    def is_published(self, limit: str | None) -> bool:
+        """Whether the rate is from a vendor's data sheet; no such sheet knows the disk."""
+        return limit not in (None, "disk") and (self.machine.ceilings.source or "").startswith(PUBLISHED)
+
+    def _longest(self, amounts: dict[str, float]) -> tuple[str, float] | tuple[None, None]:
+        """What of a pass takes longest, and how long; None where that depends on an unknown rate."""
+        if self._unknown(amounts):
+            return None, None
+        seconds = {name: amount / rate for name, amount in amounts.items() if (rate := self.rate(name))}
+        name = max(seconds, key=lambda each: seconds[each])
+        return name, seconds[name]
+
+    def _unknown(self, amounts: dict[str, float]) -> tuple[str, ...]:
+        return tuple(RATES[name] for name, amount in amounts.items() if amount and not self.rate(name))
 
     @property
     def routed_experts(self) -> int:
@@ -283,14 +315,3 @@ class Plan:
             elif p.layer is not None and len(p.shape) > 1:
                 total += size(p)
         return total
-
-
-def _longest(seconds: dict[str, float | None]) -> tuple[str | None, float | None]:
-    """What takes longest of what is known to take any time, and how long."""
-    known = [(value, name) for name, value in seconds.items() if value]
-    longest, name = max(known, default=(None, None))
-    return name, longest
-
-
-def _over(amount: float, rate: float | None, devices: int) -> float | None:
-    return amount / (rate * devices) if rate else None

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, log
+from typing import TypeVar
 
 from zi_experiments.config import CacheDevice, Calibration, WeightSource
 from zi_experiments.plan import ELEMENT_BYTES, Plan
@@ -15,9 +16,12 @@ CPU_TRAFFIC = 0.35  # of the rate of a copy that element-wise operations of a pr
 EXPANDED_BYTES = 2.5  # of memory traffic for each INT4 weight that is expanded to 16 bits
 
 
+_Figure = TypeVar("_Figure")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What a plan will take, as far as its machine was measured; None where nothing is known."""
+    """What a plan will take on a machine that was measured; None where a rate is not known that it depends on."""
 
     load_s: float | None
     prefill_s: float | None
@@ -35,54 +39,68 @@ class _Pass:
     cached: int
 
 
+class _Unknown(Exception):  # noqa: N818 - no error: what depends on it is not predicted
+    """A rate is not known."""
+
+
 def predict(plan: Plan) -> Prediction:
     """The times of a plan, with the copies and launches of its engine."""
     work = plan.run.workload
     # keys and values grow by a token in each step: the middle one counts
-    prefill = _pass_s(plan, _Pass(tokens=work.prompt_len, cached=0))
-    decode = _pass_s(plan, _Pass(tokens=1, cached=work.prompt_len + work.gen_len // 2))
-    total_s = sum(prefill.values()) and _duration(plan, prefill) + (work.gen_len - 1) * _duration(plan, decode)
+    prefill_s, prefill_limited_by = _timed(plan, _Pass(tokens=work.prompt_len, cached=0))
+    step_s, limited_by = _timed(plan, _Pass(tokens=1, cached=work.prompt_len + work.gen_len // 2))
     return Prediction(
         load_s=_load_s(plan),
-        prefill_s=_duration(plan, prefill) or None,
-        decode_step_s=_duration(plan, decode) or None,
-        prefill_limited_by=_longest(prefill),
-        limited_by=_longest(decode),
-        total_tok_per_s=work.sequences * work.gen_len / total_s if total_s else None,
+        prefill_s=prefill_s,
+        decode_step_s=step_s,
+        prefill_limited_by=prefill_limited_by,
+        limited_by=limited_by,
+        total_tok_per_s=total_tok_per_s(plan, prefill_s, step_s),
     )
 
 
-def _longest(seconds: dict[str, float]) -> str | None:
-    return max(seconds, key=lambda name: seconds[name]) if any(seconds.values()) else None
+def total_tok_per_s(plan: Plan, prefill_s: float | None, decode_step_s: float | None) -> float | None:
+    """Generated tokens over prefill and decode; None where either time is not known."""
+    work = plan.run.workload
+    if prefill_s is None or decode_step_s is None:
+        return None
+    return work.sequences * work.gen_len / (prefill_s + (work.gen_len - 1) * decode_step_s)
+
+
+def _timed(plan: Plan, one: _Pass) -> tuple[float, str] | tuple[None, None]:
+    """How long a pass takes, and what most of it is spent on."""
+    try:
+        seconds = _pass_s(plan, one)
+        return _duration(plan, seconds), max(seconds, key=lambda name: seconds[name])
+    except _Unknown:
+        return None, None
 
 
 def _duration(plan: Plan, seconds: dict[str, float]) -> float:
     """Partial overlap: the longer of copies and computing, and what of the shorter the engine does not hide behind it."""
-    overlap, known = plan.storage.overlap, plan.machine.calibration
+    overlap = plan.storage.overlap
     copies = max(seconds["link"], seconds["disk"])
     # a GPU computes while its host launches what comes next; a CPU does one after the other
     work, launch = seconds["gemm"] + seconds["hbm"], seconds["launch"]
     computing = max(work, launch) if plan.machine.device == "cuda" else work + launch
-    stalled = overlap.stall * plan.architecture.num_layers * ((known and known.layer_s) or 0)
+    stalled = overlap.stall * plan.architecture.num_layers * _known(_measured(plan).layer_s)
     return max(copies, computing) + (1 - overlap.hidden) * min(copies, computing) + stalled
 
 
 def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
-    """Seconds of each kind of work in a pass, if nothing else were to be done; 0 where it is not known."""
-    overlap, known, rates = plan.storage.overlap, plan.machine.calibration, plan.machine.ceilings
-    work, ranks = plan.run.workload, plan.run.hardware.num_gpus
-    pageable = known.link_pageable_bytes_per_s if known and not plan.pin_memory else None
-    link = pageable or rates.link_bytes_per_s
+    """Seconds of each kind of work in a pass, if nothing else were to be done."""
+    known, rates, ranks = _measured(plan), plan.machine.ceilings, plan.run.hardware.num_gpus
+    link = rates.link_bytes_per_s if plan.pin_memory else known.link_pageable_bytes_per_s
     weights_s = _over(plan.streamed_bytes_per_pass / ranks, link)
     cache_s = _over(_cache_bytes_on_link(plan, one) / ranks, rates.link_bytes_per_s)
-    passes = plan.architecture.num_layers * work.micro_batches
-    launches = overlap.launch + (CACHE_LAUNCH if _moves_cache(plan) else 0)
+    passes = plan.architecture.num_layers * plan.run.workload.micro_batches
+    launches = plan.storage.overlap.launch + (CACHE_LAUNCH if _moves_cache(plan) else 0)
     return {
         "link": weights_s + cache_s,
         "disk": _over(plan.placement.nvme_bytes, rates.disk_bytes_per_s),
         "gemm": _gemm_s(plan, one),
         "hbm": _traffic_s(plan, one),
-        "launch": ((known.layer_s or 0) * launches * passes + (known.step_s or 0)) if known else 0.0,
+        "launch": _known(known.layer_s) * launches * passes + _known(known.step_s),
     }
 
 
@@ -113,8 +131,7 @@ def _gemm_s(plan: Plan, one: _Pass) -> float:
     seconds += _product_s(plan, vocabulary * arch.hidden_size, sequences)  # of the last token alone
     if one.tokens > 1:
         attention = 2 * sequences * one.tokens**2 * arch.hidden_size * arch.num_layers
-        known = plan.machine.calibration
-        seconds += _over(attention, (known and known.attention_flops) or _rate(plan, tokens))
+        seconds += _over(attention, _measured(plan).attention_flops or _rate(plan, tokens))
     return work.micro_batches * seconds
 
 
@@ -123,14 +140,10 @@ def _product_s(plan: Plan, elements: float, rows: float) -> float:
     return _over(2 * elements * rows, _rate(plan, rows))
 
 
-def _rate(plan: Plan, rows: float) -> float | None:
-    """Operations per second of a product of so many rows: as measured, else what arithmetic and memory would allow."""
-    known, rates = plan.machine.calibration, plan.machine.ceilings
-    curve = known.gemm_flops.get(plan.dtype) if known else None
-    if curve:
-        return _interpolate(curve, rows)
-    memory = rows * rates.hbm_bytes_per_s if rates.hbm_bytes_per_s else None  # 2 operations and 2 bytes an element
-    return min((rate for rate in (rates.flops, memory) if rate), default=None)
+def _rate(plan: Plan, rows: float) -> float:
+    """Operations per second of a product of so many rows."""
+    curve = _measured(plan).gemm_flops.get(plan.dtype)
+    return _interpolate(_known(curve or None), rows)
 
 
 def _interpolate(curve: dict[int, float], rows: float) -> float:
@@ -152,20 +165,20 @@ def _traffic_s(plan: Plan, one: _Pass) -> float:
     # a layer reads or writes its residual stream about a dozen times, and what is inside of its feed-forward part four
     activations = work.sequences / ranks * one.tokens * arch.num_layers * (14 * arch.hidden_size + 4 * plan.widest)
     cache = work.sequences / ranks * arch.kv_elements(one.cached + one.tokens)
-    known, rate = plan.machine.calibration, plan.machine.ceilings.hbm_bytes_per_s
+    rate = _known(plan.machine.ceilings.hbm_bytes_per_s)
     share = CPU_TRAFFIC if plan.machine.device == "cpu" else 1.0
-    moved_s = _over(ELEMENT_BYTES * (activations + APPENDED * cache), rate and share * rate)
+    moved_s = _over(ELEMENT_BYTES * (activations + APPENDED * cache), share * rate)
     # over a prompt, attention is arithmetic
-    attended_s = _over(ELEMENT_BYTES * cache, (known and known.cache_bytes_per_s) or rate) if one.tokens == 1 else 0.0
+    attended_s = _over(ELEMENT_BYTES * cache, _measured(plan).cache_bytes_per_s or rate) if one.tokens == 1 else 0.0
     copied_s = _over(2 * plan.storage.overlap.copies * plan.weight_bytes, rate)
     return moved_s + attended_s + copied_s + _expanding_s(plan)
 
 
 def _expanding_s(plan: Plan) -> float:
     """Quantized weights of the layers become 16-bit ones in every pass."""
-    known: Calibration | None = plan.machine.calibration
+    known = _measured(plan)
     elements = sum(p.numel for p in plan.architecture.parameters if plan.is_quantized(p) and p.layer is not None)
-    if known and known.expand_elements_per_s:
+    if known.expand_elements_per_s:
         seconds = elements / known.expand_elements_per_s
     else:
         seconds = _over(EXPANDED_BYTES * elements, plan.machine.ceilings.hbm_bytes_per_s)
@@ -185,9 +198,22 @@ def _load_s(plan: Plan) -> float | None:
         if plan.run.weights.source is WeightSource.random:
             each_s += CPU_MADE_S
     made_s = (each_s + quantized_s * plan.quantized_fraction) * plan.architecture.num_parameters
-    host_s = _over(plan.placement.cpu_bytes + plan.storage.host_buffer_bytes, filled)
-    return overlap.load_s + made_s + host_s + _over(plan.placement.nvme_bytes, known.disk_write_bytes_per_s)
+    try:
+        host_s = _over(plan.placement.cpu_bytes + plan.storage.host_buffer_bytes, filled)
+        return overlap.load_s + made_s + host_s + _over(plan.placement.nvme_bytes, known.disk_write_bytes_per_s)
+    except _Unknown:
+        return None
+
+
+def _measured(plan: Plan) -> Calibration:
+    return _known(plan.machine.calibration)
 
 
 def _over(amount: float, rate: float | None) -> float:
-    return amount / rate if rate else 0.0
+    return amount / _known(rate) if amount else 0.0
+
+
+def _known(figure: _Figure | None) -> _Figure:
+    if figure is None:
+        raise _Unknown
+    return figure

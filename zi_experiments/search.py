@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import count, product, takewhile
+from itertools import count, dropwhile, product, takewhile
 from math import log
 from typing import Any
 
@@ -12,8 +12,8 @@ from zi_experiments.architecture import Architecture
 from zi_experiments.changes import Change
 from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Profile, Run
 from zi_experiments.hardware import Machine
-from zi_experiments.plan import Plan
-from zi_experiments.predict import predict
+from zi_experiments.plan import Bound, Plan
+from zi_experiments.predict import Prediction, predict, total_tok_per_s
 
 SETTINGS: tuple[tuple[str, Any], ...] = (
     ("offload.resident", "auto"),
@@ -23,7 +23,18 @@ SETTINGS: tuple[tuple[str, Any], ...] = (
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 NOTICEABLE = 1.03  # a gain below this is within what predictions and measurements scatter
 HOST_SHARE = 0.9  # of the host memory that is available, candidates are planned for
+MOST_TIMES = 16  # as many sequences as asked, that a larger batch is advised up to: answers take longer with each
 NEIGHBOURS = 4  # other batch sizes that a search measures before other choices
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How fast a run should be."""
+
+    ttft_s: float
+    tpot_s: float
+    tok_per_s: float  # generated tokens over prefill and decode
+    is_predicted: bool  # or else all of it is the bound, of a machine that was not measured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,24 +43,49 @@ class Candidate:
 
     text: str  # what to add to the command line
     run: Run
-    tok_per_s: float  # generated tokens over prefill and decode, predicted
+    pace: Pace
+
+    @property
+    def tok_per_s(self) -> float:
+        return self.pace.tok_per_s
 
     @property
     def sequences(self) -> int:
         return self.run.workload.sequences
 
 
+def paced(plan: Plan) -> Pace | None:
+    """How fast a plan should be, by prediction; by the bound where nothing was measured. None: it is not known."""
+    known = plan.machine.calibration is not None
+    times: Prediction | Bound = predict(plan) if known else plan.bound
+    tok_per_s = total_tok_per_s(plan, times.prefill_s, times.decode_step_s)
+    if times.prefill_s is None or times.decode_step_s is None or tok_per_s is None:
+        return None
+    return Pace(ttft_s=times.prefill_s, tpot_s=times.decode_step_s, tok_per_s=tok_per_s, is_predicted=known)
+
+
 def improvements(plan: Plan) -> list[Candidate]:
     """Runs that differ by one change and are faster by plan, the fastest first."""
     run, arch, machine = plan.run, plan.architecture, plan.machine
-    now = predict(plan).total_tok_per_s
+    now = paced(plan)
     if now is None:
         return []
     near = (*changes.one(run, machine.gpus_visible), *_settings(run))
     found = [rated for each in near if (rated := _rated(each, arch, machine))]
-    if curve := _curve(Change(text="", run=run), arch, machine):
-        found.append(_best(curve))
-    return sorted((each for each in found if each.tok_per_s > NOTICEABLE * now), key=lambda each: -each.tok_per_s)
+    if larger := _larger_batches(run, arch, machine):
+        found.append(_best(larger))
+    return sorted(
+        (each for each in found if each.tok_per_s > NOTICEABLE * now.tok_per_s), key=lambda one: -one.tok_per_s
+    )
+
+
+def _larger_batches(run: Run, arch: Architecture, machine: Machine) -> list[Candidate]:
+    """Candidates of the powers of two above the batch of a run that fit, up to `MOST_TIMES` as many sequences."""
+    ranks, batch_size = run.hardware.num_gpus, run.workload.batch_size
+    sizes = (ranks << n for n in range(planner.MOST_SEQUENCES.bit_length()))
+    larger = takewhile(lambda size: size <= MOST_TIMES * batch_size, dropwhile(lambda size: size <= batch_size, sizes))
+    found = (_rated(_with_batch(Change(text="", run=run), size), arch, machine) for size in larger)
+    return [each for each in found if each is not None]
 
 
 def _settings(run: Run) -> Iterator[Change]:
@@ -151,5 +187,5 @@ def _best(curve: list[Candidate]) -> Candidate:
 def _rated(change: Change, arch: Architecture, machine: Machine) -> Candidate | None:
     """How fast a run should be; None where it does not fit, or nothing is known."""
     plan = planner.attempt(change.run, arch, machine)
-    tok_per_s = predict(plan).total_tok_per_s if plan else None
-    return Candidate(text=change.text, run=plan.run, tok_per_s=tok_per_s) if plan and tok_per_s else None
+    pace = paced(plan) if plan else None
+    return Candidate(text=change.text, run=plan.run, pace=pace) if plan and pace else None

@@ -33,7 +33,6 @@ def storage(plan: Plan) -> Storage:
         )
     offloaded = plan.run.offload.device is not OffloadDevice.none
     return Storage(
-        weight_bytes=placement.total_bytes,
         placement=placement,
         # on a CPU there is no link to cross
         streamed_bytes_per_pass=placement.cpu_bytes + placement.nvme_bytes

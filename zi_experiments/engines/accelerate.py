@@ -31,7 +31,6 @@ def storage(plan: Plan) -> Storage:
     streams, on_disk = sixteen_bit.crosses_link(plan), plan.run.offload.device is OffloadDevice.nvme
     largest = _largest_module_bytes(plan)
     return Storage(
-        weight_bytes=placement.total_bytes,
         placement=placement,
         streamed_bytes_per_pass=placement.total_bytes if streams else 0,
         host_buffer_bytes=largest if on_disk else 0,

@@ -33,7 +33,6 @@ def storage(plan: Plan) -> Storage:
     # gathers nothing and prefetches nothing: torch copies the parameters of a layer, one by one, when it is called.
     live = 2 if plan.run.hardware.num_gpus == 1 else 2 + PREFETCHED_LAYERS
     return Storage(
-        weight_bytes=placement.total_bytes,
         placement=placement,
         streamed_bytes_per_pass=placement.total_bytes - outside if sixteen_bit.crosses_link(plan) else 0,
         gpu_buffer_bytes=live * ELEMENT_BYTES * plan.layer_numel + outside,

@@ -91,19 +91,38 @@ def show_plan(name: str, plan: Plan, console: Console) -> None:
     lines = [
         f"[bold]{escape(name)}[/]: {_count(arch.num_parameters)} parameters, {arch.num_layers} layers of "
         f"{arch.layer_class.rpartition('.')[2]}, {plan.dtype} on {plan.machine.gpu_name or plan.machine.device}",
-        f"weights {gigabytes(plan.weight_bytes)} ({split}{pinned}), keys and values {gigabytes(plan.kv_cache_bytes)}",
+        f"weights {gigabytes(plan.weight_bytes)} ({split}{pinned}){_copies(plan)}, "
+        f"keys and values {gigabytes(plan.kv_cache_bytes)}",
     ]
     if plan.run.quant.bits < 16:
-        share = f"{100 * plan.quantized_fraction:.0f} % of the parameters quantized to {plan.run.quant.bits} bits"
-        stored = f"{plan.bits_per_weight:.2f} bits a parameter as stored"
-        few = plan.quantized_fraction < 0.9
-        lines.append(f"[yellow]warning: only {share}; {stored}[/]" if few else f"{share}; {stored}")
+        lines.append(_quantized(plan))
     if plan.bound.decode_step_s and plan.bound.limited_by:
-        bound = f"a decode step takes at least {seconds(plan.bound.decode_step_s)}, limited by {LIMITS[plan.bound.limited_by]}"
+        least = explain.least(plan, plan.bound.decode_step_s, plan.bound.limited_by)
         step_s = predict(plan).decode_step_s
-        lines.append(f"{bound}; predicted {seconds(step_s)}" if step_s else bound)
+        predicted = f"; predicted {seconds(step_s)}" if step_s else ""
+        lines.append(f"a decode step takes at least {least}, limited by {LIMITS[plan.bound.limited_by]}{predicted}")
+    elif why := explain.unknown(plan):
+        lines.append(why)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _copies(plan: Plan) -> str:
+    """Which of the weights are there more than once."""
+    ranks = plan.run.hardware.num_gpus
+    if not plan.storage.copied_bytes:
+        return ""
+    where = "on each GPU" if plan.machine.device == "cuda" else f"in each of {ranks} processes"
+    return f", {gigabytes(plan.storage.copied_bytes / (ranks - 1))} of them {where}"
+
+
+def _quantized(plan: Plan) -> str:
+    """How much of the model is quantized, what that makes of its size, and why it is not more."""
+    share = f"{100 * plan.quantized_fraction:.0f} % of the parameters quantized to {plan.run.quant.bits} bits"
+    if kept := plan.quantized_fraction - plan.packed_fraction:
+        share += f", {100 * kept:.0f} % (embeddings and head) kept expanded to 16 by engine={plan.run.engine.name}"
+    text = f"{share}; {plan.bits_per_weight:.2f} bits a parameter as stored"
+    return f"[yellow]warning: only {text}[/]" if plan.quantized_fraction < 0.9 else text
 
 
 def show_sweep(jobs: list[tuple[list[str], dict[str, Any]]]) -> None:

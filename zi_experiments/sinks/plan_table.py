@@ -3,11 +3,11 @@
 from rich.console import Console
 from rich.table import Table
 
-from zi_experiments import fit
+from zi_experiments import explain, fit
 from zi_experiments.explain import LIMITS
 from zi_experiments.plan import Plan
 from zi_experiments.predict import predict
-from zi_experiments.search import Candidate
+from zi_experiments.search import Candidate, Pace, paced
 from zi_experiments.units import gigabytes, seconds
 
 _MOST_SHOWN = 3  # improvements
@@ -25,13 +25,22 @@ _PARTS = {
 def show(plan: Plan, better: list[Candidate], console: Console) -> None:
     """The plan in tables, and of the runs of `search.improvements` the best."""
     console.print(_memory(plan))
-    now = predict(plan).total_tok_per_s
-    if now is None:
-        console.print("no rate of this machine is known: python -m zi_experiments.hardware measures it")
-        return
+    now = paced(plan)
+    if plan.bound.unknown or now is None:
+        return  # which rates are missing has been said
     console.print(_times(plan))
     for each in better[:_MOST_SHOWN]:
-        console.print(f"faster: {each.text}, {each.tok_per_s / now:.2f} ×", highlight=False, soft_wrap=True)
+        console.print(_gain(each, now), highlight=False, soft_wrap=True)
+
+
+def _gain(better: Candidate, now: Pace) -> str:
+    """What a change brings, and what it costs one who waits for an answer."""
+    by = "" if better.pace.is_predicted else ", going by the bounds"
+    return (
+        f"faster{by}: {better.text}, {better.tok_per_s / now.tok_per_s:.2f} × the tokens per second; "
+        f"first token after {seconds(now.ttft_s)} → {seconds(better.pace.ttft_s)}, "
+        f"then one each {seconds(now.tpot_s)} → {seconds(better.pace.tpot_s)}"
+    )
 
 
 def _memory(plan: Plan) -> Table:
@@ -51,7 +60,8 @@ def _times(plan: Plan) -> Table:
     bound, predicted, work = plan.bound, predict(plan), plan.run.workload
     table = Table(title=f"how long it takes; rates: {plan.machine.ceilings.source or 'as given'}")
     table.add_column("")
-    for name in ("at least", "limited by", "predicted", "mostly"):
+    columns = ("at least", "limited by", "predicted", "mostly")
+    for name in columns if predicted.decode_step_s else columns[:2]:
         table.add_column(name, justify="right" if name in ("at least", "predicted") else "left")
     rows: tuple[tuple[str, float | None, str | None, float | None, str | None], ...] = (
         ("load", None, None, predicted.load_s, None),
@@ -59,8 +69,10 @@ def _times(plan: Plan) -> Table:
         ("decode step", bound.decode_step_s, bound.limited_by, predicted.decode_step_s, predicted.limited_by),
     )
     for label, least_s, limit, probable_s, most in rows:
-        cells = (_text(least_s), LIMITS.get(limit or "", ""), _text(probable_s), LIMITS.get(most or "", ""))
-        table.add_row(label, *cells)
+        at_least = explain.least(plan, least_s, limit) if least_s else ""
+        cells = (at_least, LIMITS.get(limit or "", ""), _text(probable_s), LIMITS.get(most or "", ""))
+        if any(cells):
+            table.add_row(label, *cells[: len(table.columns) - 1])
     if predicted.decode_step_s and predicted.total_tok_per_s:
         table.add_row("decode", "", "", f"{work.sequences / predicted.decode_step_s:,.2f} tok/s", "")
         table.add_row("prefill and decode", "", "", f"{predicted.total_tok_per_s:,.2f} tok/s", "")

@@ -64,7 +64,7 @@ def place(plan: Plan) -> tuple[LayerPlacement, ...]:
 
 
 def storage(plan: Plan) -> Storage:
-    """Where this engine keeps the weights, in bytes over all ranks: each rank has what is resident to itself."""
+    """Where this engine keeps the weights: each rank has what is resident to itself."""
     for key in ("queue_depth", "single_submit", "overlap_events"):
         if getattr(plan.run.offload.aio, key) is not None:
             raise ConfigError(f"offload.aio.{key} is only used with engine=deepspeed: pass offload.aio.{key}=null")
@@ -75,12 +75,13 @@ def storage(plan: Plan) -> Storage:
     largest = max((layer.streamed.nbytes for layer in placed if layer.on_disk), default=0)
     expanded = ELEMENT_BYTES * expanded_elements(placed)
     return Storage(
-        weight_bytes=resident + host + disk,
         placement=Placement(
-            gpu_bytes=ranks * resident if on_gpu else 0,
-            cpu_bytes=host + (0 if on_gpu else ranks * resident),
+            gpu_bytes=resident if on_gpu else 0,
+            cpu_bytes=host + (0 if on_gpu else resident),
             nvme_bytes=disk,
         ),
+        copied_bytes=(ranks - 1) * resident,
+        expanded_numel=sum(p.numel for p in plan.architecture.parameters if p.layer is None and plan.is_quantized(p)),
         streamed_bytes_per_pass=host + disk if on_gpu else 0,
         host_buffer_bytes=BUFFERS * largest + (0 if on_gpu else ranks * expanded),
         gpu_buffer_bytes=_buffer_bytes(plan, placed) if on_gpu else 0,
