@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import subprocess
 import sys
 from itertools import product
@@ -356,6 +357,31 @@ def test_a_missing_value_is_refused_by_name(compose):
 def test_an_interpolation_to_nowhere_is_refused_by_name(compose):
     with pytest.raises(ConfigError, match=r"^name: .*nowhere"):
         to_run(compose("name='${nowhere}'"))
+
+
+def test_all_that_is_missing_is_refused_at_once_with_values_that_work(compose_run):
+    """A choice of the user's own that lacks settings; the name of the run is made of one of them."""
+    lacking = [f"{key}=???" for key in ("model.name", "offload.aio", "quant.bits", "hardware.ceilings", "verify")]
+
+    with pytest.raises(
+        ConfigError, match=r"^hardware.ceilings, model.name, offload.aio, quant.bits, verify: "
+    ) as refusal:
+        compose_run(*lacking)
+
+    examples = shlex.split(str(refusal.value).partition(": pass ")[2].partition(", or ")[0])
+    assert len(examples) == 5
+    assert compose_run(*lacking, *examples).name == "mine-cpu-int4"
+
+
+def test_a_stray_key_is_told_what_it_was_meant_to_be(compose_run):
+    for typed, meant in (
+        ("+offlod=cpu", "offload=cpu"),
+        ("+workload.batchsize=4", "workload.batch_size=4"),
+        ("+bits=8", "quant.bits=8"),
+        ("+seed=1", "weights.seed=1 or workload.seed=1"),
+    ):
+        with pytest.raises(ConfigError, match=rf"is not a setting \(it was added with '\+'\): pass {meant}$"):
+            compose_run(typed)
 
 
 def test_a_local_model_is_called_after_its_folder(compose_run):

@@ -63,9 +63,11 @@ def test_no_two_modules_need_each_other():
         ("locks", set()),
         ("signals", set()),
         ("output_folder", set()),
+        ("stdio", set()),
         ("config", {"folders"}),
         ("validate", {"config"}),
-        ("compose", {"config", "validate"}),
+        ("advice", {"config"}),
+        ("compose", {"advice", "config", "validate"}),
         ("environment", set()),
         ("architecture", {"config"}),
         ("hardware", {"config", "environment"}),
@@ -107,7 +109,7 @@ def test_no_two_modules_need_each_other():
             },
         ),
         ("system", {"environment"}),
-        ("doctor", {"environment", "hardware", "system"}),
+        ("doctor", {"environment", "hardware", "stdio", "system"}),
         ("distributed", {"config", "environment", "system"}),
         ("engines.deepspeed.ops", {"config", "plan", "progress", "system"}),
         ("progress", set()),
@@ -227,7 +229,7 @@ def test_typed_past_the_door():
     """Only the entry, the door, what is before it and a callback of Hydra know the configuration as Hydra composes it."""
     users = {name for name, tree in TREES.items() if any(dotted.endswith(".DictConfig") for dotted in imported(tree))}
 
-    assert users <= {"__main__", "asked", "compose", "job", "output_folder", "plan_only"}
+    assert users <= {"__main__", "advice", "asked", "compose", "job", "output_folder", "plan_only"}
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from zi_experiments import config, environment, signals
+from zi_experiments import advice, config, environment, signals, stdio
 from zi_experiments.sweep import Sweep
 
 # What torch and transformers make when they are imported stays: with Python's own 700 a fifth of a command's time goes
@@ -21,9 +22,12 @@ _GC_THRESHOLD = 10_000
 def main() -> None:
     """Compose the configuration from the command line and carry it out, once or as a sweep."""
     gc.set_threshold(_GC_THRESHOLD)
+    stdio.install()
     config.register()
     signals.install()
     environment.set_variables({"HYDRA_FULL_ERROR": "1"})  # it raises what it cannot compose, and prints no traceback
+    if problem := advice.of_flags(sys.argv[1:]):
+        sys.exit(f"refused: {problem}")
     sweep, composed = Sweep(), list[DictConfig]()
 
     def run(cfg: DictConfig) -> None:
@@ -37,13 +41,15 @@ def main() -> None:
         signals.acknowledge()
         sys.exit(130)
     except Exception as error:
-        if composed and not isinstance(error, CompactHydraException):
+        if composed and not isinstance(error, CompactHydraException | OmegaConfBaseException):
             raise
-        sys.exit(1 if composed else f"refused: {_reason(error)}")  # what was wrong with a run has been said
+        sys.exit(f"refused: {advice.of_error(error, sys.argv[1:])}")
     finally:
         if sweep.jobs:
             _report(sweep)
         gc.freeze()  # the end of the process has nothing to look for either
+    if sweep.has_failed:
+        sys.exit(1)  # what was wrong with a run has been said
 
 
 def _report(sweep: Sweep) -> None:
@@ -57,17 +63,6 @@ def _report(sweep: Sweep) -> None:
         show_search(sweep.jobs, Console())
 
 
-def _reason(error: Exception) -> str:
-    parts = [each for each in config.typed(sys.argv[1:]).overrides if "hardware.calibration." in each.partition("=")[0]]
-    if parts and "Unexpected type" in str(error):
-        return (
-            f"{parts[0]} sets a part of hardware.calibration, which is null: pass hardware=… of a file that "
-            "python -m zi_experiments.hardware has written"
-        )
-    behind = error.__cause__ if isinstance(error, CompactHydraException) else None
-    return f"{error} ({behind})" if behind else str(error)
-
-
 def _run(cfg: DictConfig, sweep: Sweep) -> None:
     from zi_experiments.job import RunFailed, run_job  # what --help and --cfg do without
 
@@ -75,8 +70,10 @@ def _run(cfg: DictConfig, sweep: Sweep) -> None:
     if hydra_config.mode is RunMode.MULTIRUN:
         if not sweep.is_ours(Path(hydra_config.sweep.dir)):
             sys.exit("refused: another process runs this sweep: wait for it, or pass hydra.sweep.dir=/another/folder")
-        # after a failure Hydra goes on with the sweep, and exits with 1 at its end
-        run_job(cfg, keep=True, tell=lambda result: sweep.add(list(hydra_config.overrides.task), result))
+        try:
+            run_job(cfg, keep=True, tell=lambda result: sweep.add(list(hydra_config.overrides.task), result))
+        except RunFailed:
+            sweep.has_failed = True  # an exception would have Hydra print the overrides, as if something were broken
         return
     try:
         run_job(cfg)

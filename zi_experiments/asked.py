@@ -29,7 +29,7 @@ def record(cfg: DictConfig) -> Record:
         error=Failure(type="Unfinished", message="the run is under way, or was killed together with its launcher"),
         run=RunInfo(
             id=uuid.uuid4().hex[:12],
-            name=str(setting(cfg, "name")),
+            name=str(setting(cfg, "name") or folder.name),
             group=group,
             started_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             finished_at=None,

@@ -3,11 +3,12 @@
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from zi_experiments import advice
 from zi_experiments.config import ConfigError, Run, conf_dir, register
 from zi_experiments.validate import validate
 
@@ -18,6 +19,8 @@ def to_run(cfg: DictConfig) -> Run:
     Raises `ConfigError` for a missing value, a key that no schema knows, or choices that cannot go together.
     """
     try:
+        if problem := advice.of_missing(cfg):
+            raise ConfigError(problem)
         _refuse_stray_keys(cfg, Run, "")
         run: Run = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
@@ -75,9 +78,10 @@ def _refuse_stray_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
     known = {field.name for field in fields(schema)}
     for key in map(str, cfg):
         if key not in known:
-            choices = ", ".join(f"{prefix}{name}" for name in sorted(known))
-            raise ConfigError(f"{prefix}{key} is not a setting (it was added with '+'). Known here: {choices}")
-        node, kind = cfg._get_node(key), _not_none(hints[key])
+            raise ConfigError(
+                f"{prefix}{key} is not a setting (it was added with '+'){_instead(cfg, key, known, prefix)}"
+            )
+        node, kind = cfg._get_node(key), advice.schema_of(hints[key])
         if not isinstance(node, DictConfig | ListConfig) or OmegaConf.is_missing(cfg, key):
             continue
         value = cfg[key]  # an interpolation can stand for anything
@@ -89,6 +93,7 @@ def _refuse_stray_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
             _refuse_stray_keys(value, kind, f"{prefix}{key}.")
 
 
-def _not_none(hint: Any) -> Any:
-    """The type itself of one that may be None."""
-    return next((kind for kind in get_args(hint) if is_dataclass(kind)), hint)
+def _instead(cfg: DictConfig, key: str, known: set[str], prefix: str) -> str:
+    choices = [f"{prefix}{name}" for name in sorted(known)]
+    meant = " or ".join(f"{name}={cfg[key]}" for name in advice.of_stray(f"{prefix}{key}", advice.settings()))
+    return f": pass {meant}" if meant else f". Known here: {', '.join(choices)}"

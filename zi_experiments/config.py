@@ -11,6 +11,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from zi_experiments import folders
 
@@ -224,14 +225,24 @@ def register() -> None:
     """Make the schema known to Hydra as `schema`, which `conf/config.yaml` lists first."""
     ConfigStore.instance().store(name="schema", node=Run)
     OmegaConf.register_new_resolver("zi.basename", lambda path: Path(path).name if path else "local", replace=True)
-    OmegaConf.register_new_resolver("zi.slug", folders.slug, replace=True)
+    OmegaConf.register_new_resolver("zi.folder", _folder, replace=True)
     OmegaConf.register_new_resolver("zi.sweep", lambda: folders.sweep_name(typed(sys.argv[1:]).overrides), replace=True)
     OmegaConf.register_new_resolver("zi.data", lambda name: str(Path(__file__).parent / "data" / name), replace=True)
 
 
+def _folder(*, _root_: Any) -> str:
+    """The name of a run as that of a folder; of one without, which is about to be refused, too."""
+    try:
+        name = OmegaConf.select(_root_, "name")
+    except OmegaConfBaseException:
+        name = None
+    return folders.slug(name or "")
+
+
 def typed(arguments: list[str]) -> Namespace:
-    """A command line as Hydra takes it apart: `overrides`, `config_dir` and its other flags."""
-    found: Namespace = get_args_parser().parse_known_args(arguments)[0]
+    """A command line as Hydra takes it apart: `overrides`, `config_dir` and its other flags, and those `unknown` to it."""
+    found, unknown = get_args_parser().parse_known_args(arguments)
+    found.unknown = unknown
     return found
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from zi_experiments import environment, system
+from zi_experiments import environment, stdio, system
 from zi_experiments.system import Finding
 
 AIO_OF_A_RANK = 1152  # what engine=deepspeed offload=nvme takes as it comes
@@ -31,6 +31,7 @@ Check = tuple[str, Callable[[], Finding], str | None]
 
 def main() -> int:
     """Show the table of all checks. Returns 1 when something is missing that runs with default settings need, else 0."""
+    stdio.install()
     parser = argparse.ArgumentParser(prog="python -m zi_experiments.doctor", description="Check this machine.")
     parser.add_argument("--path", type=Path, default=Path(), help="folder for offload=nvme; default: the current one")
     folder = parser.parse_args().path.expanduser().resolve()

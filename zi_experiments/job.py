@@ -73,7 +73,7 @@ def run_job(
             plan_only.show(cfg, console)
         except ConfigError as error:
             _say(console, f"refused {error}")
-            raise RunFailed(str(cfg.name)) from error
+            raise RunFailed(str(error)) from error
         return
     job = _Job(cfg, console)
     try:

@@ -11,6 +11,7 @@ class Sweep:
 
     def __init__(self) -> None:
         self.jobs: list[tuple[list[str], dict[str, Any]]] = []  # overrides and record of each
+        self.has_failed = False  # one of them, or more
         self._lock: FolderLock | None = None
 
     def is_ours(self, folder: Path) -> bool:

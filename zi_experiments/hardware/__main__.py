@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from zi_experiments import signals
+from zi_experiments import signals, stdio
 from zi_experiments.compose import from_choices
 from zi_experiments.config import ConfigError, conf_dir
 from zi_experiments.engines import reading
@@ -15,6 +15,7 @@ from zi_experiments.hardware import calibration, child, choice, detect
 
 def main() -> int:
     """Returns 0, 1 when the machine could not be measured, or 130 when stopped. Bad arguments end with a line that says so."""
+    stdio.install()
     parser = argparse.ArgumentParser(prog="python -m zi_experiments.hardware", description=__doc__)
     parser.add_argument("--path", type=Path, metavar="FOLDER", help="measure the disk of this folder too")
     parser.add_argument("--name", help="of the choice; default: the GPU's or the processor's")
