@@ -198,6 +198,7 @@ RULES = [
     (["weights=pretrained", "weights.path=null"], "weights.path", "weights.path=/models/my-model"),
     (["weights.path=/models/x"], "weights.path", "weights=pretrained"),
     (["workload.text=my.txt"], "workload.text", "weights=pretrained"),
+    (["model=local", "model.path='~nobody-here/x'"], "model.path", "model.path=/a/path"),
     (
         ["workload.text=my.txt", "weights=pretrained", "workload.prompt_len=1"],
         "workload.prompt_len",

@@ -113,7 +113,7 @@ def test_windows_are_the_text_in_order_without_its_end(plan, checkpoint):
         (None, r"cannot be read \(No such file or directory\): pass a text file"),
         (b"\xff\xfe\xfa", "is not UTF-8: pass a text file in UTF-8"),
         (b"Call me Ishmael.", rf"has \d+ tokens and a window takes {WINDOW}: pass .*workload.prompt_len=\d+"),
-        (b"", rf"has 0 tokens and a window takes {WINDOW}: pass a longer text$"),
+        (b" \n", r"is empty: pass a text file$"),
     ],
 )
 def test_a_text_that_cannot_be_used_is_refused(plan, tmp_path, content, expected):
@@ -123,6 +123,16 @@ def test_a_text_that_cannot_be_used_is_refused(plan, tmp_path, content, expected
 
     with pytest.raises(ConfigError, match=rf"^workload.text={re.escape(str(text))} {expected}"):
         preflight.check(plan(f"workload.text={text}"), None)
+
+
+@pytest.mark.parametrize("name", ["nowhere.txt", "folder", "/dev/zero"])
+def test_a_text_that_is_none_is_refused_before_anything_else_is_looked_at(plan, tmp_path, monkeypatch, name):
+    """Also before a tokenizer, which this checkpoint lacks, and before a file without an end is read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+
+    with pytest.raises(ConfigError, match=rf"^workload.text={name} .*: pass a text file$"):
+        quality.check_text(name)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gemma2"])

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from zi_experiments import hub
 from zi_experiments.config import ConfigError, Model, Run, WeightSource
 
 _LONGEST_QUOTE = 300  # characters
@@ -114,6 +115,8 @@ def _from_path(path: str, trusted: bool) -> Any:
     source = local_or_hub(path)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ConfigError(f"{source} has no config.json, so it is not a Hugging Face model folder")
+    if not Path(source).is_dir():
+        hub.settle()
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trusted)  # None would ask on the terminal
     except Exception as error:

@@ -31,6 +31,7 @@ from zi_experiments import (
     planner,
     preflight,
     progress,
+    quality,
     resume,
     scratch,
     search,
@@ -117,6 +118,7 @@ class _Job:
 
     def _attempt(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
         run = to_run(cfg)
+        quality.check_text(run.workload.text)
         machine = hardware.detect(run.hardware)
         self._identify(run, machine)
         if keep and not run.force and (before := self._finished_before()):

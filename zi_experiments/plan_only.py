@@ -6,7 +6,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from zi_experiments import architecture, here, planner, scratch, search
+from zi_experiments import architecture, here, planner, quality, scratch, search
 from zi_experiments.compose import to_run
 from zi_experiments.config import ConfigError
 from zi_experiments.sinks import plan_table
@@ -16,6 +16,7 @@ from zi_experiments.sinks.console import show_plan
 def show(cfg: DictConfig, console: Console) -> None:
     """Raises `ConfigError` for a run that would be refused."""
     run = to_run(cfg)
+    quality.check_text(run.workload.text)
     machine = here.known(run, scratch.base_for_weights(run, Path(HydraConfig.get().runtime.output_dir) / "offload"))
     arch = architecture.load(run)
     settled = search.settle(run, arch, machine)

@@ -2,6 +2,7 @@
 
 from math import exp, isfinite
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from zi_experiments.architecture import is_refused_code, local_or_hub, refused_code
@@ -37,13 +38,25 @@ def windows(plan: Plan) -> Any:
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
+def check_text(name: str | None) -> None:
+    """Raise `ConfigError` when `workload.text` is no file with a text in it."""
+    if name is not None:
+        _read(name)
+
+
 def _read(name: str) -> str:
+    path = Path(name).expanduser()
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        if not S_ISREG(path.stat().st_mode):
+            raise ConfigError(f"workload.text={name} is not a file: pass a text file")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"workload.text={name} cannot be read ({error.strerror}): pass a text file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"workload.text={name} is not UTF-8: pass a text file in UTF-8") from error
+    if not text.strip():
+        raise ConfigError(f"workload.text={name} is empty: pass a text file")
+    return text
 
 
 def _tokenizer(plan: Plan) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from math import inf
+from pathlib import Path
 from typing import Any
 
 from zi_experiments.config import ConfigError, DeviceType, OffloadDevice, Run, WeightSource
@@ -34,8 +35,14 @@ def _integers(run: Run) -> str | None:
 
 def _paths(run: Run) -> str | None:
     for key, value in _settings(run):
-        if key.endswith((".path", ".text")) and value is not None and (not value.strip() or "\0" in value):
+        if not key.endswith((".path", ".text")) or value is None:
+            continue
+        if not value.strip() or "\0" in value:
             return f"{key}={value!r} is not a path: pass {key}=/a/path, or {key}=null"
+        try:
+            Path(value).expanduser()
+        except RuntimeError:
+            return f"{key}={value} begins with the home of a user who is not known here: pass {key}=/a/path"
     return None
 
 

@@ -1,0 +1,66 @@
+"""A hub on this machine, which answers and then no longer does; in a process of its own, since tests are offline otherwise."""
+
+import json
+import os
+import subprocess
+import sys
+
+CONFIG = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 128}
+CHILD = """
+import json, sys, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Hub(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.send_response(200)
+        for name, value in {"ETag": '"e"', "X-Repo-Commit": "0" * 40, "Content-Length": str(len(CONFIG))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+    def do_GET(self):
+        self.do_HEAD()
+        self.wfile.write(CONFIG)
+    def log_message(self, *arguments):
+        pass
+
+CONFIG = sys.argv[1].encode()
+server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+import os
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+from zi_experiments import architecture
+from zi_experiments.compose import from_choices
+from zi_experiments.config import ConfigError
+
+def layers(name):
+    run = from_choices({"model": "local"}, {"model.path": name, "model.name": "x", "name": "x"})
+    return architecture.load(run).num_layers
+
+print(layers("some/model"))
+server.shutdown()
+server.server_close()
+print(layers("some/model"))
+try:
+    print(layers("another/model"))
+except ConfigError as error:
+    print(error)
+print(os.environ.get("HF_HUB_OFFLINE"))
+"""
+
+
+def test_a_hub_that_answers_is_asked_and_one_that_does_not_is_left_alone(tmp_path):
+    kept = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(CONFIG)],
+        env=kept | {"HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    there, cached, refused, offline = done.stdout.splitlines()
+    assert (there, cached) == ("3", "3")
+    assert refused.startswith(
+        "another/model is neither a Hugging Face model folder nor a hub name that can be read here"
+    )
+    assert offline == "1", "workers would ask again"
+    assert "Retry" not in done.stderr
