@@ -111,3 +111,6 @@ def test_a_flag_is_told_to_be_a_setting():
     assert "pass quant=int4,int8 workload.batch_size=4" in said
     assert "${args_no_hyphens}" in said
     assert advice.of_flags(["-m", "--config-dir", "x", "--cfg", "job", "quant=int4"]) is None
+    assert advice.of_flags(["quant=int4", "-m", "offload=cpu,nvme"]) == (
+        "offload=cpu,nvme: pass flags such as -m before all settings, or after them"
+    )

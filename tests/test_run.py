@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 from statistics import median
 
@@ -80,10 +81,15 @@ def check_wandb(result, run):
 
 
 def test_console_says_what_ran_and_where_the_files_are(cli):
-    done = cli.run("offload=nvme", f"offload.path={cli.folder / 'disk'}")
+    """With a W&B server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = {"WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}", "WANDB_API_KEY": "0" * 40}
+        done = cli.run("offload=nvme", f"offload.path={cli.folder / 'disk'}", WANDB_INIT_TIMEOUT="1", **server)
 
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = cli.results()
+    assert re.search(r"W&B: offline \(.*\); wandb sync outputs/", done.stdout)
+    assert wandb_file.read(result["folder"])["exit_code"] == 0
     for text in (
         "tiny-nvme-int4",
         "quantized to 4 bits",
@@ -152,11 +158,17 @@ def test_plan_only_measures_nothing(cli):
 
 
 def test_a_sweep_goes_on_after_a_failed_job(cli):
-    done = cli.run("-m", "quant.group_size=64,100,32", "tracking=none")
+    named = {"WANDB_RUN_ID": "shared", "WANDB_PROJECT": "theirs", "WANDB_TAGS": "a,b", "WANDB_JOB_TYPE": "night"}
+    done = cli.run("-m", "quant.group_size=64,100,32", "tracking.mode=offline", **named)
 
     assert done.returncode == 1
     assert [result["status"] for result in cli.results()] == ["ok", "refused", "ok"]
     assert "Error executing job" not in done.stderr
+    runs = [wandb_file.read(result["folder"]) for result in cli.results() if result["status"] == "ok"]
+    assert len({run["id"] for run in runs} | {"shared"}) == 3
+    assert done.stdout.count("WANDB_RUN_ID=shared is left out") == 1
+    for run in runs:
+        assert (run["project"], run["job_type"], run["tags"][:2]) == ("theirs", "night", ["a", "b"])
     table = done.stdout[done.stdout.index("3 runs") :]
     for group_size, status in ((64, "ok"), (100, "refused"), (32, "ok")):
         assert re.search(rf"quant.group_size={group_size} .*{status}", table)

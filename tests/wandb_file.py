@@ -31,15 +31,15 @@ def records(path: Path) -> list[Any]:
     return out
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """Name, group, configuration, history rows, final summary, metric definitions and artifacts of one offline run."""
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+def read(folder: Path, kind: str = "offline-run") -> dict[str, Any]:
+    """Name, group, configuration, history rows, final summary, metric definitions and artifacts of one run."""
+    (path,) = folder.glob(f"wandb/{kind}-*/run-*.wandb")
     run: dict[str, Any] = {"history": [], "summary": {}, "metrics": {}, "artifacts": [], "config": {}}
     for record in records(path):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run |= {"name": record.run.display_name, "group": record.run.run_group, "job_type": record.run.job_type}
-            run["tags"] = list(record.run.tags)
+            run |= {"id": record.run.run_id, "project": record.run.project, "tags": list(record.run.tags)}
             run["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         elif kind == "history":
             run["history"].append({_key(item): json.loads(item.value_json) for item in record.history.item})

@@ -20,10 +20,12 @@ _FREE = ("hydra", "model.architecture", "hardware.calibration.gemm_flops")  # be
 
 
 def of_flags(arguments: list[str]) -> str | None:
-    """What to type instead of settings that look like flags, as `wandb agent` passes them."""
-    flags = [flag for flag in typed(arguments).unknown if flag.startswith("--")]
+    """What to type instead of settings that look like flags, as `wandb agent` passes them, or that flags have torn apart."""
+    unknown = typed(arguments).unknown
+    flags = [flag for flag in unknown if flag.startswith("--")]
     if not flags:
-        return None
+        torn = [word for word in unknown if not word.startswith("-")]
+        return f"{' '.join(torn)}: pass flags such as -m before all settings, or after them" if torn else None
     settings = [flag.lstrip("-") if "=" in flag else f"{flag.lstrip('-')}=…" for flag in flags]
     return f"{' '.join(flags)}: pass {' '.join(settings)}; wandb agent does with ${{args_no_hyphens}} in the sweep's command"
 

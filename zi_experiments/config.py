@@ -13,7 +13,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zi_experiments import folders
+from zi_experiments import environment, folders
 
 
 class ConfigError(CompactHydraException, ValueError):
@@ -227,7 +227,19 @@ def register() -> None:
     OmegaConf.register_new_resolver("zi.basename", lambda path: Path(path).name if path else "local", replace=True)
     OmegaConf.register_new_resolver("zi.folder", _folder, replace=True)
     OmegaConf.register_new_resolver("zi.sweep", lambda: folders.sweep_name(typed(sys.argv[1:]).overrides), replace=True)
+    OmegaConf.register_new_resolver("zi.env", _variable, replace=True)
+    OmegaConf.register_new_resolver("zi.wandb_mode", lambda: environment.wandb_mode() or "auto", replace=True)
     OmegaConf.register_new_resolver("zi.data", lambda name: str(Path(__file__).parent / "data" / name), replace=True)
+
+
+def _variable(name: str, default: Any) -> Any:
+    """What a variable of the environment says, as a list where the default is one; the default where it is not set."""
+    said = environment.variable(name)
+    if said is None:
+        return default
+    return (
+        [part.strip() for part in said.split(",")] if OmegaConf.is_list(default) or isinstance(default, list) else said
+    )
 
 
 def _folder(*, _root_: Any) -> str:

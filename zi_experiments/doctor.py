@@ -185,8 +185,13 @@ def shared_memory() -> Finding:
 
 
 def wandb() -> Finding:
-    """What tracking.mode=auto means here."""
+    """What tracking=wandb means here."""
     mode = environment.wandb_mode()
+    if mode is None:
+        environment.prepare_for_wandb("auto")
+        from zi_experiments.sinks.wandb import login_mode
+
+        mode = login_mode()
     return Finding(found=mode, fix="wandb login, or set WANDB_API_KEY" if mode == "offline" else None)
 
 

@@ -1,7 +1,6 @@
 """What surrounds a run: versions, revision, devices, command. The only reader of environment variables."""
 
 import hashlib
-import netrc
 import os
 import platform
 import shlex
@@ -12,7 +11,6 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 PACKAGES = (
     "zi_experiments",
@@ -122,7 +120,7 @@ def program(variable: str, default: str = "") -> list[str]:
 
 def cuda_arch_list() -> str | None:
     """TORCH_CUDA_ARCH_LIST; None when it is not set, or blank, which means the same."""
-    return os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or None
+    return variable("TORCH_CUDA_ARCH_LIST")
 
 
 def path_list(variable: str) -> list[str]:
@@ -135,18 +133,37 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zi_experiments"
 
 
-def wandb_mode() -> str:
-    """What `tracking.mode=auto` means here: WANDB_MODE when it is set, online when logged in, else offline."""
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return "online"
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    file = os.environ.get("NETRC") or Path.home() / ".netrc"
-    try:
-        return "online" if netrc.netrc(file).authenticators(host) else "offline"
-    except (OSError, netrc.NetrcParseError):
-        return "offline"
+def variable(name: str) -> str | None:
+    """What a variable says; None when it is not set, or blank, which means the same."""
+    return os.environ.get(name, "").strip() or None
+
+
+def forget(name: str) -> str | None:
+    """Unset a variable, and return what it said."""
+    said = variable(name)
+    os.environ.pop(name, None)
+    return said
+
+
+def wandb_mode() -> str | None:
+    """WANDB_MODE by the names of `tracking.mode`; None when it is not set."""
+    mode = (variable("WANDB_MODE") or "").lower()
+    return {"run": "online", "dryrun": "offline"}.get(mode, mode) or None
+
+
+def prepare_for_wandb(mode: str) -> None:
+    """Make its variables such that `wandb` takes them for a run of that mode; it reads them when it is imported.
+
+    Its own telemetry is off unless asked for: without a network it holds up the end of the process.
+    """
+    for name in [name for name in os.environ if name.startswith("WANDB_") and variable(name) is None]:
+        forget(name)
+    if wandb_mode() == mode:
+        os.environ["WANDB_MODE"] = mode
+    else:
+        forget("WANDB_MODE")  # another was typed
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("WANDB_SILENT", "true")
 
 
 def _version(package: str) -> str | None:

@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -272,9 +274,10 @@ def _say(console: Console, text: str) -> None:
 
 
 def _wandb(run: Run, console: Console) -> Sink:
+    environment.prepare_for_wandb(run.tracking.mode.value)
     from zi_experiments.sinks.wandb import WandbSink
 
-    return Guarded(WandbSink(run.tracking, console))
+    return Guarded(WandbSink(run.tracking, console, in_sweep=HydraConfig.get().mode is RunMode.MULTIRUN))
 
 
 def _now() -> str:
