@@ -90,7 +90,6 @@ def test_opt_175b_has_the_published_shape(load):
 
     assert opt.num_layers == 96
     assert opt.hidden_size == 12288
-    assert opt.num_attention_heads == 96
     assert opt.config.ffn_dim == 49152
     assert (49152, 12288) in {parameter.shape for parameter in opt.parameters}
 
@@ -99,8 +98,9 @@ def test_opt_175b_has_the_published_shape(load):
 def test_the_layer_class_is_that_of_the_family(load, model):
     found = load(f"model={model}")
 
-    assert found.layer_class == LAYER_CLASSES[found.model_type]
-    module, _, name = found.layer_class.rpartition(".")
+    (layer_class,) = found.layer_classes
+    assert layer_class == LAYER_CLASSES[found.model_type]
+    module, _, name = layer_class.rpartition(".")
     assert issubclass(getattr(importlib.import_module(module), name), nn.Module)
 
 
@@ -185,6 +185,121 @@ def test_layers_and_the_rest_are_told_apart(load):
     assert outside == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
 
 
+def test_a_vision_tower_is_not_taken_for_the_decoder():
+    """It has more layers here, and larger ones."""
+    text = tiny.GROUPED | {"num_hidden_layers": 2, "head_dim": 8, "sliding_window": 8}
+    vision = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+    )
+
+    found = architecture.describe(config, "tiny")
+
+    assert (found.num_layers, found.hidden_size, found.is_text_part) == (2, 32, False)
+    assert found.layer_classes == ("transformers.models.gemma3.modeling_gemma3.Gemma3DecoderLayer",)
+    inside = {p.name.rpartition(".layers.")[0] for p in found.parameters if p.layer is not None}
+    assert inside == {"model.language_model"}
+    assert any("vision_tower" in p.name for p in found.parameters)  # its bytes are counted
+
+
+def test_the_text_part_is_described_where_transformers_has_a_class_for_it():
+    text = tiny.GROUPED | {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    text |= {"num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 4, "out_hidden_size": 32}
+    config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision, dtype="bfloat16")
+
+    found = architecture.describe(config, "tiny")
+
+    assert (found.model_type, found.config.model_type, found.dtype) == ("qwen3_5", "qwen3_5_text", "bfloat16")
+    assert found.is_text_part
+    assert "only the text part of qwen3_5" in found.notes[0]
+    assert not any("visual" in p.name for p in found.parameters)
+
+
+def test_what_several_layers_share_belongs_to_none():
+    shape = {"num_hidden_layers": 4, "num_mem_blocks": 1, "mamba_d_state": 16, "n_mamba_heads": 8, "mamba_ngroups": 1}
+    blocks = ["mamba", "hybrid"] * 2
+    config = AutoConfig.for_model("zamba2", **tiny.SMALL | shape, intermediate_size=64, layers_block_type=blocks)
+
+    found = architecture.describe(config, "tiny")
+
+    assert [one.rpartition(".")[2] for one in found.layer_classes] == ["Zamba2MambaDecoderLayer", "Zamba2HybridLayer"]
+    assert {p.layer for p in found.parameters} == {None, 0, 1, 2, 3}
+    shared = [p for p in found.parameters if "shared_transformer.self_attn.q_proj.weight" in p.name]
+    assert [p.layer for p in shared] == [None]
+
+
+LAYERS = {
+    "mamba": 32,
+    "mamba2": 64,
+    "falcon_mamba": 32,
+    "rwkv": 32,
+    "xlstm": 32,
+    "jamba": 32,
+    "zamba": 76,
+    "olmo_hybrid": 32,
+    "longcat_flash": 28,
+    "modernbert-decoder": 22,
+    "gpt_neox_japanese": 32,
+    "git": 6,
+}
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_families_with_another_structure_are_described(family):
+    found = architecture.describe(AutoConfig.for_model(family), family)
+
+    assert found.num_layers == LAYERS[family]
+    assert sum(p.numel for p in found.parameters if p.layer is not None) > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("bert", "an encoder"),
+        ("roberta", "an encoder"),
+        ("electra", "an encoder"),
+        ("xlm", "an encoder"),
+        ("bart", "an encoder with a decoder"),
+        ("whisper", "an encoder with a decoder"),
+    ],
+)
+def test_an_encoder_is_refused_although_it_has_a_causal_class(family, kind):
+    with pytest.raises(ConfigError, match=rf"{family} is {kind}.* and no causal language model: pass model=opt-125m"):
+        architecture.describe(AutoConfig.for_model(family), family)
+
+
+def test_bert_that_is_told_to_decode_is_none():
+    assert architecture.describe(AutoConfig.for_model("bert", is_decoder=True), "bert").num_layers == 12
+
+
+def test_a_model_of_several_widths_is_refused():
+    with pytest.raises(ConfigError, match=r"blt has no one width .* pass model="):
+        architecture.describe(AutoConfig.for_model("blt"), "blt")
+
+
+def test_attention_that_is_not_installed_is_replaced_and_said():
+    config = tiny.config("llama")
+    config._attn_implementation = "flash_attention_3"
+
+    found = architecture.describe(config, "tiny")
+
+    assert found.notes == (
+        "flash_attention_3, which the configuration asks for, is not available here: attention is transformers' default",
+    )
+    assert found.config._attn_implementation is None
+
+
+@pytest.mark.parametrize("available", ["sdpa", "eager"])
+def test_attention_that_is_there_stays(available):
+    config = tiny.config("llama")
+    config._attn_implementation = available
+
+    found = architecture.describe(config, "tiny")
+
+    assert (found.notes, found.config._attn_implementation) == ((), available)
+
+
 # What a layer has of more than one dimension that is not meant to be quantized; all the rest is.
 LEFT_ALONE = {
     "opt": {"model.decoder.embed_positions.weight"},
@@ -234,7 +349,7 @@ def test_a_folder_written_by_transformers(load, llama_folder):
     found = load("model=local", f"model.path={llama_folder}")
 
     assert found.model_type == "llama"
-    assert (found.num_layers, found.num_attention_heads) == (3, 4)
+    assert found.num_layers == 3
     assert found.max_positions == 256
     assert found.dtype == "bfloat16"
     embeddings, attention, mlp, norms = 2 * 500 * 64, 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 128, 2 * 64

@@ -381,7 +381,7 @@ def test_of_a_known_model_the_code_that_comes_with_it_is_not_needed(compose_run,
 
     found = architecture.load(compose_run(*pretrained(tmp_path)))
 
-    assert found.layer_class == "transformers.models.llama.modeling_llama.LlamaDecoderLayer"
+    assert found.layer_classes == ("transformers.models.llama.modeling_llama.LlamaDecoderLayer",)
     assert not mark.exists()
 
 

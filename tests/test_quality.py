@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 from math import exp, log
 from pathlib import Path
 
 import pytest
 import torch
 from cli import Cli
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from zi_experiments import config, preflight, quality
@@ -105,6 +106,34 @@ def test_windows_are_the_text_in_order_without_its_end(plan, checkpoint):
     assert text.startswith(seen)
     assert len(text) - len(seen) < 8 * WINDOW
     assert windows.shape[1] == WINDOW
+
+
+def test_each_window_begins_as_the_tokenizer_begins_a_sequence(plan, tmp_path, checkpoint):
+    """Every token of the text counts then, given the one that begins, and plain transformers agrees on the loss."""
+    copy = tmp_path / "begins"
+    shutil.copytree(checkpoint, copy)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    begin = tokenizer.convert_tokens_to_ids("Q")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="Q $A", special_tokens=[("Q", begin)]
+    )
+    tokenizer.bos_token = "Q"
+    tokenizer.save_pretrained(copy)
+    given = plan(f"model.path={copy}", f"weights.path={copy}")
+
+    windows = quality.windows(given)
+
+    without = quality.windows(plan()).flatten()
+    assert windows.shape[1] == WINDOW
+    assert (windows[:, 0] == begin).all()
+    assert windows[:, 1:].flatten()[:1000].equal(without[:1000])
+    model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.bfloat16).eval()
+    text = AutoTokenizer.from_pretrained(copy)(TEXT.read_text(encoding="utf-8")).input_ids
+    first = torch.tensor(text[:WINDOW])
+    assert windows[0].equal(first)
+    found = quality.perplexity(model, windows[:1], 1, silent())
+    with torch.inference_mode():
+        assert found == pytest.approx(exp(model(first[None], labels=first[None]).loss), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,10 @@ class Architecture:
     dtype: str | None  # the type the configuration names
     hidden_size: int
     num_layers: int
-    num_attention_heads: int
     max_positions: int | None
-    layer_class: str  # dotted path of the decoder layer's class
+    layer_classes: tuple[str, ...]  # dotted paths of the decoder layers' classes: hybrids have several
+    is_text_part: bool  # of a multimodal checkpoint, whose towers are dropped
+    notes: tuple[str, ...]  # what is not done as the configuration says
     parameters: tuple[Parameter, ...] = field(repr=False)
     kv_layers: tuple[KVLayer, ...] = field(repr=False)
 
@@ -218,42 +219,120 @@ def describe(config: Any, name: str) -> Architecture:
 
     Raises `ConfigError` when it is not a causal language model, or when its numbers do not make one.
     """
+    given, config = config, text_part(config)
+    _refuse_encoder(config, name)
+    model = _empty(_without_data(config), name)
+    attention = _unavailable_attention(config)
+    if attention is not None:
+        config = deepcopy(config)
+        config._attn_implementation = None  # the best there is
+    if not config.return_dict:
+        config = deepcopy(config)
+        config.return_dict = True  # a model's output is asked for its logits by name
+    text = config.get_text_config(decoder=True)
+    if not hasattr(text, "hidden_size"):
+        raise ConfigError(f"model={name}: {config.model_type} has no one width (hidden_size): pass model=opt-125m")
+    layers_name, layers = decoder_layers(model)
+    return Architecture(
+        config=config,
+        model_type=given.model_type,
+        dtype=str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
+        hidden_size=text.hidden_size,
+        num_layers=len(layers),
+        max_positions=getattr(text, "max_position_embeddings", None),
+        layer_classes=tuple(dict.fromkeys(f"{type(one).__module__}.{type(one).__qualname__}" for one in layers)),
+        is_text_part=config.model_type != given.model_type,
+        notes=tuple(_notes(given, config, attention)),
+        parameters=tuple(_parameters(model, layers_name)),
+        kv_layers=_kv_layers(model, len(layers)),
+    )
+
+
+def text_part(config: Any) -> Any:
+    """The configuration that a causal-LM class is made from: of some multimodal models the text part, or else itself.
+
+    This is how `AutoModelForCausalLM` chooses; the text class leaves out what a checkpoint has for other modalities.
+    """
+    if getattr(model_class(config), "config_class", None) is not config.sub_configs.get("text_config"):
+        return config
+    text = deepcopy(config.get_text_config())
+    for inherited in ("dtype", "quantization_config", "_commit_hash"):
+        if (value := getattr(config, inherited, None)) is not None:
+            setattr(text, inherited, value)
+    return text
+
+
+def _empty(config: Any, name: str) -> Any:
+    """The model on the meta device."""
     import torch
 
     config_class = model_class(config)
     try:
         with torch.device("meta"), _quietly():
-            model = config_class(_without_data(config))
+            model = config_class(config)
             model.tie_weights()
     except Exception as error:
         problem = f"{config.model_type} cannot be built from these numbers: {reason(error)}"
         raise ConfigError(f"model={name}: {problem}") from error
-    text = config.get_text_config()
-    layers_name, layers = decoder_layers(model)
-    parameters = tuple(
-        Parameter(
+    return model
+
+
+def _refuse_encoder(config: Any, name: str) -> None:
+    """Refuse a model in which tokens see those after them, although its family can be told to decode."""
+    from transformers import AutoModelForMaskedLM
+
+    kind = None
+    if config.is_encoder_decoder:
+        kind = "an encoder with a decoder"
+    elif type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False):
+        kind = "an encoder (is_decoder is not true)"
+    if kind is not None:
+        raise ConfigError(
+            f"model={name}: {config.model_type} is {kind} and no causal language model: "
+            "pass model=opt-125m, or model=local model.path=… of one (for example opt, bloom, llama, mixtral)"
+        )
+
+
+def _unavailable_attention(config: Any) -> str | None:
+    """The implementation of attention that a configuration wants and that cannot be had here, or None."""
+    import torch
+
+    wanted = config._attn_implementation
+    if wanted is None:
+        return None
+    try:
+        with torch.device("meta"), _quietly():
+            model_class(config)(deepcopy(config))
+    except (ImportError, ValueError):
+        return printable(str(wanted))
+    return None
+
+
+def _notes(given: Any, config: Any, attention: str | None) -> Iterator[str]:
+    if config.model_type != given.model_type:
+        yield f"only the text part of {given.model_type} is loaded: what it has for images or sound is dropped"
+    if attention is not None:
+        yield f"{attention}, which the configuration asks for, is not available here: attention is transformers' default"
+
+
+def _parameters(model: Any, layers_name: str) -> Iterator[Parameter]:
+    """Each parameter by the first of its names. One that several layers share belongs to none of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, parameter in model.named_parameters():
+        layers = {_layer_index(one, layers_name) for one in names[id(parameter)]}
+        yield Parameter(
             name=name,
             shape=tuple(parameter.shape),
             quantizable=is_quantizable(model, name),
-            layer=int(name.removeprefix(f"{layers_name}.").split(".")[0])
-            if name.startswith(f"{layers_name}.")
-            else None,
+            layer=layers.pop() if len(layers) == 1 else None,
         )
-        for name, parameter in model.named_parameters()
-    )
-    layer = type(layers[0])
-    return Architecture(
-        config=config,
-        model_type=config.model_type,
-        dtype=str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
-        hidden_size=text.hidden_size,
-        num_layers=len(layers),
-        num_attention_heads=text.num_attention_heads,
-        max_positions=getattr(text, "max_position_embeddings", None),
-        layer_class=f"{layer.__module__}.{layer.__qualname__}",
-        parameters=parameters,
-        kv_layers=_kv_layers(model, len(layers)),
-    )
+
+
+def _layer_index(name: str, layers_name: str) -> int | None:
+    within = name.removeprefix(f"{layers_name}.")
+    return None if within == name else int(within.partition(".")[0])
 
 
 def _without_data(config: Any) -> Any:
@@ -315,22 +394,28 @@ def is_quantizable(model: Any, name: str) -> bool:
 
 
 def decoder_layers(model: Any) -> tuple[str, Any]:
-    """Name and `nn.ModuleList` of a model's decoder layers: the list of one class that holds the most parameters."""
+    """Name and `nn.ModuleList` of a model's decoder layers.
+
+    Of the lists in its decoder, which leaves out a vision tower, it is one of as many modules as the text configuration
+    has layers, and of those the one that holds the most parameters: a layer may have lists too.
+    """
     from torch import nn
 
-    def weight(modules: Any) -> int:
-        return sum(parameter.numel() for parameter in modules.parameters())
-
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(child) for child in module}) == 1
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     ]
     if not lists:
         raise ConfigError(
             f"{type(model).__name__} has no list of decoder layers: it cannot be offloaded layer by layer"
         )
-    return max(lists, key=lambda item: weight(item[1]))
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    within = [item for item in lists if id(item[1]) in decoder] or lists
+
+    def rank(item: tuple[str, Any]) -> tuple[bool, int]:
+        return len(item[1]) == count, sum(parameter.numel() for parameter in item[1].parameters())
+
+    return max(within, key=rank)
 
 
 @contextmanager

@@ -79,6 +79,15 @@ def from_first_rank(value: Any) -> Any:
     return values[0]
 
 
+def from_all_ranks(value: Any) -> list[Any]:
+    """What each rank passes, in their order, on every rank."""
+    import torch.distributed
+
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -59,7 +59,7 @@ def _reference_zero(plan: Plan) -> dict[str, Any]:
 def _tuned_zero(plan: Plan) -> dict[str, Any]:
     return {
         # one hook, one fetch and one wait per decoder layer instead of one per submodule
-        "leaf_module": {"classes": [plan.architecture.layer_class]},
+        "leaf_module": {"classes": list(plan.architecture.layer_classes)},
         # a bucket smaller than a layer leaves part of the next layer to be fetched on demand
         "stage3_prefetch_bucket_size": plan.layer_numel,
         "stage3_param_persistence_threshold": zero3.persistence_numel(plan),

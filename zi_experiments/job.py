@@ -231,7 +231,7 @@ class _Job:
             host_peak_bytes=peaks.host_peak_bytes,
             disk_peak_bytes=peaks.disk_peak_bytes,
         )
-        self._update(status="ok", error=None, samples=measured.samples, metrics=figures)
+        self._update(status="ok", error=None, samples=measured.samples, generated=measured.generated, metrics=figures)
 
     def _update(self, **changes: Any) -> None:
         self.record = replace(self.record, **changes)

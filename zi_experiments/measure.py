@@ -61,13 +61,23 @@ class _Clock:
         pass
 
 
-def measure_pass(session: Session, input_ids: Any, gen_len: int, progress: Progress) -> Pass:
-    """Time one `generate` of `gen_len` tokens on `input_ids` of shape (sequences, prompt_len)."""
+def measure_pass(
+    session: Session,
+    input_ids: Any,
+    gen_len: int,
+    progress: Progress,
+    keep: Callable[[Any], None] = lambda tokens: None,
+) -> Pass:
+    """Time one `generate` of `gen_len` tokens on `input_ids` of shape (sequences, prompt_len); `keep` gets the tokens.
+
+    These are on the host, of shape (sequences, gen_len).
+    """
     clock = _Clock(progress.advance)
     began = time.perf_counter()
     tokens = session.generate(input_ids, gen_len, clock)
     assert tuple(tokens.shape) == (input_ids.shape[0], input_ids.shape[1] + gen_len), tokens.shape
     assert len(clock.times) == gen_len, len(clock.times)
+    keep(tokens[:, input_ids.shape[1] :].cpu())
     times = clock.times
     return Pass(
         ttft_s=times[0] - began,
@@ -85,14 +95,15 @@ def measure_passes(
     phase: str,
     progress: Progress,
     before_each: Callable[[], None],
+    keep: Callable[[Any], None],
 ) -> list[Pass]:
-    """Time `count` passes, calling `before_each` (a barrier) ahead of every one."""
+    """Time `count` passes, calling `before_each` (a barrier) ahead of every one, and `keep` with the tokens of each."""
     if not count:
         return []
     progress.begin(phase, count * gen_len, "tokens")
     passes = []
     for _ in range(count):
         before_each()
-        passes.append(measure_pass(session, input_ids, gen_len, progress))
+        passes.append(measure_pass(session, input_ids, gen_len, progress, keep))
     progress.end()
     return passes

@@ -12,8 +12,9 @@ from zi_experiments.progress import Progress
 
 
 def windows(plan: Plan) -> Any:
-    """The tokens of `workload.text`, without special ones, cut into windows of `workload.prompt_len`; the rest is dropped.
+    """The tokens of `workload.text`, cut into windows of `workload.prompt_len`; the rest is dropped.
 
+    Where the tokenizer begins a sequence with a token of its own, so does each window; there are no other special ones.
     Returns an int64 tensor of shape (windows, prompt_len). Raises `ConfigError` when the text cannot be read or fills no
     window, and when the checkpoint has no tokenizer for it.
     """
@@ -21,12 +22,15 @@ def windows(plan: Plan) -> Any:
 
     name, length = plan.run.workload.text, plan.run.workload.prompt_len
     assert name is not None
-    tokenizer = _tokenizer(plan)
-    ids = tokenizer(_read(name), add_special_tokens=False, verbose=False).input_ids
-    if len(ids) < length:
+    encode = tokenizer(plan)
+    begin = _beginning(encode)
+    ids = encode(_read(name), add_special_tokens=False, verbose=False).input_ids
+    taken = length - len(begin)
+    if len(ids) < taken:
+        most = len(ids) + len(begin)
         raise ConfigError(
-            f"workload.text={name} has {len(ids)} tokens and a window takes {length}: pass a longer text"
-            + (f", or workload.prompt_len={len(ids)}" if len(ids) > 1 else "")
+            f"workload.text={name} has {len(ids)} tokens and a window takes {taken}: pass a longer text"
+            + (f", or workload.prompt_len={most}" if most > 1 else "")
         )
     vocabulary = plan.architecture.config.get_text_config().vocab_size
     if max(ids) >= vocabulary:
@@ -34,8 +38,15 @@ def windows(plan: Plan) -> Any:
             f"the tokenizer of {plan.run.weights.path} gives token {max(ids)} and the model knows {vocabulary}: "
             "pass weights.path=… with the tokenizer of this model"
         )
-    count = len(ids) // length
-    return torch.tensor(ids[: count * length]).view(count, length)
+    count = len(ids) // taken
+    cut = torch.tensor(ids[: count * taken]).view(count, taken)
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), cut], 1)
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer begins every sequence with, or none."""
+    first: list[int] = tokenizer("a").input_ids[:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def check_text(name: str | None) -> None:
@@ -59,7 +70,7 @@ def _read(name: str) -> str:
     return text
 
 
-def _tokenizer(plan: Plan) -> Any:
+def tokenizer(plan: Plan) -> Any:
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from zi_experiments import fit
+from zi_experiments.generated import Generated
 from zi_experiments.inventory import Held
 from zi_experiments.measure import Samples
 from zi_experiments.metrics import Metrics
@@ -55,6 +56,7 @@ class Record:
     checkpoint: dict[str, Any] | None = None  # what was loaded, by its hashes; None: random weights
     stored: Held | None = None  # what was loaded, over all ranks
     samples: Samples | None = None
+    generated: Generated | None = None
     metrics: Metrics | None = None
     verification: Verification | None = None  # None: verify=off, or the run did not get as far
 
@@ -74,6 +76,7 @@ class Record:
             "checkpoint": self.checkpoint,
             "stored": asdict(self.stored) if self.stored else None,
             "samples": self.samples.to_dict() if self.samples else None,
+            "generated": asdict(self.generated) if self.generated else None,
             "metrics": asdict(self.metrics) if self.metrics and self.status == "ok" else None,
             "verification": asdict(self.verification) if self.verification else None,
         }
@@ -90,7 +93,8 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "pin_memory": plan.pin_memory,
         "num_parameters": arch.num_parameters,
         "num_layers": arch.num_layers,
-        "layer_class": arch.layer_class,
+        "layer_class": ", ".join(arch.layer_classes),
+        "notes": list(arch.notes),
         "quantized_fraction": plan.quantized_fraction,
         "packed_fraction": plan.packed_fraction,
         "bits_per_weight": plan.bits_per_weight,

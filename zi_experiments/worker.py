@@ -14,8 +14,9 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from zi_experiments import distributed, engines, inventory, quality, workload
+from zi_experiments import distributed, engines, generated, inventory, quality, workload
 from zi_experiments.config import Verify
+from zi_experiments.generated import Generated
 from zi_experiments.inventory import Held
 from zi_experiments.measure import Samples, measure_passes
 from zi_experiments.plan import Plan
@@ -31,6 +32,7 @@ class Measurement:
     samples: Samples | None  # None when what was loaded failed its verification
     verification: Verification | None  # None with verify=off
     perplexity: float | None  # None without workload.text
+    generated: Generated | None = None  # None when nothing was measured
     gpu_peak_bytes: int  # of this rank's GPU while measuring; 0 without one
 
 
@@ -97,17 +99,28 @@ def _measure(
         ranks=plan.run.hardware.num_gpus,
     )
     perplexity = _perplexity(plan, session, progress)
-    run = partial(measure_passes, session, ids, work.gen_len, progress=progress, before_each=distributed.barrier)
+    tokens: list[Any] = []
+    run = partial(
+        measure_passes,
+        session,
+        ids,
+        work.gen_len,
+        progress=progress,
+        before_each=distributed.barrier,
+        keep=tokens.append,
+    )
     warmup = run(count=work.warmup, phase="warm-up")
     _reset_gpu_peak(plan)
     measured = run(count=work.repeats, phase="measure")
     samples = Samples(load_s=load_s, warmup=warmup, measured=measured)
+    gpu_peak_bytes = _gpu_peak(plan)
     return Measurement(
         stored=stored,
         samples=samples,
         verification=verification,
         perplexity=perplexity,
-        gpu_peak_bytes=_gpu_peak(plan),
+        generated=generated.describe(plan, ids, tokens),
+        gpu_peak_bytes=gpu_peak_bytes,
     )
 
 

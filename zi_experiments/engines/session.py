@@ -1,6 +1,8 @@
 """What the sessions of all engines have in common."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -33,18 +35,11 @@ class HFSession:
         import torch
 
         ids = input_ids.to(self._device)
+        cache = {} if self._cache is None else {_cache_name(self.model): self._cache}
         if self._cache is not None:
             self._cache.reset()
-        with torch.inference_mode():
-            return self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                min_new_tokens=gen_len,
-                max_new_tokens=gen_len,
-                do_sample=False,
-                past_key_values=self._cache,
-                streamer=streamer,
-            )
+        with torch.inference_mode(), _greedy(self.model, gen_len) as greedy:
+            return self.model.generate(ids, greedy, attention_mask=torch.ones_like(ids), streamer=streamer, **cache)
 
     def inventory(self) -> Inventory:
         return self._inventory()
@@ -59,6 +54,28 @@ def in_memory(model: Any) -> Inventory:
     local = [getattr(p, "_local_tensor", p) for p in model.parameters()]
     pieces = [(home_on(tensor.device), tensor.untyped_storage().nbytes()) for tensor in local]
     return Inventory(parameters=parameters, held=held(pieces, sum(tensor.nbytes for tensor in local)))
+
+
+@contextmanager
+def _greedy(model: Any, gen_len: int) -> Iterator[Any]:
+    """What makes `generate` give the `gen_len` tokens of the largest logits, whatever else the checkpoint asks for.
+
+    For that time it is the model's own as well, from which transformers would fill in what is left open. No token ends a
+    sequence, so none has to be suppressed.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(max_new_tokens=gen_len, do_sample=False, num_beams=1, use_cache=True)
+    try:
+        yield model.generation_config
+    finally:
+        model.generation_config = own
+
+
+def _cache_name(model: Any) -> str:
+    """What the model calls its cache: state space models have a name of their own."""
+    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _contiguous(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

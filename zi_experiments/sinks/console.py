@@ -9,6 +9,7 @@ from rich.table import Table
 
 from zi_experiments import explain
 from zi_experiments.explain import LIMITS
+from zi_experiments.generated import Generated
 from zi_experiments.plan import Plan
 from zi_experiments.predict import predict
 from zi_experiments.record import Record
@@ -78,8 +79,19 @@ class ConsoleSink:
         checked = record.verification
         table.add_row("verified in", seconds(checked.verify_s) if checked else "not verified")
         self._console.print(table)
+        if record.generated is not None:
+            self._generated(record.generated)
         if why := explain.sentence(plan, metrics):
             self._console.print(why, highlight=False, soft_wrap=True)
+
+    def _generated(self, generated: Generated) -> None:
+        if generated.first_text is not None:
+            text = f"the first sequence goes on: {generated.first_text}"
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if not generated.passes_equal:
+            self._console.print(
+                "[yellow]warning: not all passes gave the same tokens[/]", highlight=False, soft_wrap=True
+            )
 
 
 def show_plan(name: str, plan: Plan, console: Console) -> None:
@@ -88,9 +100,10 @@ def show_plan(name: str, plan: Plan, console: Console) -> None:
     where = [("GPU", place.gpu_bytes), ("host", place.cpu_bytes), ("disk", place.nvme_bytes)]
     split = ", ".join(f"{gigabytes(amount)} {label}" for label, amount in where if amount)
     pinned = " (pinned)" if plan.pin_memory else ""
+    layers = " and ".join(one.rpartition(".")[2] for one in arch.layer_classes)
     lines = [
         f"[bold]{escape(name)}[/]: {_count(arch.num_parameters)} parameters, {arch.num_layers} layers of "
-        f"{arch.layer_class.rpartition('.')[2]}, {plan.dtype} on {plan.machine.gpu_name or plan.machine.device}",
+        f"{layers}, {plan.dtype} on {plan.machine.gpu_name or plan.machine.device}",
         f"weights {gigabytes(plan.weight_bytes)} ({split}{pinned}){_copies(plan)}, "
         f"keys and values {gigabytes(plan.kv_cache_bytes)}",
     ]
@@ -103,6 +116,7 @@ def show_plan(name: str, plan: Plan, console: Console) -> None:
         lines.append(f"a decode step takes at least {least}, limited by {LIMITS[plan.bound.limited_by]}{predicted}")
     elif why := explain.unknown(plan):
         lines.append(why)
+    lines += [f"[yellow]note: {escape(note)}[/]" for note in arch.notes]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
 

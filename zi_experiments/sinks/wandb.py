@@ -100,6 +100,8 @@ class WandbSink:
             self._run.summary["error"] = record.error.message
         if record.verification is not None:
             self._run.summary["verified"] = record.verification.passed
+        if record.generated is not None:
+            self._run.summary["tokens_sha256"] = record.generated.tokens_sha256
         if record.status == "ok":
             self._series(record)
             self._headline(record)
