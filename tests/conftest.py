@@ -13,7 +13,7 @@ import hydra
 import pytest
 from reliability import Page
 
-from zi_experiments import architecture, config, planner
+from zi_experiments import config, contents, planner
 from zi_experiments.compose import to_run
 from zi_experiments.config import Calibration, Ceilings, ConfigError
 from zi_experiments.hardware import Machine
@@ -131,7 +131,7 @@ def describe():
     def describe(run):
         key = repr((run.model, run.weights))
         if key not in known:
-            known[key] = architecture.load(run)
+            known[key] = contents.load(run)
         return known[key]
 
     return describe

@@ -87,7 +87,7 @@ def test_no_two_modules_need_each_other():
         ("plan", {"config", "architecture", "hardware", "inventory"}),
         ("fit", {"config", "plan"}),
         ("changes", {"compose", "config", "validate"}),
-        ("planner", {"architecture", "changes", "config", "engines", "fit", "hardware", "plan"}),
+        ("planner", {"architecture", "changes", "config", "contents", "engines", "fit", "hardware", "plan"}),
         ("predict", {"config", "plan"}),
         ("search", {"architecture", "changes", "config", "hardware", "plan", "planner", "predict"}),
         ("units", set()),
@@ -95,6 +95,7 @@ def test_no_two_modules_need_each_other():
         ("zero3", {"architecture", "config", "inventory", "plan"}),
         ("ds_config", {"config", "plan", "zero3"}),
         ("checkpoint", {"architecture", "config"}),
+        ("contents", {"architecture", "checkpoint", "config", "weights"}),
         (
             "preflight",
             {
@@ -120,7 +121,10 @@ def test_no_two_modules_need_each_other():
         ("quality", {"architecture", "config", "plan", "progress"}),
         ("weights", {"architecture", "config"}),
         ("reference", {"architecture", "config", "plan", "weights"}),
-        ("verify", {"architecture", "distributed", "engines", "plan", "progress", "reference", "workload"}),
+        (
+            "verify",
+            {"architecture", "distributed", "engines", "hardware", "plan", "progress", "reference", "workload"},
+        ),
         ("pinned", set()),
         ("kv_cache", {"pinned"}),
         ("engines.sixteen_bit", {"architecture", "config", "distributed", "inventory", "plan"}),

@@ -7,6 +7,7 @@ from families import save_checkpoint, tiny_config
 from transformers import AutoModelForCausalLM
 
 from zi_experiments import architecture
+from zi_experiments.config import ConfigError
 from zi_experiments.weights import PretrainedWeights, RandomWeights
 
 SHAPES = {
@@ -157,5 +158,5 @@ def test_a_checkpoint_without_a_weight_is_refused_by_its_name(tmp_path):
     del state["model.layers.1.mlp.up_proj.weight"]
     torch.save(state, tmp_path / "pytorch_model.bin")
 
-    with pytest.raises(ValueError, match=r"no weights for model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(ConfigError, match=r"no weights for model\.layers\.1\.mlp\.up_proj\.weight"):
         PretrainedWeights(str(tmp_path), tiny_config("llama"), torch.bfloat16)

@@ -64,6 +64,8 @@ class Architecture:
     notes: tuple[str, ...]  # what is not done as the configuration says
     parameters: tuple[Parameter, ...] = field(repr=False)
     kv_layers: tuple[KVLayer, ...] = field(repr=False)
+    # of the checkpoint, which the model leaves out on purpose
+    ignored_tensors: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def is_routed(self) -> bool:
@@ -268,7 +270,7 @@ def _empty(config: Any, name: str) -> Any:
 
     config_class = model_class(config)
     try:
-        with torch.device("meta"), _quietly():
+        with torch.device("meta"), quietly():
             model = config_class(config)
             model.tie_weights()
     except Exception as error:
@@ -301,7 +303,7 @@ def _unavailable_attention(config: Any) -> str | None:
     if wanted is None:
         return None
     try:
-        with torch.device("meta"), _quietly():
+        with torch.device("meta"), quietly():
             model_class(config)(deepcopy(config))
     except (ImportError, ValueError):
         return printable(str(wanted))
@@ -354,7 +356,7 @@ def _kv_layers(model: Any, num_layers: int) -> tuple[KVLayer, ...]:
 
     try:
         cache = DynamicCache(config=model.config)
-        with torch.no_grad(), torch.device("meta"), _quietly():
+        with torch.no_grad(), torch.device("meta"), quietly():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
     except Exception:  # an estimate, for the few families whose routing to experts needs data: JetMoE, LongCat
         text = model.config.get_text_config()
@@ -419,14 +421,18 @@ def decoder_layers(model: Any) -> tuple[str, Any]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
+    """Let transformers build or load a model without initial values, and say nothing of it."""
     from transformers.initialization import no_init_weights
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         with no_init_weights():
             yield
     finally:
         logging.set_verbosity(level)
+        if has_bar:
+            logging.enable_progress_bar()

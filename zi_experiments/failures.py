@@ -4,7 +4,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from zi_experiments.config import CacheDevice, OffloadDevice
+from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice
 from zi_experiments.plan import Plan
 from zi_experiments.progress import Event
 from zi_experiments.record import Failure, Status
@@ -50,6 +50,8 @@ def of_worker(error: Any, plan: Plan, when: str, oom_killed: bool, logs: Path) -
     text = data.get("message", first.message) if isinstance(data, dict) else str(data)
     trace = data.get("extraInfo", {}).get("py_callstack") if isinstance(data, dict) else None
     kind, _, message = text.partition(": ")
+    if kind == ConfigError.__name__:
+        return WorkerError("refused", Failure(type=kind, message=message))
     trace = trace or _log_tail(logs, rank)
     if short := _out_of_memory(kind, text, plan):
         what, hint = short

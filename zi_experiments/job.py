@@ -20,6 +20,7 @@ from zi_experiments import (
     architecture,
     asked,
     checkpoint,
+    contents,
     engines,
     environment,
     failures,
@@ -122,12 +123,15 @@ class _Job:
         run = to_run(cfg)
         quality.check_text(run.workload.text)
         machine = hardware.detect(run.hardware)
-        self._identify(run, machine)
-        if keep and not run.force and (before := self._finished_before()):
+        self._update(environment=environment.describe(machine))
+        may_keep = keep and not run.force and (self._folder / NAME).exists()
+        arch = None if may_keep else contents.load(run)  # what is wrong with a checkpoint is said before it is hashed
+        self._identify(run)
+        if may_keep and (before := self._finished_before()):
             return before
         self._is_begun = True
         self._file.write(self.record)  # of a run that is killed, launcher and all, this is what remains
-        arch, machine = architecture.load(run), self._machine(run)
+        arch, machine = arch or contents.load(run), self._machine(run)
         if run.search.rank is not None:
             machine = self._measured(run, machine)
         settled = search.settle(run, arch, machine)
@@ -140,16 +144,15 @@ class _Job:
         self._run(planner.build(settled, arch, machine))
         return None
 
-    def _identify(self, run: Run, machine: hardware.Machine) -> None:
+    def _identify(self, run: Run) -> None:
         """Note what a result depends on: settings, code, machine, and the weights by their hashes."""
-        self._update(environment=environment.describe(machine), checkpoint=self._checkpoint(run.weights.path))
+        self._update(checkpoint=self._checkpoint(run.weights.path))
         fingerprint = resume.fingerprint(self.record)
         self._update(run=replace(self.record.run, fingerprint=fingerprint))
 
     def _checkpoint(self, path: str | None) -> dict[str, Any] | None:
         if path is None:
             return None
-        checkpoint.check(path)
         found = checkpoint.find(path)
         if found is None:
             return {"path": path}  # a name on the hub
@@ -186,9 +189,8 @@ class _Job:
     def _run(self, plan: Plan) -> None:
         run = plan.run
         self._update(plan=plan, config=asked.settled(self.record.config, run))
-        if self.record.checkpoint and "files" not in self.record.checkpoint:
-            commit = getattr(plan.architecture.config, "_commit_hash", None)
-            self._update(checkpoint=self.record.checkpoint | {"commit": commit})
+        if self.record.checkpoint:
+            self._update(checkpoint=self.record.checkpoint | _as_read(plan.architecture))
         path = scratch.for_weights(run, self._folder / "offload", self.record.run.id)
         temporary = scratch.for_temporary_files(self.record.run.id)
         preflight.check(plan, path)
@@ -258,6 +260,12 @@ class _Job:
             _say(self._console, to_json(self.record))
         for sink in self._sinks:
             sink.close()
+
+
+def _as_read(arch: architecture.Architecture) -> dict[str, Any]:
+    """What is known of a checkpoint once its model is: the commit of a name on the hub, and what is not loaded."""
+    commit = getattr(arch.config, "_commit_hash", None)
+    return ({"commit": commit} if commit else {}) | {"ignored_tensors": list(arch.ignored_tensors)}
 
 
 def _explain(error: Exception) -> tuple[Status, Failure]:

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from zi_experiments import checkpoint, distributed, engines, environment, planner, preflight, progress, scratch
+from zi_experiments import distributed, engines, environment, planner, preflight, progress, scratch
 from zi_experiments.compose import from_choices
 from zi_experiments.config import ConfigError, Run, conf_dir
 from zi_experiments.hardware import disk
@@ -79,8 +79,6 @@ def get_ds_model(
 
 
 def _load(run: Run) -> Any:
-    if run.weights.path is not None:
-        checkpoint.check(run.weights.path)
     path = scratch.for_weights(run, Path.cwd(), uuid.uuid4().hex[:12])
     if path is not None:
         scratch.remove_abandoned(path.parent)

@@ -6,7 +6,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from zi_experiments import architecture, here, planner, quality, scratch, search
+from zi_experiments import contents, here, planner, quality, scratch, search
 from zi_experiments.compose import to_run
 from zi_experiments.config import ConfigError
 from zi_experiments.sinks import plan_table
@@ -18,7 +18,7 @@ def show(cfg: DictConfig, console: Console) -> None:
     run = to_run(cfg)
     quality.check_text(run.workload.text)
     machine = here.known(run, scratch.base_for_weights(run, Path(HydraConfig.get().runtime.output_dir) / "offload"))
-    arch = architecture.load(run)
+    arch = contents.load(run)
     settled = search.settle(run, arch, machine)
     if settled is None:
         raise ConfigError(f"the search has no candidate of rank {run.search.rank}: pass search.rank=0")

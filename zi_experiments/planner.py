@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
-from zi_experiments import architecture, changes, engines, fit, hardware
+from zi_experiments import changes, contents, engines, fit, hardware
 from zi_experiments.architecture import Architecture, Parameter
 from zi_experiments.changes import Change
 from zi_experiments.config import ConfigError, OffloadDevice, Profile, Run, Verify
@@ -19,7 +19,7 @@ MOST_SEQUENCES = 1 << 20  # that a search for the largest batch considers
 def plan_run(run: Run, disk_free_bytes: int | None = None) -> Plan:
     """`build` for a run's own model on this machine."""
     machine = replace(hardware.detect(run.hardware), disk_free_bytes=disk_free_bytes)
-    return build(run, architecture.load(run), machine)
+    return build(run, contents.load(run), machine)
 
 
 def build(run: Run, arch: Architecture, machine: Machine) -> Plan:

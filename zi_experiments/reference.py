@@ -1,14 +1,17 @@
-"""What the model should compute: plain transformers, one decoder layer in memory at a time, and the quantization format."""
+"""What the model should compute: plain transformers, whole or one decoder layer at a time, and the quantization format."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, Protocol
 
 from zi_experiments import weights
-from zi_experiments.architecture import Parameter, decoder_layers
+from zi_experiments.architecture import Parameter, decoder_layers, is_quantizable, local_or_hub
 from zi_experiments.config import Quant
-from zi_experiments.plan import Plan
+from zi_experiments.plan import ELEMENT_BYTES, Plan
+
+Layer = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 def round_trip(weight: Any, quant: Quant) -> Any:
@@ -36,8 +39,98 @@ def round_trip(weight: Any, quant: Quant) -> Any:
     return (codes / scale + low).flatten(quant.group_dim, within)
 
 
-class Reference:
-    """The planned model in plain transformers, on one device, its decoder layers on the meta device until they run."""
+class Reference(Protocol):
+    """The planned model in plain transformers."""
+
+    kind: str  # how it came to be
+    layers_name: str
+
+    def run(self, tokens: Any, layer: Layer) -> Any:
+        """Logits of shape (sequences, length, vocabulary) for `tokens` of shape (sequences, length).
+
+        `layer(index, forward, args, kwargs)` stands for each decoder layer and returns what it does; `forward` is the
+        layer's own, and its weights are there while it runs.
+        """
+
+    def close(self) -> None: ...
+
+
+def of(plan: Plan, device: Any, host_memory_bytes: int) -> Reference:
+    """The reference of a loaded plan: whole where a checkpoint fits the host's memory, else layer by layer."""
+    fits = ELEMENT_BYTES * plan.architecture.num_parameters < 0.9 * host_memory_bytes
+    return Whole(plan, device) if plan.run.weights.path is not None and fits else LayerByLayer(plan, device)
+
+
+class Whole:
+    """A checkpoint as `AutoModelForCausalLM` loads it by itself: it shares neither loader nor configuration with engines.
+
+    Its weights are in host memory, and on a GPU one module at a time.
+    """
+
+    kind = "AutoModelForCausalLM"
+
+    def __init__(self, plan: Plan, device: Any) -> None:
+        from accelerate import cpu_offload
+
+        self._model = _plain(plan)
+        if plan.run.quant.bits < 16:
+            _quantize(self._model, plan.run.quant, device)
+        if device.type != "cpu":
+            cpu_offload(self._model, execution_device=device)
+        self.layers_name, self._layers = decoder_layers(self._model)
+        self._forwards = [layer.forward for layer in self._layers]
+
+    def run(self, tokens: Any, layer: Layer) -> Any:
+        return _logits(self._model, self._layers, self._forwards, tokens, layer)
+
+    def close(self) -> None:
+        vars(self).clear()
+        gc.collect()  # modules and what is called in place of them refer to each other, and would keep all weights
+
+
+def _plain(plan: Plan) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers import AutoQuantizationConfig
+
+    run = plan.run
+    assert run.weights.path is not None
+    path = local_or_hub(run.weights.path)
+    how = {"trust_remote_code": run.trust_remote_code}
+    if getattr(plan.architecture.config, "quantization_config", None) is not None:
+        how["quantization_config"] = AutoQuantizationConfig.from_pretrained(path, dequantize=True, **how)
+    with weights.without_zero3():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, plan.dtype), **how)
+
+
+def _quantize(model: Any, quant: Quant, device: Any) -> None:
+    """Quantize and expand a model's matrices in place, on a device; a tied one is one parameter."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_quantizable(model, name):
+                parameter.copy_(round_trip(parameter.to(device), quant))
+
+
+def _logits(model: Any, layers: Any, forwards: list[Callable[..., Any]], tokens: Any, layer: Layer) -> Any:
+    """What a model computes with `layer` in place of its decoder layers, which are `forwards`."""
+    import torch
+
+    for index, (module, forward) in enumerate(zip(layers, forwards, strict=True)):
+        module.forward = _called(layer, index, forward)
+    with torch.inference_mode():
+        return model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+
+
+def _called(layer: Layer, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: layer(index, forward, args, kwargs)
+
+
+class LayerByLayer:
+    """A model of any size, or with random weights: on the meta device, but for the decoder layer that runs."""
+
+    kind = "layer by layer"
 
     def __init__(self, plan: Plan, device: Any) -> None:
         import torch
@@ -47,44 +140,35 @@ class Reference:
         self._parameters = {p.name: p for p in plan.architecture.parameters}
         config = deepcopy(plan.architecture.config)
         self._weights = weights.of(plan.run.weights, config, self._dtype)
-        self.model = weights.empty_model(self._weights, config, self._dtype, device)
-        self.layers_name, self.layers = decoder_layers(self.model)
+        self._model = weights.empty_model(self._weights, config, self._dtype, device)
+        self.layers_name, self._layers = decoder_layers(self._model)
+        self._forwards = [self._bound(index, layer.forward) for index, layer in enumerate(self._layers)]
 
     def close(self) -> None:
         self._weights.close()
 
-    def run(self, tokens: Any, layer: Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> Any:
-        """Logits of shape (sequences, length, vocabulary) for `tokens` of shape (sequences, length).
+    def run(self, tokens: Any, layer: Layer) -> Any:
+        with self._present([name for name, p in self._parameters.items() if p.layer is None]):
+            return _logits(self._model, self._layers, self._forwards, tokens, layer)
 
-        `layer(index, forward, args, kwargs)` stands for each decoder layer and returns what it does; `forward` is the
-        layer's own, and its weights are there while it runs.
-        """
-        import torch
-
-        outside = [name for name, p in self._parameters.items() if p.layer is None]
-        for index, module in enumerate(self.layers):
-            module.forward = self._bound(index, type(module).forward.__get__(module), layer)
-        with torch.inference_mode(), self._present(outside):
-            return self.model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
-
-    def _bound(self, index: int, forward: Callable[..., Any], layer: Callable[..., Any]) -> Callable[..., Any]:
+    def _bound(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         names = [name for name, p in self._parameters.items() if p.layer == index]
 
         def present(*args: Any, **kwargs: Any) -> Any:
             with self._present(names):
                 return forward(*args, **kwargs)
 
-        return lambda *args, **kwargs: layer(index, present, args, kwargs)
+        return present
 
     @contextmanager
     def _present(self, names: list[str]) -> Iterator[None]:
         """Give parameters their values while it is entered; tied ones are one parameter in several modules."""
         from torch import nn
 
-        wanted = {id(self.model.get_parameter(name)): name for name in names}
+        wanted = {id(self._model.get_parameter(name)): name for name in names}
         values: dict[int, Any] = {}
         places = []
-        for module in self.model.modules():
+        for module in self._model.modules():
             for key, parameter in module._parameters.items():
                 if id(parameter) in wanted:
                     if id(parameter) not in values:

@@ -1,7 +1,6 @@
 """Whether the loaded model computes what it should: a short prompt, against plain transformers with the same weights.
 
-The reference runs with one decoder layer in memory at a time, so that a model of any size is verified: from end to end,
-and layer by layer on the engine's own input to each, which tells where the two first differ.
+From end to end, and layer by layer on the engine's own input to each, which tells where the two first differ.
 """
 
 from dataclasses import dataclass, field
@@ -10,11 +9,12 @@ from time import perf_counter
 from typing import Any
 
 from zi_experiments import distributed, workload
+from zi_experiments import reference as references
 from zi_experiments.architecture import decoder_layers
 from zi_experiments.engines import Session
+from zi_experiments.hardware import host_memory_available
 from zi_experiments.plan import Plan
 from zi_experiments.progress import Progress
-from zi_experiments.reference import Reference
 
 # Short, since from disk every pass takes its time: a prompt, a token after it, and one that reads the first one's keys
 # and values back, then one forward pass to compare.
@@ -36,6 +36,7 @@ class Verification:
 
     passed: bool
     problem: str | None  # what differs first
+    reference: str  # what it was compared with: "AutoModelForCausalLM", or its layers one by one
     tolerance: float
     layer_tolerance: float
     # ‖engine − reference‖ / ‖reference‖ of a token's logits, from end to end: the largest; None: not finite
@@ -103,7 +104,7 @@ def _observe(model: Any, tokens: Any) -> _Observed:
 def _compare(plan: Plan, seen: _Observed, prompt_len: int, progress: Progress) -> dict[str, Any]:
     import torch
 
-    reference = Reference(plan, seen.tokens.device)
+    reference = references.of(plan, seen.tokens.device, host_memory_available())
     parts: dict[str, float] = {}  # relative error of each part of the model on the engine's own input to it
 
     def layer(index: int, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -130,6 +131,7 @@ def _compare(plan: Plan, seen: _Observed, prompt_len: int, progress: Progress) -
     return {
         "passed": problem is None,
         "problem": problem,
+        "reference": reference.kind,
         "tolerance": TOLERANCE[plan.dtype],
         "layer_tolerance": LAYER_TOLERANCE[plan.dtype],
         "max_rel_error": error if isfinite(error) else None,

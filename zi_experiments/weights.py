@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from zlib import crc32
 
-from zi_experiments.architecture import local_or_hub, model_class
-from zi_experiments.config import Weights, WeightSource
+from zi_experiments.architecture import local_or_hub, model_class, reason
+from zi_experiments.config import ConfigError, Weights, WeightSource
 
 
 class RandomWeights:
@@ -47,18 +48,19 @@ class PretrainedWeights:
     def __init__(self, path: str, config: Any, dtype: Any) -> None:
         self._folder = TemporaryDirectory(prefix="zi-checkpoint-")
         with without_zero3():
-            self._model, report = model_class(config).from_pretrained(
-                local_or_hub(path),
-                config=config,
-                dtype=dtype,
-                device_map={"": "disk"},
-                offload_folder=self._folder.name,
-                output_loading_info=True,
-            )
-        refuse_incomplete(path, self._model, report)
+            self._model = load_model(path, config, dtype, device_map={"": "disk"}, offload_folder=self._folder.name)
+        tied = self._model.all_tied_weights_keys
+        # files may have a tied parameter under either of its names
+        self._tied = tied | {source: target for target, source in tied.items()}
 
     def fill(self, name: str, tensor: Any) -> None:
         """Fill a parameter's tensor in place, on its device."""
+        try:
+            self._fill(name, tensor)
+        except KeyError:
+            self._fill(self._tied[name], tensor)
+
+    def _fill(self, name: str, tensor: Any) -> None:
         from accelerate.utils import align_module_device
 
         owner, _, attribute = name.rpartition(".")
@@ -74,14 +76,28 @@ class PretrainedWeights:
         self._folder.cleanup()
 
 
-def refuse_incomplete(path: str, model: Any, report: dict[str, Any]) -> None:
-    """Raise `ValueError` when transformers reports that a checkpoint lacks weights, which it would make up."""
+def load_model(path: str, config: Any, dtype: Any, **how: Any) -> Any:
+    """The model of a configuration with the weights of a checkpoint, as `from_pretrained` loads it.
+
+    Raises `ConfigError` when files are not to be had, or lack weights, which transformers would make up.
+    """
+    try:
+        model, report = model_class(config).from_pretrained(
+            local_or_hub(path), config=config, dtype=dtype, output_loading_info=True, **how
+        )
+    except OSError as error:
+        if Path(local_or_hub(path)).is_dir():
+            raise
+        raise ConfigError(
+            f"{path} cannot be had from the hub ({reason(error)}): pass weights.path=… of a folder, or weights=random"
+        ) from error
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     if missing := sorted(set(report["missing_keys"]) - tied):
-        raise ValueError(
-            f"{path} has no weights for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''} "
-            f"({len(missing)} of the model's parameters): the checkpoint is incomplete or of another model"
+        raise ConfigError(
+            f"{path} has no weights for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''} ({len(missing)} of the "
+            "model's parameters): pass weights.path=… of a checkpoint that has them, or weights=random"
         )
+    return model
 
 
 def of(weights: Weights, config: Any, dtype: Any) -> RandomWeights | PretrainedWeights:

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 from zi_experiments import distributed, ds_config, zero3
-from zi_experiments.architecture import local_or_hub, model_class
-from zi_experiments.config import WeightSource
+from zi_experiments.architecture import model_class
+from zi_experiments.config import ConfigError, WeightSource
 from zi_experiments.engines.deepspeed import patches, quantized
 from zi_experiments.engines.deepspeed.disk import checking_writes
 from zi_experiments.engines.deepspeed.ops import build_ops
@@ -17,7 +17,7 @@ from zi_experiments.engines.session import HFSession, host_cache
 from zi_experiments.inventory import Stored
 from zi_experiments.plan import Plan, Storage
 from zi_experiments.progress import Progress
-from zi_experiments.weights import RandomWeights, refuse_incomplete
+from zi_experiments.weights import RandomWeights, load_model
 
 
 def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
@@ -26,7 +26,12 @@ def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
 
 
 def storage(plan: Plan) -> Storage:
-    """Where ZeRO stage 3 keeps the weights."""
+    """Where ZeRO stage 3 keeps the weights.
+
+    Raises `ConfigError` for a checkpoint that is quantized already: transformers expands it, and leaves ZeRO-3 out.
+    """
+    if _is_pretrained(plan) and getattr(plan.architecture.config, "quantization_config", None) is not None:
+        raise ConfigError("engine=deepspeed cannot load weights that are quantized already: pass engine=stream")
     return zero3.storage(plan)
 
 
@@ -116,11 +121,7 @@ def _from_checkpoint(plan: Plan, progress: Progress) -> Any:
 
     config = plan.architecture.config
     with patches.partitioning_at_the_end(model_class(config), _quantizer(plan)), patches.loading(convert):
-        model, report = model_class(config).from_pretrained(
-            local_or_hub(path), config=config, dtype=_dtype(plan), output_loading_info=True
-        )
-    refuse_incomplete(path, model, report)
-    return model
+        return load_model(path, config, _dtype(plan))
 
 
 def _quantizer(plan: Plan) -> Callable[[str, Any], None]:
