@@ -139,6 +139,7 @@ def test_no_two_modules_need_each_other():
         ("here", {"config", "engines.reading", "hardware", "hardware.calibration", "hardware.disk"}),
         ("asked", {"config", "environment", "record"}),
         ("engines.stream.ring", {"engines.stream.store"}),
+        ("engines.stream.parking", set()),
         ("engines.stream.blocks", set()),
         ("engines.stream.caches", {"config", "engines.session", "engines.stream.blocks", "plan"}),
         (

@@ -5,11 +5,12 @@ from math import ceil
 
 import pytest
 
-from zi_experiments import fit, planner
+from zi_experiments import fit, planner, verify
 from zi_experiments.architecture import Parameter
 from zi_experiments.config import ConfigError, Quant, Verify
 from zi_experiments.engines.stream import placement
 from zi_experiments.engines.stream.slab import ALIGNMENT, PAGE, lay_out
+from zi_experiments.plan import VERIFIED_SEQUENCES, VERIFIED_TOKENS
 
 GIB = 1 << 30
 MODELS = ("opt-125m", "opt-30b", "bloom-7b1", "mixtral-8x7b", "llama-3.1-70b", "qwen3-30b-a3b")
@@ -238,6 +239,47 @@ def test_each_rank_has_what_is_resident_to_itself_and_a_share_of_the_rest(plan_s
     assert fit.uses(plan)[0].weights == resident, "on each of them"
     assert plan.streamed_bytes_per_pass == sum(layer.streamed.nbytes for layer in placed)
     assert plan.weight_bytes == resident + plan.streamed_bytes_per_pass
+
+
+CARD = {"gpu_gib": 23.6, "host_gib": 128, "batch_size": 4, "prompt_len": 32}
+
+
+@pytest.mark.parametrize(
+    ("model", "quant", "offload"),
+    [("llama-3.1-70b", "int4", "cpu"), ("llama-3.1-70b", "int4", "nvme"), ("opt-30b", "fp16", "cpu")],
+)
+def test_verification_leaves_what_is_measured_as_it_is(plan_stream, model, quant, offload):
+    """As much is resident as without it: the reference's room is that of weights which wait in host memory meanwhile."""
+    on, off = (plan_stream(model, quant, offload, "auto", verify=verify, **CARD) for verify in ("on", "off"))
+    use = fit.uses(on)[0]
+
+    assert (on.placement, on.streamed_bytes_per_pass) == (off.placement, off.streamed_bytes_per_pass)
+    assert use.total > 0.97 * use.available, "as much as fits while measuring"
+    slots = on.storage.gpu_buffer_bytes - 2 * placement.expanded_elements(placement.place(on))
+    verifying = use.weights - on.storage.parked_bytes + slots + use.processes
+    assert verifying + on.observed_bytes + 2 * on.reference_bytes <= use.available
+    assert (on.storage.parked_bytes > 0, off.storage.parked_bytes) == (True, 0)
+    host = fit.uses(on)[1]
+    assert host.total + on.storage.parked_bytes <= host.available
+
+
+def test_a_host_without_room_for_what_is_parked_is_refused(plan_stream):
+    parked = plan_stream("llama-3.1-70b", "int4", "cpu", "auto", **CARD)
+    tight = CARD | {"host_gib": (fit.uses(parked)[1].total + parked.storage.parked_bytes) / GIB - 0.01}
+
+    plan_stream("llama-3.1-70b", "int4", "cpu", "auto", verify="off", **tight)
+    with pytest.raises(ConfigError, match=r"^verification moves 9\.\d GB of the GPU's weights .*: pass verify=off"):
+        plan_stream("llama-3.1-70b", "int4", "cpu", "auto", **tight)
+
+
+def test_a_card_with_room_for_the_reference_parks_nothing(plan_stream):
+    assert plan_stream("opt-30b", "fp16", "cpu", 0.5).storage.parked_bytes == 0
+
+
+def test_what_verification_computes_is_what_was_planned_for(plan_stream):
+    assert (VERIFIED_SEQUENCES, VERIFIED_TOKENS) == (verify.SEQUENCES, verify.PROMPT_LEN + verify.GEN_LEN)
+    plan = plan_stream("opt-30b")
+    assert plan.observed_bytes == 2 * 4 * 19 * (48 + 1) * 7168
 
 
 @pytest.mark.parametrize("key", ["queue_depth", "single_submit", "overlap_events"])

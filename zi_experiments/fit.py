@@ -67,12 +67,23 @@ def problem(plan: Plan) -> str | None:
     for use in uses(plan):
         if use.total > use.available:
             return f"{plan.run.model.name} needs {_described(use)}"
-    use = uses(plan)[0]
-    verifying = use.weights + use.buffers + use.processes + plan.reference_bytes
-    if plan.run.verify is Verify.on and verifying > use.available:
+    return _verification_problem(plan) if plan.run.verify is Verify.on else None
+
+
+def _verification_problem(plan: Plan) -> str | None:
+    """The same of the reference, which runs once the model has, and before what is measured."""
+    use, parked = uses(plan)[0], plan.storage.parked_bytes
+    beside = use.weights - parked + use.buffers + use.processes
+    if beside + plan.reference_bytes > use.available:
         return (
             f"verification needs {_gb(plan.reference_bytes)} for one layer, embeddings and head in 16 bits, beside "
-            f"{_gb(use.weights + use.buffers + use.processes)}, and there are {_gb(use.available)}"
+            f"{_gb(beside)}, and there are {_gb(use.available)}"
+        )
+    host = next(each for each in uses(plan) if each.where == "host")
+    if host.total + parked > host.available:
+        return (
+            f"verification moves {_gb(parked)} of the GPU's weights to host memory meanwhile, beside {_gb(host.total)}, "
+            f"and there are {_gb(host.available)}"
         )
     return None
 

@@ -21,6 +21,7 @@ RATES = {
     "hbm": "hbm_bytes_per_s",
     "gemm": "flops",
 }  # that bound
+VERIFIED_SEQUENCES, VERIFIED_TOKENS = 4, 19  # what is computed to verify a model, prompt and generated tokens of each
 PUBLISHED = "published"  # how the source of a vendor's rates begins
 
 
@@ -74,6 +75,7 @@ class Storage:
     streamed_bytes_per_pass: int  # from host memory to the devices
     host_buffer_bytes: int = 0  # between disk and device
     gpu_buffer_bytes: int = 0  # on each GPU: weights on their way, or expanded
+    parked_bytes: int = 0  # of a GPU's weights, what is in host memory while the reference needs room there
     pinnable: bool = True  # whether the engine can keep weights in pinned host memory
     locked_bytes: int = 0  # of the host's buffers, those that the process locks in memory itself
     overlap: Overlap
@@ -203,6 +205,20 @@ class Plan:
         """What verification holds beside the model: plain 16-bit weights of one decoder layer, embeddings and head."""
         outside, layers = self._sizes(lambda p: p.numel)
         return ELEMENT_BYTES * (outside + max(layers))
+
+    @property
+    def observed_bytes(self) -> int:
+        """What verification keeps of the engine's own pass: the hidden states between all layers."""
+        arch = self.architecture
+        return ELEMENT_BYTES * VERIFIED_SEQUENCES * VERIFIED_TOKENS * (arch.num_layers + 1) * arch.hidden_size
+
+    @property
+    def observing_bytes(self) -> int:
+        """What the engine's pass takes that is verified, beside weights and buffers: the logits of all tokens too."""
+        arch, tokens = self.architecture, VERIFIED_SEQUENCES * VERIFIED_TOKENS
+        within: int = 3 * self.widest + 9 * arch.hidden_size + 5 * arch.config.get_text_config().vocab_size
+        kv = VERIFIED_SEQUENCES * arch.kv_elements(VERIFIED_TOKENS)
+        return self.observed_bytes + ELEMENT_BYTES * (tokens * within + kv)
 
     @cached_property
     def outside_numel(self) -> int:

@@ -102,6 +102,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "kv_cache_bytes": plan.kv_cache_bytes,
         "placement": asdict(plan.placement),
         "copied_bytes": plan.storage.copied_bytes,
+        "parked_bytes": plan.storage.parked_bytes,
         "streamed_bytes_per_pass": plan.streamed_bytes_per_pass,
         "kv_link_bytes_per_pass": plan.kv_link_bytes_per_pass,
         "memory": [asdict(use) | {"total": use.total} for use in fit.uses(plan)],

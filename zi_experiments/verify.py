@@ -13,12 +13,13 @@ from zi_experiments import reference as references
 from zi_experiments.architecture import decoder_layers
 from zi_experiments.engines import Session
 from zi_experiments.hardware import host_memory_available
-from zi_experiments.plan import Plan
+from zi_experiments.plan import VERIFIED_SEQUENCES, VERIFIED_TOKENS, Plan
 from zi_experiments.progress import Progress
 
 # Short, since from disk every pass takes its time: a prompt, a token after it, and one that reads the first one's keys
 # and values back, then one forward pass to compare.
-SEQUENCES, PROMPT_LEN, GEN_LEN = 4, 16, 3
+SEQUENCES, GEN_LEN = VERIFIED_SEQUENCES, 3
+PROMPT_LEN = VERIFIED_TOKENS - GEN_LEN
 # An engine that runs the library's own modules on the same device is equal bit for bit. Another kernel, or a bias added
 # after the product, costs a few roundings in each layer, and about ten of them from end to end.
 LAYER_TOLERANCE = {"float16": 0.002, "bfloat16": 0.01}
@@ -73,7 +74,10 @@ def verify(session: Session, plan: Plan, progress: Progress) -> Verification:
         seed=0,
     )
     seen = _observe(session.model, session.generate(ids, gen_len, None))
-    compared = _compare(plan, seen, ids.shape[1], progress) if distributed.rank() == 0 else None
+    compared = None
+    if distributed.rank() == 0:
+        with session.parked():
+            compared = _compare(plan, seen, ids.shape[1], progress)
     progress.end()
     return Verification(**distributed.from_first_rank(compared), verify_s=perf_counter() - began)
 

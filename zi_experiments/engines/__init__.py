@@ -1,5 +1,6 @@
 """Engines: each loads a planned model and generates with it. One file each, found by the name of its YAML file."""
 
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -22,6 +23,9 @@ class Session(Protocol):
 
     def inventory(self) -> Inventory:
         """What this rank holds of the weights, as it is found in memory and on disk."""
+
+    def parked(self) -> AbstractContextManager[None]:
+        """While it is entered the model does not run, and `Storage.parked_bytes` of the GPU's weights are in host memory."""
 
     def close(self) -> None: ...
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,12 +21,14 @@ class HFSession:
         cache: Any = None,
         *,
         inventory: Callable[[], Inventory] | None = None,
+        parked: Callable[[], AbstractContextManager[None]] = nullcontext,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
         self._device = device
         self._cache = cache  # None: one of transformers' own for each pass
         self._inventory = inventory or partial(in_memory, model)
+        self._parked = parked
         self._close = close
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_contiguous)
@@ -43,6 +45,9 @@ class HFSession:
 
     def inventory(self) -> Inventory:
         return self._inventory()
+
+    def parked(self) -> AbstractContextManager[None]:
+        return self._parked()
 
     def close(self) -> None:
         self._close()

@@ -52,6 +52,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     from zi_experiments.engines.stream.caches import make_cache
     from zi_experiments.engines.stream.layers import StreamedLayer
     from zi_experiments.engines.stream.loading import Loader
+    from zi_experiments.engines.stream.parking import parked
 
     device, dtype = device_of(plan), getattr(torch, plan.dtype)
     placed = placement.place(plan)
@@ -79,7 +80,8 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     progress.end()
     homes = dict(zip(streamed, (home for home, _ in store.pieces()), strict=True))
     inventory = partial(_inventory, model, prefix, layers, homes, store)
-    return HFSession(model, device, make_cache(plan, device), inventory=inventory, close=store.close)
+    aside = partial(parked, expanded, resident, plan.storage.parked_bytes)
+    return HFSession(model, device, make_cache(plan, device), inventory=inventory, parked=aside, close=store.close)
 
 
 def _inventory(model: Any, prefix: str, layers: list[Any], homes: dict[int, Home], store: Any) -> Inventory:

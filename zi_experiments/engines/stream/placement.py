@@ -1,6 +1,6 @@
 """What stays on the device and what is streamed, and from where. Pure figures."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -85,6 +85,7 @@ def storage(plan: Plan) -> Storage:
         streamed_bytes_per_pass=host + disk if on_gpu else 0,
         host_buffer_bytes=BUFFERS * largest + (0 if on_gpu else ranks * expanded),
         gpu_buffer_bytes=_buffer_bytes(plan, placed) if on_gpu else 0,
+        parked_bytes=_parked_bytes(plan, placed),
         overlap=OVERLAP,
     )
 
@@ -182,14 +183,33 @@ def _room(plan: Plan) -> int:
         return machine.host_memory_bytes * 9 // 10 // ranks - outside - plan.kv_cache_bytes - plan.reference_bytes
     on_gpu = plan.run.kv_cache.device is CacheDevice.gpu
     kv = (plan.kv_cache_bytes if on_gpu else plan.kv_slot_bytes) // ranks
-    measuring = kv + plan.workspace_bytes
-    verifying = 2 * plan.reference_bytes if plan.run.verify is Verify.on else 0
-    return machine.gpu_memory_bytes - plan.context_bytes - outside - max(measuring, verifying)
+    # the reference finds its room where weights are parked meanwhile; with verify=off the same layers are resident
+    return (
+        machine.gpu_memory_bytes - plan.context_bytes - outside - max(kv + plan.workspace_bytes, plan.observing_bytes)
+    )
+
+
+def _parked_bytes(plan: Plan, placed: Sequence[LayerPlacement]) -> int:
+    """Resident bytes that make room on the GPU for the reference: its weights, and as much again to quantize them.
+
+    The buffer that layers are expanded into makes room as well, and what a measured pass would take.
+    """
+    memory = plan.machine.gpu_memory_bytes
+    if memory is None or plan.run.verify is Verify.off:
+        return 0
+    resident, arriving = sum(layer.resident.nbytes for layer in placed), slots(plan) * _largest(placed)
+    free = memory - plan.context_bytes - _outside_bytes(plan) - resident - arriving
+    return min(resident, max(0, plan.observed_bytes + 2 * plan.reference_bytes - free))
 
 
 def _buffer_bytes(plan: Plan, placed: tuple[LayerPlacement, ...]) -> int:
     """Slots for what is streamed, and the buffer that a quantized layer is expanded into."""
-    return slots(plan) * max(layer.streamed.nbytes for layer in placed) + ELEMENT_BYTES * expanded_elements(placed)
+    return slots(plan) * _largest(placed) + ELEMENT_BYTES * expanded_elements(placed)
+
+
+def _largest(placed: Sequence[LayerPlacement]) -> int:
+    """Bytes of the largest streamed slab."""
+    return max(layer.streamed.nbytes for layer in placed)
 
 
 def expanded_elements(placed: tuple[LayerPlacement, ...]) -> int:
@@ -201,7 +221,8 @@ def _fitting_host(plan: Plan, placed: list[LayerPlacement]) -> int:
     """Layers whose streamed part fits in host memory, beside the buffers for the others."""
     if plan.machine.device == "cpu":
         return 0  # what is resident has been given that memory
-    largest = max(layer.streamed.nbytes for layer in placed)
+    largest = _largest(placed)
     kv = plan.kv_cache_bytes if plan.run.kv_cache.device is CacheDevice.cpu else 0
-    room = plan.machine.host_memory_bytes * 8 // 10 - plan.process_bytes - kv - BUFFERS * largest
+    beside = plan.process_bytes + kv + BUFFERS * largest + _parked_bytes(plan, placed)
+    room = plan.machine.host_memory_bytes * 8 // 10 - beside
     return min(len(placed), max(0, room // largest)) if largest else 0

@@ -1,0 +1,32 @@
+"""Device memory for something else while the model does not run: its slabs wait in host memory, bit by bit the same."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def parked(expanded: torch.Tensor, slabs: list[torch.Tensor], nbytes: int) -> Iterator[None]:
+    """As many of the `slabs` as have `nbytes` together are in pageable host memory, and `expanded` is nowhere.
+
+    What `expanded` held is lost: every layer writes it before it reads it. Storages are emptied and filled again in
+    place, so that parameters, which are views, stay what they are.
+    """
+    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for slab in slabs:
+        if sum(copy.nbytes for _, copy in waiting) >= nbytes:
+            break
+        waiting.append((slab, slab.to("cpu", copy=True)))
+        slab.untyped_storage().resize_(0)
+    room = expanded.untyped_storage().nbytes()
+    expanded.untyped_storage().resize_(0)
+    torch.cuda.empty_cache()  # blocks of these sizes fit nothing else
+    try:
+        yield
+    finally:
+        torch.cuda.empty_cache()
+        expanded.untyped_storage().resize_(room)
+        for slab, copy in waiting:
+            slab.untyped_storage().resize_(copy.nbytes)
+            slab.copy_(copy)
