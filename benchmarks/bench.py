@@ -218,7 +218,7 @@ class Gpu:
         if not one.on_disk:
             return None
         try:
-            return bytes_per_s(disk_of(compose(one.overrides), disk), DISK_S)[0]
+            return max(bytes_per_s(disk_of(compose(one.overrides), disk), DISK_S)[0])
         except OSError as error:
             print(f"  the disk could not be measured: {error.strerror or error}", flush=True)
             return None

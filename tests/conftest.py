@@ -81,6 +81,7 @@ MACHINES["measured"] = replace(
         expand_elements_per_s=1e12,
         layer_s=1e-4,
         step_s=2e-3,
+        moments=None,
     ),
 )
 

@@ -33,6 +33,7 @@ calibration:
   expand_elements_per_s: null
   layer_s: 1.0e-3
   step_s: 1.0e-3
+  moments: null
 """
 QUICK = ("hardware=here", "engine=stream", "quant=fp16", "tracking=none", "verify=off")
 

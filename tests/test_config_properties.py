@@ -266,6 +266,7 @@ calibrations = st.builds(
     expand_elements_per_s=rates,
     layer_s=overheads,
     step_s=overheads,
+    moments=st.none(),
 )
 machines = st.fixed_dictionaries(
     {"host_memory_bytes": st.sampled_from((10**13, 10**10, 10**9)) | st.integers(0, 10**6)},

@@ -2,6 +2,7 @@ from dataclasses import fields
 
 import pytest
 
+from zi_experiments import metrics
 from zi_experiments.measure import Pass, Samples
 from zi_experiments.metrics import derive
 from zi_experiments.predict import predict
@@ -137,6 +138,29 @@ def test_without_a_bound_there_is_no_fraction(make_plan, machine):
     got = figures(measured((1.0, 0.5)), make_plan("workload.gen_len=2", on=machine("cpu")))
 
     assert (got.fraction_of_bound, got.prefill_fraction_of_bound) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("times", "beyond"),
+    [
+        ((0.816, 0.5, 0.5), None),
+        ((0.400, 0.5, 0.5), None),  # by 2 %, which is noise
+        ((0.204, 0.5, 0.5), {"prefill"}),
+        ((0.816, 0.3, 0.3), {"decode"}),
+        ((0.204, 0.3, 0.3), {"prefill", "decode"}),
+    ],
+)
+def test_a_bound_that_is_passed_is_none(plan, times, beyond):
+    """The bound of a pass is 0.408 s."""
+    got = figures(measured(times), plan)
+    without = metrics.without_passed(got)
+    found = metrics.passed(got)
+
+    assert (set(found) if found else None) == beyond
+    assert (without.fraction_of_bound is None) == ("decode" in (beyond or ()))
+    assert (without.prefill_fraction_of_bound is None) == ("prefill" in (beyond or ()))
+    assert metrics.passed(without) is None
+    assert without.decode_tok_per_s == got.decode_tok_per_s
 
 
 def test_nothing_crosses_the_link_without_offload(make_plan):

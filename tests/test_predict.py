@@ -34,6 +34,7 @@ INSTANT = Calibration(
     expand_elements_per_s=ENDLESS,
     layer_s=0.0,
     step_s=0.0,
+    moments=None,
 )
 PERFECT = Overlap(hidden=1.0, launch=0.0, stall=0.0, load_s=0.0)
 
@@ -362,6 +363,24 @@ def test_micro_batches_are_generated_tokens_too(make_plan, machine):
     got = predict(plan)
 
     assert got.total_tok_per_s == near(12 / got.prefill_s)
+
+
+def test_predictions_take_the_mean_of_what_bounds_take_the_best_of(planned):
+    """Of two moments, of which one is three times as fast: half-way by the time that each takes."""
+    known = {"moments": {"link_bytes_per_s": [50e9, 150e9]}}
+    plan = planned("offload=cpu", known=known, link_bytes_per_s=150e9)
+
+    assert predict(plan).decode_step_s == near(STREAMED / 75e9)
+    assert plan.bound.decode_step_s == near(STREAMED / 150e9)
+
+
+def test_a_bound_takes_the_arithmetic_of_its_own_type(planned):
+    """A processor may multiply bfloat16 several times as fast as float16."""
+    known = {"moments": {"float16": [1e10, 2e10], "bfloat16": [9e10]}, "gemm_flops": {"float16": {8: 1.5e10}}}
+    plan = planned("offload=none", known=known, flops=9e10)
+
+    assert plan.dtype == "float16"
+    assert plan.bound.decode_step_s == near(2 * MATRICES * 8 / 2e10)
 
 
 NOTHING = module.Prediction(**dict.fromkeys(module.Prediction.__dataclass_fields__))

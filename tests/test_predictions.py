@@ -29,6 +29,7 @@ CALIBRATION = Calibration(
     expand_elements_per_s=None,
     layer_s=1e-5,
     step_s=1e-5,
+    moments=None,
 )
 
 

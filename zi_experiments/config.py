@@ -134,6 +134,9 @@ class Calibration:
     expand_elements_per_s: float | None  # INT4 weights expanded to 16 bits
     layer_s: float | None  # one decoder layer of plain transformers, arithmetic aside: launching its kernels
     step_s: float | None  # what `generate` does for a token besides its layers
+    # rates of several moments by their names in `Ceilings`, arithmetic by 16-bit type: a ceiling is the best of them, and
+    # what a prediction takes their mean; null: measured once
+    moments: dict[str, list[float]] | None
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Why a run was as fast as it was, in a sentence."""
 
-from zi_experiments.metrics import Metrics
+from zi_experiments.hardware.calibration import MEASURED
+from zi_experiments.metrics import Metrics, Passed
 from zi_experiments.plan import Plan
 from zi_experiments.predict import predict
 from zi_experiments.units import scaled, seconds
@@ -39,10 +40,25 @@ def least(plan: Plan, value_s: float, limit: str | None) -> str:
     return seconds(value_s) + (VENDORS if plan.is_published(limit) else "")
 
 
+def passed(beyond: Passed, plan: Plan, metrics: Metrics) -> str:
+    """That a run was faster than its bound, and what came of it."""
+    chosen = plan.run.hardware.name
+    now = {"prefill": metrics.prefill_fraction_of_bound, "decode": metrics.fraction_of_bound}
+    fractions = " and ".join(f"{name} at {100 * fraction:.0f} %" for name, fraction in beyond.items())
+    then = "the machine was measured again" if chosen in MEASURED else f"rates of hardware={chosen} are too low"
+    text = f"the run passed its bound, {fractions} of it, so {then}: "
+    return text + " and ".join(
+        f"{name} is at {100 * fraction:.0f} %" if (fraction := now[name]) else f"no bound is known of its {name}"
+        for name in beyond
+    )
+
+
 def sentence(plan: Plan, metrics: Metrics) -> str | None:
     """What a decode step had to do at least, and what it took; None where no ceiling is known."""
     bound, measured_s = plan.bound, metrics.tpot_p50_s
     if bound.decode_step_s is None or bound.limited_by is None or measured_s is None:
+        return None
+    if metrics.fraction_of_bound is None:  # the run has passed it
         return None
     text = f"{_work(plan, bound.limited_by, bound.decode_step_s)}: at least {seconds(bound.decode_step_s)}"
     text += f"; measured {seconds(measured_s)} ({100 * bound.decode_step_s / measured_s:.0f} %)"

@@ -24,5 +24,10 @@ def measured(run: Run, machine: Machine, folder: Path, tell: Callable[[str], Non
     return calibration.ensure(run.hardware, machine, _disk(run, folder), tell)
 
 
+def measured_again(run: Run, machine: Machine, folder: Path, tell: Callable[[str], None]) -> Machine:
+    """The machine with its rates measured anew, after a run that was faster than they allow."""
+    return calibration.again(run.hardware, machine, _disk(run, folder), tell)
+
+
 def _disk(run: Run, folder: Path) -> disk.Disk | None:
     return reading.disk_of(run, folder) if run.offload.device is OffloadDevice.nvme else None

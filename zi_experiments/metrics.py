@@ -1,11 +1,14 @@
 """`Samples + Plan → Metrics`: a pure function; every figure has its definition here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median, quantiles
 
 from zi_experiments.measure import Samples
 from zi_experiments.plan import Plan
 from zi_experiments.predict import predict
+
+NOISE = 1.03  # a fraction of a bound below this is within what measurements scatter
+Passed = dict[str, float]  # by "prefill" and "decode": the fraction of a bound that was none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +73,23 @@ def derive(
         decode_prediction_error=predicted.decode_step_s / step - 1 if step and predicted.decode_step_s else None,
         perplexity=perplexity,
         spread={name: (min(values), max(values)) for name, values in rates.items() if values},
+    )
+
+
+def passed(figures: Metrics) -> Passed | None:
+    """The fractions of a run that was faster than its bound by more than noise, which is none then; None: it was not."""
+    fractions = {"prefill": figures.prefill_fraction_of_bound, "decode": figures.fraction_of_bound}
+    beyond = {name: value for name, value in fractions.items() if value is not None and value > NOISE}
+    return beyond or None
+
+
+def without_passed(figures: Metrics) -> Metrics:
+    """The same without the fractions of bounds that the run has passed."""
+    beyond = passed(figures) or {}
+    return replace(
+        figures,
+        fraction_of_bound=None if "decode" in beyond else figures.fraction_of_bound,
+        prefill_fraction_of_bound=None if "prefill" in beyond else figures.prefill_fraction_of_bound,
     )
 
 

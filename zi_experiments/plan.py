@@ -296,7 +296,10 @@ class Plan:
 
     def rate(self, limit: str) -> float | None:
         """What bounds a pass, at best and on all devices together, which share the disk; None: unknown."""
+        known = self.machine.calibration
         each: float | None = getattr(self.machine.ceilings, RATES[limit])
+        if limit == "gemm" and known and (moments := (known.moments or {}).get(self.dtype)):
+            each = max((*moments, *known.gemm_flops.get(self.dtype, {}).values()))  # another type may be faster
         return each and each * (1 if limit == "disk" else self.run.hardware.num_gpus)
 
     def is_published(self, limit: str | None) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, log
+from statistics import harmonic_mean
 from typing import TypeVar
 
 from zi_experiments.config import CacheDevice, Calibration, WeightSource
@@ -89,15 +90,16 @@ def _duration(plan: Plan, seconds: dict[str, float]) -> float:
 
 def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
     """Seconds of each kind of work in a pass, if nothing else were to be done."""
-    known, rates, ranks = _measured(plan), plan.machine.ceilings, plan.run.hardware.num_gpus
-    link = rates.link_bytes_per_s if plan.pin_memory else known.link_pageable_bytes_per_s
+    known, ranks = _measured(plan), plan.run.hardware.num_gpus
+    pinned = _typical(plan, "link_bytes_per_s")
+    link = pinned if plan.pin_memory else known.link_pageable_bytes_per_s
     weights_s = _over(plan.streamed_bytes_per_pass / ranks, link)
-    cache_s = _over(_cache_bytes_on_link(plan, one) / ranks, rates.link_bytes_per_s)
+    cache_s = _over(_cache_bytes_on_link(plan, one) / ranks, pinned)
     passes = plan.architecture.num_layers * plan.run.workload.micro_batches
     launches = plan.storage.overlap.launch + (CACHE_LAUNCH if _moves_cache(plan) else 0)
     return {
         "link": weights_s + cache_s,
-        "disk": _over(plan.placement.nvme_bytes, rates.disk_bytes_per_s),
+        "disk": _over(plan.placement.nvme_bytes, _typical(plan, "disk_bytes_per_s")),
         "gemm": _gemm_s(plan, one),
         "hbm": _traffic_s(plan, one),
         "launch": _known(known.layer_s) * launches * passes + _known(known.step_s),
@@ -165,7 +167,7 @@ def _traffic_s(plan: Plan, one: _Pass) -> float:
     # a layer reads or writes its residual stream about a dozen times, and what is inside of its feed-forward part four
     activations = work.sequences / ranks * one.tokens * arch.num_layers * (14 * arch.hidden_size + 4 * plan.widest)
     cache = work.sequences / ranks * arch.kv_elements(one.cached + one.tokens)
-    rate = _known(plan.machine.ceilings.hbm_bytes_per_s)
+    rate = _known(_typical(plan, "hbm_bytes_per_s"))
     share = CPU_TRAFFIC if plan.machine.device == "cpu" else 1.0
     moved_s = _over(ELEMENT_BYTES * (activations + APPENDED * cache), share * rate)
     # over a prompt, attention is arithmetic
@@ -181,7 +183,7 @@ def _expanding_s(plan: Plan) -> float:
     if known.expand_elements_per_s:
         seconds = elements / known.expand_elements_per_s
     else:
-        seconds = _over(EXPANDED_BYTES * elements, plan.machine.ceilings.hbm_bytes_per_s)
+        seconds = _over(EXPANDED_BYTES * elements, _typical(plan, "hbm_bytes_per_s"))
     return plan.storage.overlap.expand * seconds
 
 
@@ -203,6 +205,13 @@ def _load_s(plan: Plan) -> float | None:
         return overlap.load_s + made_s + host_s + _over(plan.placement.nvme_bytes, known.disk_write_bytes_per_s)
     except _Unknown:
         return None
+
+
+def _typical(plan: Plan, name: str) -> float | None:
+    """The mean over the moments that a ceiling is the best of; the ceiling where it was measured once, or typed."""
+    moments = (_measured(plan).moments or {}).get(name)
+    ceiling: float | None = getattr(plan.machine.ceilings, name)
+    return harmonic_mean(moments) if moments else ceiling
 
 
 def _measured(plan: Plan) -> Calibration:

@@ -7,7 +7,7 @@ from zi_experiments import fit
 from zi_experiments.generated import Generated
 from zi_experiments.inventory import Held
 from zi_experiments.measure import Samples
-from zi_experiments.metrics import Metrics
+from zi_experiments.metrics import Metrics, Passed
 from zi_experiments.plan import Plan
 from zi_experiments.predict import predict
 from zi_experiments.verify import Verification
@@ -58,6 +58,9 @@ class Record:
     samples: Samples | None = None
     generated: Generated | None = None
     metrics: Metrics | None = None
+    bound_passed: Passed | None = (
+        None  # by the rates as they were before the machine was measured again; None: it was not
+    )
     verification: Verification | None = None  # None: verify=off, or the run did not get as far
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,6 +81,7 @@ class Record:
             "samples": self.samples.to_dict() if self.samples else None,
             "generated": asdict(self.generated) if self.generated else None,
             "metrics": asdict(self.metrics) if self.metrics and self.status == "ok" else None,
+            "bound_passed": self.bound_passed,
             "verification": asdict(self.verification) if self.verification else None,
         }
 

@@ -14,7 +14,7 @@ from zi_experiments.config import Calibration, Ceilings
 from zi_experiments.hardware import Machine
 from zi_experiments.hardware.disk import Disk, existing, mount_of
 
-FORMAT = 4  # raised when a figure is measured in another way, or the code that it is of becomes faster
+FORMAT = 5  # raised when a figure is measured in another way, or the code that it is of becomes faster
 _NAMES = {field.name for field in (*fields(Ceilings), *fields(Calibration))} - {"source"}
 
 
@@ -103,9 +103,10 @@ def checked(figures: dict[str, Any]) -> dict[str, Any]:
         dtype: {int(rows): _rate(rate) for rows, rate in rates.items()}
         for dtype, rates in figures.get("gemm_flops", {}).items()
     }
-    numbers = {name: value for name, value in figures.items() if name != "gemm_flops"}
+    moments = {name: [_rate(rate) for rate in rates] for name, rates in figures.get("moments", {}).items()}
+    numbers = {name: value for name, value in figures.items() if name not in ("gemm_flops", "moments")}
     plain = {name: None if value is None else _rate(value) for name, value in numbers.items()}
-    return plain | ({"gemm_flops": products} if "gemm_flops" in figures else {})
+    return plain | {"moments": moments} | ({"gemm_flops": products} if "gemm_flops" in figures else {})
 
 
 def _rate(value: Any) -> float:

@@ -44,8 +44,10 @@ def table(machine: Machine) -> Table:
     made.add_column("value", justify="right")
     made.add_column("how it was measured")
     figures = vars(machine.ceilings) | vars(calibration)
+    moments = calibration.moments or {}
     for name, (label, how) in _HOW.items():
-        made.add_row(label, _shown(name, figures[name]), how)
+        spread = f"; {_spread(name, moments[name])}" if name in moments else ""
+        made.add_row(label, _shown(name, figures[name]), how + spread)
     for dtype, rates in calibration.gemm_flops.items():
         for rows, rate in rates.items():
             made.add_row(f"{dtype}, rows: {rows}", _shown("flops", rate), "linear with weights from memory")
@@ -57,6 +59,11 @@ def _shown(name: str, value: float | None) -> str:
         return "–"
     scale, unit = next(known for ending, known in _UNITS.items() if name.endswith(ending))
     return f"{value / scale:.4g} {unit}"
+
+
+def _spread(name: str, moments: list[float]) -> str:
+    """From the worst moment to the best."""
+    return f"{_shown(name, min(moments))} to {_shown(name, max(moments))} at {len(moments)} moments"
 
 
 def default_name(machine: Machine) -> str:
@@ -114,4 +121,6 @@ def _rounded(figures: dict[Any, Any]) -> dict[Any, Any]:
 def _round(value: Any) -> Any:
     if isinstance(value, dict):
         return _rounded(value)
+    if isinstance(value, list):
+        return [_round(each) for each in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -14,6 +14,7 @@ from zi_experiments.pinned import Pages
 
 _MOST_BYTES = 1 << 30  # of the file: some filesystems take seconds to free a larger one
 _LEAST_REQUESTS = 4
+_MOMENTS = 4  # of which the best is a ceiling
 _MEMORY = ("tmpfs", "ramfs")  # newer kernels take O_DIRECT there, and copy
 
 
@@ -61,9 +62,10 @@ def mount_of(folder: Path) -> Mount:
     return Mount(device=part.device, mountpoint=part.mountpoint, kind=part.fstype)
 
 
-def bytes_per_s(disk: Disk, each_way_s: float = 2.0) -> tuple[float, float]:
-    """What the disk reads and what it writes, over a file of its own that has no name and so never stays behind.
+def bytes_per_s(disk: Disk, each_way_s: float = 2.0) -> tuple[list[float], float]:
+    """What the disk reads at several moments, and what it writes.
 
+    It is measured over a file of its own that has no name and so never stays behind.
     Raises `OSError`, in one line, where there is no room, no permission, or no disk below the filesystem.
     """
     folder = existing(disk.folder)
@@ -86,8 +88,11 @@ def bytes_per_s(disk: Disk, each_way_s: float = 2.0) -> tuple[float, float]:
         everything = [region // disk.block_bytes] * in_flight
         written, write_rate = _carry_out(os.pwritev, descriptor, buffers, region, everything, each_way_s, again=False)
         os.fdatasync(descriptor)
-        _, read_rate = _carry_out(os.preadv, descriptor, buffers, region, written, each_way_s, again=True)
-        return read_rate, write_rate
+        moment_s = each_way_s / _MOMENTS
+        reads = [
+            _carry_out(os.preadv, descriptor, buffers, region, written, moment_s, again=True) for _ in range(_MOMENTS)
+        ]
+        return [rate for _, rate in reads], write_rate
 
 
 def _nameless(folder: Path) -> int:

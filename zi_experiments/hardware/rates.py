@@ -92,6 +92,14 @@ def square_flops(dtype: torch.dtype) -> float:
     return 2 * SQUARE**3 / _seconds(lambda: torch.mm(a, b, out=out), "cuda")
 
 
+def busy_flops(dtype: torch.dtype, device: str, rows: int) -> float:
+    """Of a product that keeps the device busy: on a processor, of so many rows, with a weight of its own."""
+    if device == "cuda":
+        return square_flops(dtype)
+    weight = torch.randn(WEIGHTS[device], dtype=dtype)
+    return 2 * rows * weight.numel() / _product_s(rows, [weight])
+
+
 def gemm_flops(dtype: torch.dtype, device: str) -> dict[int, float]:
     """Of `linear` on so many rows; on a slow processor only up to as many as take a moment."""
     weight = torch.randn(WEIGHTS[device], dtype=dtype, device=device)

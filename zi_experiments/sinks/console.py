@@ -81,6 +81,8 @@ class ConsoleSink:
         self._console.print(table)
         if record.generated is not None:
             self._generated(record.generated)
+        if record.bound_passed:
+            self._console.print(explain.passed(record.bound_passed, plan, metrics), highlight=False, soft_wrap=True)
         if why := explain.sentence(plan, metrics):
             self._console.print(why, highlight=False, soft_wrap=True)
 
