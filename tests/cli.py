@@ -31,6 +31,7 @@ class Cli:
         models = folder / "choices" / "model"
         models.mkdir(parents=True)
         (models / "tiny.yaml").write_text(TINY.format(layers=2))
+        (folder / "disk").mkdir(exist_ok=True)  # for offload.path
         (models / "deep.yaml").write_text(TINY.format(layers=24).replace("tiny", "deep"))
 
     def command(self, *arguments: str) -> list[str]:

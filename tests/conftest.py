@@ -191,7 +191,7 @@ def small_disk(tmp_path):
     if shutil.which("mkfs.ext4") is None:
         pytest.skip("there is no mkfs.ext4")
     image, folder = tmp_path / "image", tmp_path / "disk"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     with image.open("wb") as file:
         file.truncate(512 * (1 << 20))
     subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)

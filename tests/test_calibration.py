@@ -476,7 +476,7 @@ def test_only_its_own_files_are_written_again(cached, auto, here, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--path", "/nowhere"], "--path /nowhere is no folder"),
+        (["--path", "/nowhere"], "--path /nowhere is no folder: mkdir -p /nowhere, or"),
         (["--output", "/tmp/x.yaml"], "pass --output FOLDER/hardware/x.yaml"),
         (["--name", "a", "--output", "/tmp/hardware/b.yaml"], "pass --output FOLDER/hardware/a.yaml"),
         (["--name", "a/b"], "hardware=a/b cannot be typed"),

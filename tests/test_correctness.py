@@ -19,6 +19,7 @@ def deepspeed_result(tmp_path: Path, *, offload: str = "cpu", ranks: int = 1, **
         "group_size": 64,
         **arguments,
     }
+    (tmp_path / "disk").mkdir(exist_ok=True)
     out = tmp_path / "out.pt"
     script = Path(__file__).parent / "logits.py"
     several = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", f"--log-dir={tmp_path}/logs"]

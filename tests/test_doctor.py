@@ -66,7 +66,7 @@ def broken(tmp_path_factory):
         "WANDB_API_KEY": "0" * 40,
     }
     unset = {name: "" for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "CC", "CXX") if name in os.environ}
-    return Seen(folder, "--path", str(folder / "file" / "weights"), **variables, **unset)
+    return Seen(folder, "--path", "/proc", **variables, **unset)
 
 
 def test_what_default_runs_lack_is_the_exit_code(broken):
@@ -86,7 +86,7 @@ def test_what_default_runs_lack_is_the_exit_code(broken):
         ("libaio", "optional", "is not in PATH", "libaio-dev"),
         ("offload folder", "optional", "cannot be written", "offload.path=/a/writable/folder"),
         ("output folder", "ok", "", ""),
-        ("caches", "missing", "Not a directory", "TORCH_EXTENSIONS_DIR"),
+        ("caches", "ok", "there is no home: caches are in ", ""),
         ("launcher", "optional", "only RANK of", "for get_ds_model: set all of them"),
         ("W&B", "ok", "online", ""),
     ],
@@ -120,6 +120,15 @@ def test_nothing_that_is_missing_breaks_the_doctor(tmp_path):
     assert "ImportError: no deepspeed" in seen.rows["deepspeed"][1]
     assert "ImportError: no torch" in seen.rows["GPU"][1]
     assert seen.rows["C++ compiler"][0] == "ok"
+
+
+def test_a_folder_that_is_not_there_gets_one_line(tmp_path):
+    done = Seen(tmp_path, "--path", str(tmp_path / "nowhere")).done
+
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"refused: --path {tmp_path}/nowhere is no folder: mkdir -p {tmp_path}/nowhere, or pass --path /another/folder\n"
+    )
 
 
 def test_builds_under_way_and_interrupted_ones_are_told(tmp_path, monkeypatch):

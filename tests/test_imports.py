@@ -70,6 +70,7 @@ def test_no_two_modules_need_each_other():
         ("compose", {"advice", "config", "validate"}),
         ("environment", set()),
         ("hub", {"environment"}),
+        ("caches", {"config", "environment"}),
         ("architecture", {"config", "hub"}),
         ("hardware", {"config", "environment"}),
         ("hardware.disk", {"pinned"}),
@@ -111,7 +112,7 @@ def test_no_two_modules_need_each_other():
             },
         ),
         ("system", {"environment"}),
-        ("doctor", {"environment", "hardware", "sinks.wandb", "stdio", "system"}),
+        ("doctor", {"caches", "environment", "hardware", "sinks.wandb", "stdio", "system"}),
         ("distributed", {"config", "environment", "system"}),
         ("generated", {"architecture", "distributed", "plan", "quality"}),
         ("engines.deepspeed.ops", {"config", "plan", "progress", "system"}),
@@ -136,7 +137,7 @@ def test_no_two_modules_need_each_other():
         ("engines.stream.kernel", {"config"}),
         ("engines.stream.store", {"engines.stream.placement", "engines.stream.slab", "inventory"}),
         ("engines.reading", {"config", "engines.stream.placement", "hardware.disk"}),
-        ("here", {"config", "engines.reading", "hardware", "hardware.calibration", "hardware.disk"}),
+        ("here", {"config", "engines.reading", "hardware", "hardware.calibration", "hardware.disk", "scratch"}),
         ("asked", {"config", "environment", "record"}),
         ("engines.stream.ring", {"engines.stream.store"}),
         ("engines.stream.parking", set()),
@@ -156,8 +157,8 @@ def test_no_two_modules_need_each_other():
         ("sinks.result_file", {"folders", "record"}),
         ("hashes", {"checkpoint"}),
         ("resume", {"folders", "record"}),
-        ("scratch", {"config", "locks"}),
-        ("sweep", {"locks"}),
+        ("scratch", {"config", "environment", "locks"}),
+        ("sweep", {"config", "environment", "locks", "scratch", "signals"}),
     ],
 )
 def test_arrows_do_not_point_back(name, allowed):
@@ -236,7 +237,7 @@ def test_typed_past_the_door():
     """Only the entry, the door, what is before it and a callback of Hydra know the configuration as Hydra composes it."""
     users = {name for name, tree in TREES.items() if any(dotted.endswith(".DictConfig") for dotted in imported(tree))}
 
-    assert users <= {"__main__", "advice", "asked", "compose", "job", "output_folder", "plan_only"}
+    assert users <= {"__main__", "advice", "asked", "compose", "job", "output_folder", "plan_only", "sweep"}
 
 
 @pytest.mark.parametrize(

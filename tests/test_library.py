@@ -26,6 +26,13 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch):
         get_ds_model("opt-125m", bits=4, **WHERE)
 
 
+def test_a_folder_on_disk_that_is_not_there_is_refused():
+    where = WHERE | {"disk_offload": True, "offload_dir": "/nowhere/x"}
+
+    with pytest.raises(ConfigError, match="offload_dir=/nowhere/x is no folder: mkdir -p /nowhere/x, or"):
+        get_ds_model("opt-125m", bits=4, **where)
+
+
 def test_a_profile_that_does_not_exist_is_refused():
     with pytest.raises(Exception, match="tuned, reference"):
         get_ds_model("opt-125m", bits=4, profile="fast", **WHERE)

@@ -90,7 +90,15 @@ SETTINGS = {
     "a share of another engine's": (["offload.resident=0.5"], r"offload\.resident.*pass engine=stream"),
     "a path on disk that is a file": (
         ["offload=nvme", "offload.path=a-file"],
-        r"offload\.path=.*a-file cannot be written",
+        r"offload\.path=a-file is no folder: mkdir -p a-file, or pass offload\.path=/another/folder",
+    ),
+    "a path on disk that is not there": (
+        ["offload=nvme", "offload.path=AROUND/nowhere"],
+        r"offload\.path=.*around/nowhere is no folder: mkdir -p .*around/nowhere",
+    ),
+    "a plan on a disk that is not there": (
+        ["offload=nvme", "offload.path=AROUND/nowhere", "plan_only=true"],
+        r"refused offload\.path=.*around/nowhere is no folder: mkdir -p .*around/nowhere",
     ),
     "weights that are nowhere": (["weights=pretrained", "weights.path=/nowhere/x"], r"/nowhere/x is neither"),
     "a text for random weights": (["workload.text=a-file"], r"workload\.text=a-file asks for the perplexity of random"),
@@ -202,7 +210,7 @@ def test_nothing_is_started_or_left_behind(outcomes, name):
     left = {path.name for path in work.rglob("*")}
 
     assert os.listdir(work.parent) == ["work"]
-    assert {path.name for path in work.iterdir()} <= {"a-file", "choices", "outputs"}
+    assert {path.name for path in work.iterdir()} <= {"a-file", "choices", "disk", "outputs"}
     assert not left & {"logs", "wandb", "ds_config.json", "engine_config.json", "pwned"}
     assert not [name for name in left if name.endswith(".tmp")]
 

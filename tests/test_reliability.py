@@ -6,6 +6,8 @@ import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from multiprocessing.shared_memory import SharedMemory
@@ -19,6 +21,8 @@ from cli import wait_for, workers
 from reliability import Faulty, abandoned_shared_memory, fill, shown
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from zi_experiments import environment
 
 STREAM = ("engine=stream", "quant=fp16")
 LONG = (*STREAM, "model=deep", "workload.repeats=500", "tracking=none")
@@ -87,10 +91,13 @@ def test_a_worker_is_killed(cli, conclude, phase):
     assert "SIGKILL" in result["error"]["message"]
 
 
-def test_the_launcher_is_killed(cli, page):
-    disk = cli.folder / "disk"
-    settings = ("model=deep", *STREAM, "offload=nvme", f"offload.path={disk}")
-    process = cli.start(*settings, "workload.repeats=5000")
+def test_the_launcher_is_killed(cli, page, tmp_path_factory):
+    """What it leaves in its own folder, another run finds, which writes elsewhere."""
+    own = tmp_path_factory.mktemp("cache")  # runs of other tests would find it too
+    (own / "zi_experiments").mkdir()
+    (own / "zi_experiments" / "hardware").symlink_to(environment.cache_folder() / "hardware")
+    cache = {"XDG_CACHE_HOME": str(own)}
+    process = cli.start("model=deep", *STREAM, "offload=nvme", "workload.repeats=5000", **cache)
     wait_for(process, "measure:")
     (written,) = cli.folder.glob("outputs/**/*.wandb")
     wait_until(lambda: written.stat().st_size > 1000)  # W&B writes every 15 s
@@ -107,19 +114,31 @@ def test_the_launcher_is_killed(cli, page):
         "`kill -9` of the launcher, or a machine that goes down",
         "`killed`",
         f"nothing; the record reads `{result['error']['message']}`, and what W&B has written can be read",
-        "weights in `offload.path` and temporary files, which the next run there removes",
+        "weights on disk and temporary files, which the next run removes",
     )
 
-    done = cli.run(*settings, "tracking=none")
+    done = cli.run(*STREAM, "tracking=none", **cache)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"removed disk/zi-{result['run']['id']}: the run that made it was killed" in done.stdout
+    folder = result["folder"].relative_to(cli.folder)
+    assert f"removed {folder}/offload/zi-{result['run']['id']}: the run that made it was killed" in done.stdout
+    assert not [path for path in (own / "zi_experiments" / "scratch").rglob("*") if path.is_symlink()]
     assert cli.left() == "nothing"
 
 
 # --- signals to the launcher ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", ["plan", "start", "load", "measure"])
+STOPS = {
+    "plan": signal.SIGINT,
+    "start": signal.SIGTERM,
+    "load": signal.SIGHUP,
+    "verify": signal.SIGUSR1,
+    "warm-up": signal.SIGUSR2,
+    "measure": signal.SIGINT,
+}
+
+
+@pytest.mark.parametrize("phase", STOPS)
 def test_a_run_is_stopped(cli, conclude, page, phase):
     """By all signals that end a run, at all times; a terminal sends Ctrl-C to all processes at once."""
     process = cli.start(*LONG, "offload=nvme", start_new_session=True)
@@ -129,7 +148,7 @@ def test_a_run_is_stopped(cli, conclude, page, phase):
         worker_of(process)
     else:
         wait_for(process, f"{phase}:")
-    number = {"plan": signal.SIGINT, "start": signal.SIGTERM, "load": signal.SIGHUP, "measure": signal.SIGINT}[phase]
+    number = STOPS[phase]
     began = time.monotonic()
     os.killpg(process.pid, number)
     os.killpg(process.pid, number)  # impatience changes nothing
@@ -138,7 +157,7 @@ def test_a_run_is_stopped(cli, conclude, page, phase):
     assert time.monotonic() - began < 5
     # a shell calls both 130: Python ends itself by SIGINT when the interrupt came in the middle of an exec()
     assert process.returncode in (130, -signal.SIGINT)
-    name = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP: a terminal that is closed"}[number.name]
+    name = {"SIGINT": "Ctrl-C", "SIGHUP": "SIGHUP: a terminal that is closed"}.get(number.name, number.name)
     result = conclude(f"{name} ({phase}), to all processes, twice", output, left=cli.left())
     assert result["status"] == "killed"
     assert result["error"]["message"] == f"stopped by {number.name}"
@@ -212,6 +231,29 @@ def test_a_worker_hangs(cli, conclude):
     assert result["status"] == "killed"
     assert result["error"]["type"] == "Timeout"
     assert "measure_pass" in result["error"]["traceback"]
+
+
+WATCH = """
+import threading, time
+from concurrent.futures import Future
+from types import SimpleNamespace
+from zi_experiments import launch
+
+running, silent = Future(), SimpleNamespace(heard_at=time.monotonic())
+print("watching", flush=True)
+threading.Timer(1.0, running.set_result, [None]).start()
+print(launch._watch(running, silent, 3.0))
+"""
+
+
+def test_a_process_that_was_stopped_and_continued_does_not_hang():
+    process = subprocess.Popen([sys.executable, "-c", WATCH], stdout=subprocess.PIPE, text=True)
+    wait_for(process, "watching")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+
+    assert end(process) == "False\n"
 
 
 def test_a_cpp_operator_aborts(cli, conclude):
@@ -314,13 +356,13 @@ def test_the_output_folder_cannot_be_written(cli, page):
     page.check("the output folder cannot be made", "none", f"`{shown(line, cli.folder)}`", cli.left())
 
 
-def test_the_offload_path_cannot_be_written(cli, conclude):
-    (cli.folder / "file").write_text("")
-
-    done = cli.run(*STREAM, "tracking=none", "offload=nvme", "offload.path=file/weights")
+def test_the_offload_path_is_not_there(cli, conclude):
+    """It is the mount of a disk, perhaps, and a folder in its place would be on another."""
+    done = cli.run(*STREAM, "tracking=none", "offload=nvme", "offload.path=disc")
 
     assert done.returncode == 1
-    assert conclude("`offload.path` cannot be written", done.stdout, left=cli.left())["status"] == "refused"
+    assert conclude("`offload.path` is not there", done.stdout, left=cli.left())["status"] == "refused"
+    assert not (cli.folder / "disc").exists()
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

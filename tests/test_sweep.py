@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from cli import wait_for, workers
 from reliability import Faulty, fill
 
-from zi_experiments import resume
+from zi_experiments import resume, sweep
 from zi_experiments.folders import slug, sweep_name
 from zi_experiments.record import Record, RunInfo
 
@@ -197,6 +198,65 @@ def test_a_sweep_runs_once_at_a_time(cli, page):
     page.check("the same sweep twice at once", "none", f"`{done.stderr.strip()}`", cli.left())
 
 
+def test_jobs_in_other_processes_take_turns_and_are_stopped(cli):
+    """joblib itself would kill them, and their weights would stay."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    launched = ("-m", *QUICK, "offload=nvme", "workload.prompt_len=4,5", "workload.repeats=100000")
+    joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    process = cli.start(*launched, *joblib)
+    wait_for_both(cli)
+    same = cli.run(*launched)
+    process.terminate()
+    output = process.communicate()[0]
+
+    assert "refused: another process runs this sweep" in same.stderr
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "waiting for the processor: other runs of this sweep have it" in output
+    assert "2 runs" in output
+    assert [result["error"]["message"] for result in by_number(cli).values()] == ["stopped by SIGTERM"] * 2
+    assert cli.left() == "nothing"
+
+
+def test_the_command_knows_of_jobs_in_other_processes(cli):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    submitit = ("-m", *QUICK, "quant.group_size=null,48", "hydra/launcher=submitit_local")
+    first, second = cli.run(*submitit), cli.run(*submitit)
+
+    assert (first.returncode, second.returncode) == (1, 1)
+    for done, statuses in ((first, {"ok", "refused"}), (second, {"kept", "refused"})):
+        table = done.stdout[done.stdout.index("2 runs") :]
+        assert {word for word in table.split() if word in ("ok", "kept", "refused")} == statuses
+    assert all(result["run"]["command"].startswith("python -m zi_experiments ") for result in cli.results())
+
+
+def wait_for_both(cli):
+    """Until one job is at work and the other has come to where it waits."""
+    end = time.monotonic() + 180
+    while len(cli.results()) < 2 or not any(cli.folder.rglob("offload/zi-*/rank0")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_devices_are_had_by_one_job_at_a_time(tmp_path, monkeypatch):
+    """Each has as many as it asks for: GPUs of its own while there are some."""
+    monkeypatch.setenv("ZI_SWEEP", str(tmp_path))
+    monkeypatch.setenv("ZI_SWEEP_PID", "1")  # of the command, in another process
+    gpus = ["4", "GPU-8f3a", "6"]
+    with sweep.turn(gpus, 1, print) as first, sweep.turn(gpus, 2, print) as second:
+        assert (first, second) == (["4"], ["GPU-8f3a", "6"])
+        said = []
+        with pytest.raises(TimeoutError), sweep.turn(gpus, 1, lambda line: stop(said, line)):
+            pytest.fail("there was none left")
+    assert said == ["waiting for a GPU: other runs of this sweep have it"]
+    with sweep.turn(gpus, 3, print) as third:
+        assert third == gpus
+
+
+def stop(said, line):
+    said.append(line)
+    raise TimeoutError
+
+
 def test_what_makes_a_result_another(tmp_path):
     text = tmp_path / "text"
     text.write_text("one")
@@ -248,7 +308,7 @@ def test_the_folder_of_a_sweep():
 
     assert sweep_name(sweep).startswith("offload=none,cpu_quant=fp16,int4-")
     assert sweep_name([*sweep, "force=true", "tracking.mode=online", "launch.timeout_s=9"]) == sweep_name(sweep)
-    assert sweep_name([*sweep, "hydra.verbose=true"]) == sweep_name(sweep)
+    assert sweep_name([*sweep, "hydra.verbose=true", "hydra/launcher=joblib"]) == sweep_name(sweep)
     assert sweep_name([*sweep, "workload.batch_size=2"]) != sweep_name(sweep)
     assert sweep_name(["offload=none,cpu", "quant=fp16,int4"]) != sweep_name(sweep)
     assert len(sweep_name(["model=" + ",".join(map(str, range(1000)))])) < 80

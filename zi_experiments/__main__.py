@@ -2,7 +2,6 @@
 
 import gc
 import sys
-from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -11,8 +10,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from zi_experiments import advice, config, environment, signals, stdio
-from zi_experiments.sweep import Sweep
+from zi_experiments import advice, config, environment, signals, stdio, sweep
 
 # What torch and transformers make when they are imported stays: with Python's own 700 a fifth of a command's time goes
 # into looking through it.
@@ -23,16 +21,21 @@ def main() -> None:
     """Compose the configuration from the command line and carry it out, once or as a sweep."""
     gc.set_threshold(_GC_THRESHOLD)
     stdio.install()
+    if processes := environment.launched_processes():
+        sys.exit(
+            f"refused: a launcher has started {processes} processes of this command, and it starts its own: "
+            f"type {environment.command()} hardware.num_gpus={processes}"
+        )
     config.register()
-    signals.install()
+    signals.install(before=sweep.stop_jobs)
     environment.set_variables({"HYDRA_FULL_ERROR": "1"})  # it raises what it cannot compose, and prints no traceback
     if problem := advice.of_flags(sys.argv[1:]):
         sys.exit(f"refused: {problem}")
-    sweep, composed = Sweep(), list[DictConfig]()
+    composed = list[DictConfig]()
 
     def run(cfg: DictConfig) -> None:
         composed.append(cfg)
-        _run(cfg, sweep)
+        _run(cfg)
 
     entry = hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name="config")(run)
     try:
@@ -41,39 +44,39 @@ def main() -> None:
         signals.acknowledge()
         sys.exit(130)
     except Exception as error:
-        if composed and not isinstance(error, CompactHydraException | OmegaConfBaseException):
+        is_under_way = bool(composed or sweep.told())
+        if is_under_way and not isinstance(error, CompactHydraException | OmegaConfBaseException):
             raise
         sys.exit(f"refused: {advice.of_error(error, sys.argv[1:])}")
     finally:
-        if sweep.jobs:
-            _report(sweep)
+        if jobs := sweep.told():
+            _report(jobs)
         gc.freeze()  # the end of the process has nothing to look for either
-    if sweep.has_failed:
+    if sweep.has_failed():
         sys.exit(1)  # what was wrong with a run has been said
 
 
-def _report(sweep: Sweep) -> None:
+def _report(jobs: list[sweep.Job]) -> None:
     from rich.console import Console
 
     from zi_experiments.sinks.console import show_sweep
     from zi_experiments.sinks.search_table import is_search, show_search
 
-    show_sweep(sweep.jobs)
-    if is_search(sweep.jobs):
-        show_search(sweep.jobs, Console())
+    show_sweep(jobs)
+    if is_search(jobs):
+        show_search(jobs, Console())
 
 
-def _run(cfg: DictConfig, sweep: Sweep) -> None:
+def _run(cfg: DictConfig) -> None:
     from zi_experiments.job import RunFailed, run_job  # what --help and --cfg do without
 
     hydra_config = HydraConfig.get()
     if hydra_config.mode is RunMode.MULTIRUN:
-        if not sweep.is_ours(Path(hydra_config.sweep.dir)):
-            sys.exit("refused: another process runs this sweep: wait for it, or pass hydra.sweep.dir=/another/folder")
+        number, overrides = hydra_config.job.num, list(hydra_config.overrides.task)
         try:
-            run_job(cfg, keep=True, tell=lambda result: sweep.add(list(hydra_config.overrides.task), result))
+            run_job(cfg, keep=True, tell=lambda result: sweep.tell(number, overrides, result))
         except RunFailed:
-            sweep.has_failed = True  # an exception would have Hydra print the overrides, as if something were broken
+            sweep.fail()  # an exception would have Hydra print the overrides, as if something were broken
         return
     try:
         run_job(cfg)

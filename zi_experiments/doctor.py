@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from zi_experiments import environment, stdio, system
+from zi_experiments import caches, environment, stdio, system
 from zi_experiments.system import Finding
 
 AIO_OF_A_RANK = 1152  # what engine=deepspeed offload=nvme takes as it comes
@@ -30,11 +30,16 @@ Check = tuple[str, Callable[[], Finding], str | None]
 
 
 def main() -> int:
-    """Show the table of all checks. Returns 1 when something is missing that runs with default settings need, else 0."""
+    """Show the table of all checks. Returns 1 when something is missing that runs with default settings need, else 0.
+
+    A folder that is not there ends with a line that says so.
+    """
     stdio.install()
     parser = argparse.ArgumentParser(prog="python -m zi_experiments.doctor", description="Check this machine.")
     parser.add_argument("--path", type=Path, default=Path(), help="folder for offload=nvme; default: the current one")
     folder = parser.parse_args().path.expanduser().resolve()
+    if not folder.is_dir():
+        sys.exit(f"refused: --path {folder} is no folder: mkdir -p {folder}, or pass --path /another/folder")
     # torch warns of what the table says
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     table = Table(title=f"zi_experiments on {platform.node()}")
@@ -54,9 +59,9 @@ def main() -> int:
 def checks(folder: Path) -> list[Check]:
     """All of them; `folder` is where offload=nvme would put its own."""
     nvme, own_nvme = "for offload=nvme", "for offload=nvme engine=deepspeed"
-    there = next(path for path in (folder, *folder.parents) if path.exists())
     gpus = _gpus()
     return [
+        ("caches", kept, None),  # first, since packages want them
         ("Python", python, None),
         *((name, partial(package, name), None) for name in ("torch", "transformers", "deepspeed")),
         ("other packages", other_packages, None),
@@ -73,11 +78,10 @@ def checks(folder: Path) -> list[Check]:
         ("libaio", system.libaio, own_nvme),
         ("asynchronous I/O", partial(system.aio_requests, AIO_OF_A_RANK), own_nvme),
         ("locked memory", system.locked_memory, own_nvme),
-        ("offload folder", partial(system.writable, there), nvme),
-        ("O_DIRECT", partial(system.direct_io, there), nvme),
-        ("free space", partial(system.free_space, there), nvme),
+        ("offload folder", partial(system.writable, folder), nvme),
+        ("O_DIRECT", partial(system.direct_io, folder), nvme),
+        ("free space", partial(system.free_space, folder), nvme),
         ("output folder", output_folder, None),
-        ("caches", caches, None),
         ("builds", builds, None),
         ("shared memory", shared_memory, "for hardware.num_gpus above 1"),
         ("launcher", system.launcher_variables, "for get_ds_model"),
@@ -155,15 +159,16 @@ def output_folder() -> Finding:
     return _with_fix(system.writable(Path.cwd()), "start runs elsewhere, or pass hydra.run.dir=/a/writable/folder")
 
 
-def caches() -> Finding:
+def kept() -> Finding:
     """Where compiled operators are kept, and what else need not be found out again."""
     try:
+        moved = caches.settle()
         folders = (system.extensions_folder(), environment.cache_folder())
-    except OSError as error:
-        finding = Finding(found=f"{error.filename} cannot be written ({error.strerror})", fix="")
+    except (ValueError, OSError) as error:
+        finding = Finding(found=str(error), fix="")
     else:
         findings = [system.writable(folder) for folder in folders]
-        finding = next((one for one in findings if one.fix is not None), findings[0])
+        finding = next((one for one in findings if one.fix is not None), Finding(found=moved or str(folders[0])))
     return _with_fix(finding, "set HOME to a folder that can be written, or TORCH_EXTENSIONS_DIR and XDG_CACHE_HOME")
 
 

@@ -50,7 +50,8 @@ def describe(machine: Any) -> dict[str, Any]:
 def command() -> str:
     """The command line, ready to be typed again."""
     module = Path(sys.argv[0]).name == "__main__.py"
-    return shlex.join((["python", "-m", "zi_experiments"] if module else [Path(sys.argv[0]).name]) + sys.argv[1:])
+    typed = [each for each in sys.argv[1:] if not each.startswith("--local_rank")]  # which deepspeed's launcher adds
+    return shlex.join((["python", "-m", "zi_experiments"] if module else [Path(sys.argv[0]).name]) + typed)
 
 
 def git_revision() -> str | None:
@@ -77,6 +78,12 @@ def first_visible_gpu() -> str | int:
     return int(visible) if visible.isdigit() else (visible or 0)
 
 
+def visible_gpus(count: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each of the GPUs that CUDA shows this process."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [each.strip() for each in named.split(",")][:count] if named else [str(index) for index in range(count)]
+
+
 def worker_environment(cuda: bool) -> dict[str, str]:
     """Variables that a worker needs: PATH with this Python's programs, and what the user has not set."""
     wanted = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -96,9 +103,34 @@ def distributed_variables() -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
+def launched_processes() -> int | None:
+    """How many processes a launcher has started of this command (torchrun, deepspeed, srun, mpirun); None: there is none."""
+    if len(distributed_variables()) == 5:
+        return int(os.environ["WORLD_SIZE"])
+    # a shell in an allocation of Slurm's has variables too, and a step of one task
+    sizes = (os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    most = max(int(size) for size in sizes)
+    return most if most > 1 else None
+
+
 def set_variables(values: dict[str, str]) -> None:
     """Set variables of this process, which DeepSpeed reads."""
     os.environ.update(values)
+
+
+def sweep() -> Path | None:
+    """The folder that a `-m` command shares with its jobs, in whichever process they are; None outside a sweep."""
+    return folder("ZI_SWEEP")
+
+
+def runs_a_job_elsewhere() -> bool:
+    """Whether this process runs jobs of a `-m` command that another one carries out."""
+    return "ZI_SWEEP" in os.environ and os.environ["ZI_SWEEP_PID"] != str(os.getpid())
+
+
+def set_sweep(folder: Path) -> None:
+    """This process carries out a `-m` command, and hands the folder down to those that it starts."""
+    os.environ |= {"ZI_SWEEP": str(folder), "ZI_SWEEP_PID": str(os.getpid())}
 
 
 @contextmanager
@@ -128,9 +160,23 @@ def path_list(variable: str) -> list[str]:
     return [part for part in os.environ.get(variable, "").split(os.pathsep) if part]
 
 
+def folder(variable: str) -> Path | None:
+    """The folder that a variable names."""
+    return Path(value) if (value := os.environ.get(variable)) else None
+
+
+def home() -> Path | None:
+    """The user's home; None where that is not there, as in containers for a user whom they do not know."""
+    try:
+        found = Path.home()
+    except RuntimeError:
+        return None
+    return found if os.path.isdir(found) else None
+
+
 def cache_folder() -> Path:
     """The folder, made or not, for what a later run need not find out again: below XDG_CACHE_HOME or `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zi_experiments"
+    return (folder("XDG_CACHE_HOME") or Path.home() / ".cache") / "zi_experiments"
 
 
 def variable(name: str) -> str | None:

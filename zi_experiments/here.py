@@ -4,17 +4,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from zi_experiments import hardware
+from zi_experiments import hardware, scratch
 from zi_experiments.config import OffloadDevice, Run
 from zi_experiments.engines import reading
 from zi_experiments.hardware import Machine, calibration, disk
 
 
 def known(run: Run, folder: Path) -> Machine:
-    """The machine with what was measured of it before, and with what is free in the folder for weights on disk."""
+    """The machine with what was measured of it before, and with what is free in the folder for weights on disk.
+
+    Raises `ConfigError` when that is to be a folder which is not there.
+    """
     machine = hardware.detect(run.hardware)
     # of another machine nobody knows that
     is_here = not hardware.is_elsewhere(run.hardware, machine.gpu_name)
+    if is_here:
+        scratch.check_base("offload.path", run.offload.path)
     machine = replace(machine, disk_free_bytes=disk.free_bytes(folder) if is_here else None)
     return calibration.known(run.hardware, machine, _disk(run, folder))
 

@@ -2,8 +2,8 @@
 
 import json
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -19,6 +19,7 @@ from rich.console import Console
 from zi_experiments import (
     architecture,
     asked,
+    caches,
     checkpoint,
     contents,
     engines,
@@ -39,9 +40,11 @@ from zi_experiments import (
     scratch,
     search,
     signals,
+    sweep,
 )
+from zi_experiments.architecture import Architecture
 from zi_experiments.compose import to_run
-from zi_experiments.config import ConfigError, OffloadDevice, Run, TrackingMode
+from zi_experiments.config import ConfigError, Run, TrackingMode
 from zi_experiments.plan import Plan
 from zi_experiments.record import Failure, Status
 from zi_experiments.sinks import Guarded, Sink
@@ -74,6 +77,7 @@ def run_job(
     console = Console()
     if asked.setting(cfg, "plan_only") is True:
         try:
+            _settle_caches(console)
             plan_only.show(cfg, console)
         except ConfigError as error:
             _say(console, f"refused {error}")
@@ -122,6 +126,7 @@ class _Job:
     def _attempt(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
         run = to_run(cfg)
         quality.check_text(run.workload.text)
+        _settle_caches(self._console)
         machine = hardware.detect(run.hardware)
         self._update(environment=environment.describe(machine))
         may_keep = keep and not run.force and (self._folder / NAME).exists()
@@ -131,7 +136,11 @@ class _Job:
             return before
         self._is_begun = True
         self._file.write(self.record)  # of a run that is killed, launcher and all, this is what remains
-        arch, machine = arch or contents.load(run), self._machine(run)
+        with self._turn(run, machine):
+            return self._planned(run, arch or contents.load(run))
+
+    def _planned(self, run: Run, arch: Architecture) -> dict[str, Any] | None:
+        machine = self._machine(run)
         if run.search.rank is not None:
             machine = self._measured(run, machine)
         settled = search.settle(run, arch, machine)
@@ -143,6 +152,21 @@ class _Job:
             return self.record.to_dict() | {"status": "skipped"}
         self._run(planner.build(settled, arch, machine))
         return None
+
+    @contextmanager
+    def _turn(self, run: Run, machine: hardware.Machine) -> Iterator[None]:
+        """With devices of its own, while other jobs of its sweep run in other processes."""
+        on_gpus = machine.device == "cuda" and machine.gpus_visible > 0
+        devices = environment.visible_gpus(machine.gpus_visible) if on_gpus else ["cpu"]
+        count = min(run.hardware.num_gpus, len(devices))
+        with sweep.turn(devices, count, partial(_say, self._console)) as taken:
+            if taken == devices:
+                yield
+                return
+            visible = ",".join(taken)
+            self._update(environment={**(self.record.environment or {}), "cuda_visible_devices": visible})
+            with environment.variables({"CUDA_VISIBLE_DEVICES": visible}):
+                yield
 
     def _identify(self, run: Run) -> None:
         """Note what a result depends on: settings, code, machine, and the weights by their hashes."""
@@ -175,8 +199,8 @@ class _Job:
         """This machine with what is known of it, and with what is free once nothing abandoned is left."""
         folder = self._disk_folder(run)
         temporary = scratch.for_temporary_files(self.record.run.id)
-        for base in {temporary.parent, *([folder] if run.offload.device is OffloadDevice.nvme else [])}:
-            self._remove_abandoned(base)
+        for path in scratch.remove_abandoned(temporary.parent, folder):
+            _say(self._console, f"removed {display_path(path)}: the run that made it was killed")
         return here.known(run, folder)
 
     def _measured(self, run: Run, machine: hardware.Machine) -> hardware.Machine:
@@ -213,10 +237,6 @@ class _Job:
             peaks = held.enter_context(memory.Monitor(path))
             measured = launch.launch(plan, config, self._folder / "logs", temporary, self._console)
         self._conclude(plan, measured, peaks)
-
-    def _remove_abandoned(self, base: Path) -> None:
-        for path in scratch.remove_abandoned(base):
-            _say(self._console, f"removed {display_path(path)}: the run that made it was killed")
 
     def _conclude(self, plan: Plan, measured: "Measurement", peaks: memory.Monitor) -> None:
         self._update(stored=measured.stored, verification=measured.verification)
@@ -282,6 +302,11 @@ def _explain(error: Exception) -> tuple[Status, Failure]:
         return error.status, error.failure
     trace = "".join(traceback.format_exception(error))
     return "error", Failure(type=type(error).__name__, message=str(error), traceback=trace)
+
+
+def _settle_caches(console: Console) -> None:
+    if line := caches.settle():
+        _say(console, line)
 
 
 def _say(console: Console, text: str) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _INTERVAL_S = 0.1
 _GRACE_S = 2.0  # for a worker to end by itself, or to say where it is
+_LONGEST_LOOK_S = 1.0  # that counts: in a longer one this process did not run
 
 
 def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, console: Console) -> "Measurement":
@@ -100,9 +101,16 @@ def _temporary_files_in(folder: Path) -> Iterator[None]:
 
 
 def _watch(running: Future[Any], display: Display, timeout_s: float) -> bool:
-    """Wait until the workers have ended; whether they had to be killed since they gave no sign of progress."""
+    """Wait until the workers have ended; whether they had to be killed since they gave no sign of progress.
+
+    Ctrl-Z stops them and this process together: time that passes then is no silence.
+    """
+    silent_s, looked_at = 0.0, time.monotonic()
     while not _ended(running, _INTERVAL_S):
-        if time.monotonic() - display.heard_at > timeout_s:
+        now = time.monotonic()
+        silent_s = 0.0 if display.heard_at > looked_at else silent_s + min(now - looked_at, _LONGEST_LOOK_S)
+        looked_at = now
+        if silent_s > timeout_s:
             for process in multiprocessing.active_children():
                 _signal(process, signal.SIGUSR1)  # it writes down where it is
             _ended(running, _GRACE_S)

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from zi_experiments import distributed, engines, environment, planner, preflight, progress, scratch
+from zi_experiments import caches, distributed, engines, environment, planner, preflight, progress, scratch
 from zi_experiments.compose import from_choices
 from zi_experiments.config import ConfigError, Run, conf_dir
 from zi_experiments.hardware import disk
@@ -34,7 +34,8 @@ def get_ds_model(
         model_name: hub name ("facebook/opt-66b"), folder, or the name of a shipped shape ("opt-66b").
         cpu_offload: keep the weights in host memory.
         disk_offload: keep them on disk, in a folder of their own under `offload_dir`; wins over `cpu_offload`.
-        offload_dir: used with `disk_offload` only. What is written there goes with the model or the process.
+        offload_dir: a folder that is there; used with `disk_offload` only. What is written there goes with the model or
+            the process.
         dummy_weights: None for the checkpoint `model_name`, "random" for random weights of its shape, or the folder
             of another checkpoint.
         bits: 16, 8 or 4.
@@ -79,6 +80,10 @@ def get_ds_model(
 
 
 def _load(run: Run) -> Any:
+    console = Console(stderr=True)
+    if (line := caches.settle()) and not distributed.launched_rank():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    scratch.check_base("offload_dir", run.offload.path)
     path = scratch.for_weights(run, Path.cwd(), uuid.uuid4().hex[:12])
     if path is not None:
         scratch.remove_abandoned(path.parent)
@@ -87,7 +92,7 @@ def _load(run: Run) -> Any:
     environment.set_variables(environment.worker_environment(cuda=planned.machine.device == "cuda"))
     engine = engines.get(run.engine.name)
     config = engine.config(planned, str(path) if path else None)
-    told = progress.silent() if distributed.launched_rank() else progress.shown(Console(stderr=True))
+    told = progress.silent() if distributed.launched_rank() else progress.shown(console)
     engine.prepare(planned, told)
     held = scratch.Scratch(path) if path else None
     try:

@@ -1,16 +1,19 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a run in the same way: `KeyboardInterrupt` with the signal's name."""
+"""Ctrl-C and the signals of shells and schedulers end a run in the same way: `KeyboardInterrupt` with the signal's name."""
 
 import signal
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# schedulers send SIGUSR1 or SIGUSR2 before the time is up
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def install() -> None:
-    """From now on those of them that are not ignored (nohup) raise `KeyboardInterrupt` in the main thread."""
+def install(before: Callable[[], None] = lambda: None) -> None:
+    """From now on those that are not ignored (nohup) call `before`, and raise `KeyboardInterrupt` in the main thread."""
     for number in _STOP:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _stop)
+            signal.signal(number, partial(_stop, before))
 
 
 def check() -> None:
@@ -26,8 +29,9 @@ def acknowledge() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _stop(number: int, frame: Any) -> None:
+def _stop(before: Callable[[], None], number: int, frame: Any) -> None:
     name = signal.Signals(number).name
+    before()
 
     def again(number: int, frame: Any) -> None:
         raise KeyboardInterrupt(name)

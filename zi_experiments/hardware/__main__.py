@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from zi_experiments import signals, stdio
+from zi_experiments import caches, signals, stdio
 from zi_experiments.compose import from_choices
 from zi_experiments.config import ConfigError, conf_dir
 from zi_experiments.engines import reading
@@ -37,7 +37,9 @@ def main() -> int:
 
 def _measure(folder: Path | None, name: str | None, output: Path | None) -> int:
     if folder is not None and not folder.expanduser().is_dir():
-        raise ConfigError(f"--path {folder} is no folder: pass --path /a/folder/on/NVMe")
+        raise ConfigError(f"--path {folder} is no folder: mkdir -p {folder}, or pass --path /another/folder")
+    if line := caches.settle():
+        _say(line)
     run = from_choices({"hardware": "auto", "engine": "stream"}, {})
     there = reading.disk_of(run, folder) if folder is not None else None
     machine = detect(run.hardware)
