@@ -408,6 +408,8 @@ def test_trusted_code_runs_from_end_to_end(cli, tmp_path, mark):
     assert done.returncode == 0, done.stdout + done.stderr
     [result] = cli.results()
     assert result["verification"]["passed"]
+    assert result["verification"]["reference"] == "AutoModelForCausalLM"
+    assert result["checkpoint"]["ignored_tensors"] == []
     assert result["metrics"]["perplexity"] > 0
     assert re.fullmatch(r"transformers_modules\..*\.modeling_brought\.BroughtLayer", result["plan"]["layer_class"])
     assert set(mark.read_text().split()) == {"configuration", "modeling", "tokenizer"}

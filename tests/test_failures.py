@@ -1,4 +1,4 @@
-"""What is said of workers that ran out of memory: only what would change something."""
+"""What is said of workers that failed: of those that ran out of memory only what would change something."""
 
 import json
 
@@ -64,3 +64,9 @@ def test_out_of_host_memory(said, overrides, fixes):
 
     assert (status, message) == ("oom", "the host ran out of memory (rank 0, during load)")
     assert hint == f"pass {fixes}"
+
+
+def test_what_a_worker_finds_wrong_with_what_was_asked_is_refused(said):
+    status, message, hint = said("ConfigError: MASTER_PORT=1 is taken: set MASTER_PORT=2")
+
+    assert (status, message, hint) == ("refused", "MASTER_PORT=1 is taken: set MASTER_PORT=2", None)

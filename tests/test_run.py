@@ -57,6 +57,7 @@ def check_figures(result, *, batch, prompt, gen, repeats):
     assert metrics["load_s"] == samples["load_s"] > 0
     assert result["verification"]["passed"]
     assert result["verification"]["max_rel_error"] == 0
+    assert result["verification"]["reference"] == "layer by layer"
     placement = result["plan"]["placement"]
     assert sum(placement.values()) == result["plan"]["weight_bytes"]
 

@@ -4,13 +4,15 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from cli import Cli, wait_for
-from families import group_quantize
+from families import IDS, group_quantize, plain, save_checkpoint
 
+from zi_experiments import reference as references
 from zi_experiments.config import Quant
 from zi_experiments.reference import round_trip
 from zi_experiments.verify import greedy_fraction, rel_error
@@ -113,6 +115,65 @@ def test_a_group_of_equal_values_is_kept():
     weight = torch.full((2, 64), 0.25, dtype=torch.float16)
 
     assert torch.equal(round_trip(weight, Quant(name="", bits=4, group_size=64, group_dim=1)), weight)
+
+
+@pytest.fixture
+def reference(make_plan, machine, tmp_path):
+    """`reference(family, quant, memory)` → the reference of a checkpoint of that family, in `tmp_path`, and its plan."""
+    opened = []
+
+    def reference(family, quant="fp16", memory=1 << 40, change=lambda config: None):
+        save_checkpoint(tmp_path, family)
+        settings = ["model=local", f"model.path={tmp_path}", "weights=pretrained", "workload=smoke", "engine=stream"]
+        plan = make_plan(*settings, "offload=cpu", f"quant={quant}", on=machine("cpu"))
+        change(plan.architecture.config)
+        opened.append(references.of(plan, torch.device("cpu"), memory))
+        return opened[-1]
+
+    yield reference
+    for each in opened:
+        each.close()
+
+
+def logits(reference):
+    return reference.run(IDS, lambda index, forward, args, kwargs: forward(*args, **kwargs))
+
+
+@pytest.mark.parametrize(("memory", "kind"), [(1 << 40, "AutoModelForCausalLM"), (0, "layer by layer")])
+@pytest.mark.parametrize("quant", ["fp16", "int4"])
+@pytest.mark.parametrize("family", ["opt", "mixtral", "gemma2", "gpt2"])
+def test_both_references_are_plain_transformers(reference, tmp_path, family, quant, memory, kind):
+    """Tied embeddings, experts that a file has one by one, scaled embeddings, `Conv1D`."""
+    found = reference(family, quant, memory)
+
+    assert found.kind == kind
+    with torch.no_grad():
+        expected = plain(tmp_path, 4 if quant == "int4" else 16)(IDS).logits
+    assert torch.equal(logits(found), expected)
+
+
+def test_a_configuration_that_is_read_wrongly_has_no_part_in_the_reference(reference, tmp_path):
+    """The engine's mistake would be the reference's too."""
+
+    def change(config):
+        config.rms_norm_eps = 1.0
+
+    whole, repeating = (reference("llama", memory=memory, change=change) for memory in (1 << 40, 0))
+
+    with torch.no_grad():
+        expected = plain(tmp_path, 16)(IDS).logits
+    assert torch.equal(logits(whole), expected)
+    assert rel_error(logits(repeating), expected) > 0.05
+
+
+def test_a_closed_reference_holds_no_weights(reference):
+    found = reference("llama")
+    logits(found)
+    model = weakref.ref(found._model)
+
+    found.close()
+
+    assert model() is None
 
 
 def test_rel_error_is_that_of_the_worst_token():

@@ -71,7 +71,7 @@ def _stored(path: str, config: Any) -> Checkpoint | None:
 
     if Path(local_or_hub(path)).is_dir():
         return checkpoint.find(path)
-    cached = try_to_load_from_cache(path, "config.json", revision=config._commit_hash)
+    cached = try_to_load_from_cache(path, "config.json", revision=getattr(config, "_commit_hash", None))
     with suppress(ConfigError):  # transformers gets the rest, or says that it cannot
         return checkpoint.find(str(Path(cached).parent)) if isinstance(cached, str) else None
     return None
@@ -91,11 +91,24 @@ def _held(found: Architecture, stored: Checkpoint, path: str, name: str) -> Arch
 def _headers(file: Path) -> Tensors:
     """The tensors of a file on the meta device."""
     import torch
+    from safetensors import safe_open
     from transformers.modeling_utils import load_state_dict
 
-    with torch.serialization.skip_data():  # of files from before torch 1.6, meta alone would read the tensors
-        tensors: Tensors = load_state_dict(file, map_location="meta")
-    return tensors
+    if file.suffix != ".safetensors":
+        with torch.serialization.skip_data():  # of files from before torch 1.6, meta alone would read the tensors
+            pickled: Tensors = load_state_dict(file, map_location="meta")
+        return pickled
+    with safe_open(file, framework="numpy") as opened:  # torch would map it as if to write, which takes free memory
+        names = opened.keys()
+        return {name: _without_data(opened.get_slice(name)) for name in names}
+
+
+def _without_data(part: Any) -> Any:
+    import torch
+    from transformers.modeling_utils import str_to_torch_dtype
+
+    dtype = str_to_torch_dtype.get(part.get_dtype(), torch.uint8)  # of one that torch lacks, the shape alone counts
+    return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
 def _loaded_without_data(config: Any, headers: dict[Path, Tensors], path: str) -> tuple[Any, dict[str, Any], set[str]]:
