@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any, Protocol
 
@@ -58,7 +58,10 @@ class Reference(Protocol):
 def of(plan: Plan, device: Any, host_memory_bytes: int) -> Reference:
     """The reference of a loaded plan: whole where a checkpoint fits the host's memory, else layer by layer."""
     fits = ELEMENT_BYTES * plan.architecture.num_parameters < 0.9 * host_memory_bytes
-    return Whole(plan, device) if plan.run.weights.path is not None and fits else LayerByLayer(plan, device)
+    if plan.run.weights.path is not None and fits:
+        with suppress(ImportError):  # of a package that the configuration asks for, and the plan does without
+            return Whole(plan, device)
+    return LayerByLayer(plan, device)
 
 
 class Whole:
