@@ -161,7 +161,7 @@ def test_a_bound_that_a_run_passes_is_measured_again(done, tmp_path):
     for name in ("fraction_of_bound", "prefill_fraction_of_bound"):
         assert record["metrics"][name] is None or record["metrics"][name] <= metrics.NOISE
     rates = record["plan"]["rates"]
-    assert rates["hbm_bytes_per_s"] == max(rates["calibration"]["moments"]["hbm_bytes_per_s"]) > 1e8
+    assert rates["hbm_bytes_per_s"] >= max(rates["calibration"]["moments"]["hbm_bytes_per_s"]) > 1e8
     kept = json.loads(path.read_text())["figures"]
     assert len(kept["moments"]["hbm_bytes_per_s"]) == 4, "the next run begins with them"
     assert kept["hbm_bytes_per_s"] == rates["hbm_bytes_per_s"]
