@@ -65,7 +65,11 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 def write(folder: Path, family: str, numbers: dict, auto=AutoModelForCausalLM) -> None:
     torch.manual_seed(0)
-    auto.from_config(AutoConfig.for_model(family, **numbers)).to(torch.bfloat16).save_pretrained(folder)
+    model = auto.from_config(AutoConfig.for_model(family, **numbers)).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():  # no two rows or values are alike
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.save_pretrained(folder)
 
 
 def configure(folder: Path, **values) -> None:
@@ -176,7 +180,7 @@ def configured(**values):
 
 
 def mamba(folder: Path) -> None:
-    write(folder, "mamba", {"vocab_size": 8192, "hidden_size": 128, "num_hidden_layers": 2, "state_size": 8})
+    write(folder, "mamba", {"vocab_size": 8192, "hidden_size": 128, "num_hidden_layers": 2, "time_step_rank": 64})
 
 
 def zamba2(folder: Path) -> None:

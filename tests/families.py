@@ -132,11 +132,12 @@ def plain(folder: Path, bits: int, **groups: int):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
     if bits < 16:
         done = set()
-        for module in model.modules():
+        for path, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 matrix = name == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
-                matrix = matrix and "Positional" not in type(module).__name__
-                if (matrix or parameter.dim() == 3) and parameter not in done:
+                matrix = matrix and "Positional" not in type(module).__name__ and not path.endswith(".dt_proj")
+                stacked = parameter.dim() == 3 and not isinstance(module, nn.Conv1d)
+                if (matrix or stacked) and parameter not in done:
                     done.add(parameter)
                     parameter.data = group_quantize(parameter.data, bits, **groups)
     return model

@@ -380,7 +380,8 @@ def is_quantizable(model: Any, name: str) -> bool:
 
     These are the weights of linear layers and embeddings, subclasses included, of GPT-2's `Conv1D`, and experts that are
     stacked in one 3-D tensor. Norms, biases and convolutions stay as they are, and so does OPT's table of positions, which
-    every token reads and whose number of rows no group divides.
+    every token reads and whose number of rows no group divides, and the small step projections of state space models, which
+    the module around them multiplies with.
     """
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
@@ -390,7 +391,7 @@ def is_quantizable(model: Any, name: str) -> bool:
     module, dim = model.get_submodule(owner), model.get_parameter(name).dim()
     if dim == 3:
         return not isinstance(module, _ConvNd)
-    if "Positional" in type(module).__name__:
+    if "Positional" in type(module).__name__ or owner.endswith(".dt_proj"):
         return False
     return dim == 2 and attribute == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
 
