@@ -217,8 +217,15 @@ class Plan:
         """What the engine's pass takes that is verified, beside weights and buffers: the logits of all tokens too."""
         arch, tokens = self.architecture, VERIFIED_SEQUENCES * VERIFIED_TOKENS
         within: int = 3 * self.widest + 9 * arch.hidden_size + 5 * arch.config.get_text_config().vocab_size
-        kv = VERIFIED_SEQUENCES * arch.kv_elements(VERIFIED_TOKENS)
-        return self.observed_bytes + ELEMENT_BYTES * (tokens * within + kv)
+        return self.observed_bytes + ELEMENT_BYTES * tokens * within + self.observing_kv_bytes
+
+    @property
+    def observing_kv_bytes(self) -> int:
+        """The KV cache of that pass on the GPU, which has room for as many tokens as the run's own, until that begins."""
+        work, arch = self.run.workload, self.architecture
+        if self.run.kv_cache.device is CacheDevice.cpu:
+            return self.kv_slot_bytes * VERIFIED_SEQUENCES // work.sequences
+        return ELEMENT_BYTES * VERIFIED_SEQUENCES * arch.kv_elements(work.prompt_len + work.gen_len)
 
     @cached_property
     def outside_numel(self) -> int:

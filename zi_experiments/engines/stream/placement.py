@@ -198,7 +198,7 @@ def _parked_bytes(plan: Plan, placed: Sequence[LayerPlacement]) -> int:
     if memory is None or plan.run.verify is Verify.off:
         return 0
     resident, arriving = sum(layer.resident.nbytes for layer in placed), slots(plan) * _largest(placed)
-    free = memory - plan.context_bytes - _outside_bytes(plan) - resident - arriving
+    free = memory - plan.context_bytes - _outside_bytes(plan) - resident - arriving - plan.observing_kv_bytes
     return min(resident, max(0, plan.observed_bytes + 2 * plan.reference_bytes - free))
 
 
