@@ -162,6 +162,8 @@ def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", engine: 
     choices |= {"model": "local", "weights": "pretrained", "tracking": "none"}
     # some processors compute float16 as well
     settings |= {"hardware.dtypes": None if torch.cuda.is_available() else ["bfloat16"]}
+    if engine == "deepspeed" and offload == "nvme":
+        settings |= {"offload.aio.queue_depth": 4}  # a process with many models never gives the kernel's requests back
     run = from_choices(choices, {"model.path": str(folder), "weights.path": str(folder), **settings})
     plan = planner.plan_run(run)
     environment.set_variables(environment.worker_environment(cuda=plan.machine.device == "cuda"))
