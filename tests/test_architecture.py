@@ -356,8 +356,9 @@ def test_a_folder_written_by_transformers(load, llama_folder):
     assert found.num_parameters == embeddings + 3 * (attention + mlp + norms) + 64
 
 
-def test_a_checkpoint_s_own_configuration_counts(load, llama_folder):
-    found = load("model=opt-125m", "weights=pretrained", f"weights.path={llama_folder}")
+def test_a_checkpoint_s_own_configuration_counts(compose_run, llama_folder):
+    run = compose_run("model=opt-125m", "weights=pretrained", f"weights.path={llama_folder}")
+    found = architecture.load(run)
 
     assert found.model_type == "llama"
 
