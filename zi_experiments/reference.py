@@ -103,7 +103,7 @@ def _plain(plan: Plan) -> Any:
     if getattr(plan.architecture.config, "quantization_config", None) is not None:
         how["quantization_config"] = AutoQuantizationConfig.from_pretrained(path, dequantize=True, **how)
     with weights.without_zero3():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, plan.dtype), **how)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, plan.dtype), return_dict=True, **how)
 
 
 def _quantize(model: Any, quant: Quant, device: Any) -> None:

@@ -3,6 +3,7 @@
 docs/stream.md has a picture of it.
 """
 
+from collections import Counter
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -86,13 +87,15 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
 
 def _inventory(model: Any, prefix: str, layers: list[Any], homes: dict[int, Home], store: Any) -> Inventory:
     """What is outside of the layers, the slabs that stay with them, and this rank's shares of those that come."""
-    outside = {name: p for name, p in model.named_parameters() if not name.startswith(f"{prefix}.")}
+    times = Counter(p for layer in layers for p in layer.parameters())
+    shared = {p for p, count in times.items() if count > 1}
+    outside = {name: p for name, p in model.named_parameters() if p in shared or not name.startswith(f"{prefix}.")}
     stored = {name: Stored(numel=p.numel(), home=home_on(p.device)) for name, p in outside.items()}
     slabs = [layer.resident for layer in layers]
     pieces = [*((home_on(tensor.device), tensor.nbytes) for tensor in (*outside.values(), *slabs)), *store.pieces()]
     own = sum(p.numel() for p in outside.values())
     for index, layer in enumerate(layers):
-        for name, numel, stays in layer.held():
+        for name, numel, stays in layer.held(shared):
             stored[f"{prefix}.{index}.{name}"] = Stored(
                 numel=numel, home=home_on(layer.resident.device) if stays else homes[index]
             )

@@ -47,13 +47,19 @@ class StreamedLayer:
         """Where the slab comes from; `index` is the layer's among those that are streamed."""
         self._source, self._index = source, index
 
-    def held(self) -> Iterator[tuple[str, int, bool]]:
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self._layer.parameters()
+
+    def held(self, shared: set[nn.Parameter]) -> Iterator[tuple[str, int, bool]]:
         """Every parameter: its name in the layer, the 16-bit elements it takes, and whether it stays on the device.
 
-        Told by the buffer that it points into. Those in none of them are 16-bit ones that come with a slab.
+        Told by the buffer that it points into. Those in none of them are 16-bit ones that come with a slab; those that are
+        `shared` with other layers are left out, since no slab has them.
         """
         stays, comes = self._expanded
         for name, parameter in self._layer.named_parameters():
+            if parameter in shared:
+                continue
             numel, in_stays = parameter.numel(), _lies_in(parameter, stays)
             if in_stays or _lies_in(parameter, comes):
                 numel = self._placed.resident.packed_numel(numel)
