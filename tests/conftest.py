@@ -99,6 +99,14 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.fixture(autouse=True)
+def _started_by_no_launcher():
+    """A session in this process makes it a rank; commands that later tests start are none."""
+    yield
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def compose():
     """`compose(*overrides)` → the DictConfig that this command line would give."""

@@ -126,9 +126,10 @@ def group_quantize(weight: torch.Tensor, bits: int, group_size: int = 64, group_
     return expanded if group_dim == 1 else expanded.transpose(-1, -2).contiguous()
 
 
-def plain(folder: Path, bits: int, **groups: int):
+def plain(folder: Path, bits: int, dtype: torch.dtype | None = None, **groups: int):
     """The checkpoint in plain transformers, its matrices quantized and expanded again below 16 bits."""
-    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.bfloat16)
+    device, best = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.bfloat16)
+    dtype = dtype or best
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
     if bits < 16:
         done = set()

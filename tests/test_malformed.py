@@ -25,9 +25,12 @@ def model(*, without=(), **changed):
 
 # name: (arguments, what the output says). Flags come first, as Hydra wants them.
 SETTINGS = {
-    "a wrong choice of a model": (["model=opt-13"], r"Could not find 'model/opt-13'\s[\s\S]*opt-13b"),
-    "a wrong choice of an engine": (["engine=vllm"], r"Could not find 'engine/vllm'\s[\s\S]*stream"),
-    "a wrong choice in a sweep": (["-m", "engine=stream,vllm", "workload.gen_len=0"], "Could not find 'engine/vllm'"),
+    "a wrong choice of a model": (
+        ["model=opt-13"],
+        r"model=opt-13 is no choice: pass model=opt-13b; there are .*opt-30b",
+    ),
+    "a wrong choice of an engine": (["engine=vllm"], r"engine=vllm is no choice: pass one of .*stream"),
+    "a wrong choice in a sweep": (["-m", "engine=stream,vllm", "workload.gen_len=0"], "engine=vllm is no choice"),
     "no choice of a group": (["model=null"], "(?i)group override"),
     "a group taken away": (["~model"], r"\bmodel\b"),
     "a setting taken away": (["~plan_only"], "plan_only"),
@@ -65,7 +68,7 @@ SETTINGS = {
     "an unclosed bracket": (["tracking.tags=[a,b"], r"\[a,b"),
     "an unclosed range of a sweep": (["-m", "workload.gen_len=range(0,3"], r"range\(0,3"),
     "no equals sign": (["workload"], "workload"),
-    "no key": (["=5"], "(?i)group override"),
+    "no key": (["=5"], "=5 has no key: pass GROUP=CHOICE or KEY=VALUE"),
     "a sweep without -m": (["offload=cpu,none"], "offload=cpu,none"),
     "an unknown flag": (["--frobnicate"], "--frobnicate"),
     "no such folder of choices": (["--config-dir=/nowhere"], "/nowhere"),
@@ -133,7 +136,7 @@ MODELS = {
     "no family": (model(without=["model_type"]), r"model\.architecture\.model_type is required"),
     "a list of families": (model(model_type="[opt]"), r"model\.architecture\.model_type is required"),
     "no architecture": ("name: bad\npath: null\narchitecture: null\n", r"model\.path is required"),
-    "no word of an architecture": ("name: bad\npath: null\n", r"model\.architecture.*missing"),
+    "no word of an architecture": ("name: bad\npath: null\n", r"model\.architecture: no value given"),
     "a negative width": (model(hidden_size=-768), "negative dimension -768"),
     "a word for a width": (model(hidden_size="wide"), "hidden_size.*wide"),
     "a width that is no number": (model(hidden_size=".nan"), "hidden_size"),
@@ -144,7 +147,7 @@ IN_ORDER = {
     "-m after overrides": (["workload.gen_len=0,0", "-m"], r"workload\.gen_len must be at least 1"),
     "-m between overrides": (
         ["offload=cpu", "-m", "workload.gen_len=0"],
-        r"unrecognized arguments: workload\.gen_len=0",
+        r"workload\.gen_len=0: pass flags such as -m before all settings",
     ),
 }
 
@@ -220,6 +223,8 @@ def test_each_folder_of_a_run_has_one_result_that_says_refused(outcomes, name):
     results, work = outcomes[name].cli.results(), outcomes[name].cli.folder
     folders = {path.parent for path in work.glob("outputs/**/.hydra")}
 
+    if "plan_only=true" in CASES[name][0]["arguments"]:
+        folders = set()  # a plan leaves no record
     assert {result["folder"] for result in results} == folders
     assert [result["status"] for result in results] == ["refused"] * len(folders)
     for result in results:

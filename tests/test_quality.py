@@ -12,7 +12,7 @@ from cli import Cli
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zi_experiments import config, preflight, quality
+from zi_experiments import architecture, config, planner, preflight, quality
 from zi_experiments.config import ConfigError
 from zi_experiments.progress import silent
 
@@ -58,12 +58,13 @@ def train(ids):
 
 
 @pytest.fixture
-def plan(make_plan, machine, checkpoint):
+def plan(compose_run, machine, checkpoint):
     """`plan(*overrides)` → the plan of a run of the checkpoint on the shipped text."""
 
     def plan(*overrides):
         given = ["experiment=quality", "model=local", f"model.path={checkpoint}", f"workload.prompt_len={WINDOW}"]
-        return make_plan(*given, *overrides, on=machine("cpu"))
+        run = compose_run(*given, *overrides)
+        return planner.build(run, architecture.load(run), machine("cpu"))
 
     return plan
 

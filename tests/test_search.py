@@ -196,7 +196,7 @@ def batch(candidate):
     return candidate.run.workload.batch_size
 
 
-@pytest.mark.parametrize("gpu_gib", [5, 8])
+@pytest.mark.parametrize("gpu_gib", [6, 8])
 def test_a_search_begins_with_the_best_by_plan_and_goes_on_with_its_curve(ranked, gpu_gib):
     found = ranked("engine=stream", **CARD | {"gpu_memory_bytes": gpu_gib * GIB})
     best, *sizes = [each for each in found if kind(each) == kind(found[0])]

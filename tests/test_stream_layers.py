@@ -68,7 +68,7 @@ def test_a_pass_in_blocks_is_that_of_the_whole_batch(family):
     ids = tiny.prompts(6, 11)
     expected = generate(model, ids, 12, None)
     rows = put_blocks(model, 3)
-    cache = BlockCache([DeviceCache(model.config, 40) for _ in range(3)])
+    cache = BlockCache([DeviceCache(model.config, 40, 4) for _ in range(3)])
 
     for _ in range(2):  # again after a reset
         cache.reset()
@@ -94,7 +94,7 @@ def test_each_block_has_the_keys_and_values_of_its_own_sequences():
 
 def test_reset_empties_every_block():
     model = tiny.model("gemma2")
-    parts = [DeviceCache(model.config, 40) for _ in range(2)]
+    parts = [DeviceCache(model.config, 40, 4) for _ in range(2)]
     cache = BlockCache(parts)
     put_blocks(model, 2)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_a_batch_that_blocks_do_not_divide_has_fewer(batch, blocks, rows):
     ids = tiny.prompts(batch, 7)
     expected = generate(model, ids, 5, None)
     seen = put_blocks(model, blocks)
-    cache = BlockCache([DeviceCache(model.config, 20) for _ in range(blocks)])
+    cache = BlockCache([DeviceCache(model.config, 20, 4) for _ in range(blocks)])
 
     assert_close(generate(model, ids, 5, cache), expected)
     assert set(seen) == {rows}
@@ -181,13 +181,13 @@ def test_tokens_and_logits_equal_those_of_the_default_cache(family):
     model = tiny.model(family)
 
     # other batches and lengths, more than there is room for, then as at first
-    cache = DeviceCache(model.config, 24)
+    cache = DeviceCache(model.config, 24, 4)
     assert_equal_to_the_default(model, cache, (3, 5, 12), (2, 9, 10), (3, 20, 15), (1, 3, 3), (3, 5, 12))
 
 
 def test_no_step_allocates_and_a_reset_keeps_the_room():
     model = tiny.model("llama")
-    cache = DeviceCache(model.config, 24)
+    cache = DeviceCache(model.config, 24, 4)
 
     def addresses():
         return [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]

@@ -268,7 +268,7 @@ def test_a_host_without_room_for_what_is_parked_is_refused(plan_stream):
     tight = CARD | {"host_gib": (fit.uses(parked)[1].total + parked.storage.parked_bytes) / GIB - 0.01}
 
     plan_stream("llama-3.1-70b", "int4", "cpu", "auto", verify="off", **tight)
-    with pytest.raises(ConfigError, match=r"^verification moves 9\.\d GB of the GPU's weights .*: pass verify=off"):
+    with pytest.raises(ConfigError, match=r"^verification moves \d+\.\d GB of the GPU's weights .*: pass .*verify=off"):
         plan_stream("llama-3.1-70b", "int4", "cpu", "auto", **tight)
 
 

@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from itertools import takewhile
@@ -37,9 +38,10 @@ def of_error(error: Exception, arguments: list[str]) -> str:
         return _of_grammar(error, found.overrides, found.multirun)
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         return _of_choice(error.missing_cfg_file, error.options)
-    for override in OverridesParser.create().parse_overrides(found.overrides):
-        if problem := _of_override(override, found.multirun, str(error)):
-            return problem
+    with suppress(ValueError):  # numbers that Python does not read: the error says so itself
+        for override in OverridesParser.create().parse_overrides(found.overrides):
+            if problem := _of_override(override, found.multirun, str(error)):
+                return problem
     reason = (
         f" ({_first_line(error.__cause__)})" if isinstance(error, CompactHydraException) and error.__cause__ else ""
     )
@@ -118,6 +120,8 @@ def _of_override(override: Override, is_sweep: bool, error: str) -> str | None:
     """What is wrong with an override that can be read."""
     text, key = override.input_line or "", override.key_or_group
     _, _, value = text.partition("=")
+    if not key:
+        return f"{text} has no key: pass GROUP=CHOICE or KEY=VALUE"
     if override.is_sweep_override() and not is_sweep:
         return f"{text} has several values: pass -m to run each, or {shlex.quote(f'{key}={_in_quotes(value)}')} for one"
     if key.startswith("hardware.calibration.") and "Unexpected type" in error:

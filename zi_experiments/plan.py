@@ -221,11 +221,14 @@ class Plan:
 
     @property
     def observing_kv_bytes(self) -> int:
-        """The KV cache of that pass on the GPU, which has room for as many tokens as the run's own, until that begins."""
-        work, arch = self.run.workload, self.architecture
+        """The KV cache of that pass on the GPU until the run begins: its sequences have the room of those of the run."""
+        work, arch, ranks = self.run.workload, self.architecture, self.run.hardware.num_gpus
         if self.run.kv_cache.device is CacheDevice.cpu:
-            return self.kv_slot_bytes * VERIFIED_SEQUENCES // work.sequences
-        return ELEMENT_BYTES * VERIFIED_SEQUENCES * arch.kv_elements(work.prompt_len + work.gen_len)
+            largest = max((layer.elements(VERIFIED_TOKENS) for layer in arch.kv_layers), default=0)
+            return max(self.kv_slot_bytes // ranks, 2 * ELEMENT_BYTES * VERIFIED_SEQUENCES * largest)
+        held = min(VERIFIED_SEQUENCES, work.sequences // ranks)
+        elements = held * arch.kv_elements(work.prompt_len + work.gen_len)
+        return ELEMENT_BYTES * max(elements, VERIFIED_SEQUENCES * arch.kv_elements(VERIFIED_TOKENS))
 
     @cached_property
     def outside_numel(self) -> int:

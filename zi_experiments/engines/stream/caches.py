@@ -22,20 +22,22 @@ def _part(plan: Plan, device: torch.device) -> Cache:
     if plan.run.kv_cache.device is CacheDevice.cpu:
         return host_cache(plan, device)
     work = plan.run.workload
-    return DeviceCache(plan.architecture.config, work.prompt_len + work.gen_len)
+    sequences = work.batch_size // plan.run.hardware.num_gpus
+    return DeviceCache(plan.architecture.config, work.prompt_len + work.gen_len, sequences)
 
 
 class DeviceCache(Cache):  # type: ignore[misc]
-    """A cache on the device with room for `capacity` tokens of each sequence; it grows when a pass needs more.
+    """A cache on the device with room for `capacity` tokens of each of `sequences`; it grows when a pass needs more.
 
+    More sequences share that room, so that the verification of a run takes no more than the run.
     Layers other than plain attention, such as sliding windows, stay as transformers makes them.
     """
 
     layers: list[Any]
 
-    def __init__(self, config: Any, capacity: int) -> None:
+    def __init__(self, config: Any, capacity: int, sequences: int) -> None:
         self._config = config.get_text_config(decoder=True)
-        self._capacity = capacity
+        self._capacity, self._sequences = capacity, sequences
         super().__init__(layers=[])
         self.reset()
 
@@ -45,7 +47,9 @@ class DeviceCache(Cache):  # type: ignore[misc]
         self.layers = DynamicCache(config=self._config).layers
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
-                self.layers[index] = kept[index].emptied() if index in kept else _RoomyLayer(self._capacity)
+                self.layers[index] = (
+                    kept[index].emptied() if index in kept else _RoomyLayer(self._capacity, self._sequences)
+                )
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -54,9 +58,9 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
     keys: Any
     values: Any
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, sequences: int) -> None:
         super().__init__()
-        self._capacity = capacity
+        self._capacity, self._sequences = capacity, sequences
         self._rooms: list[torch.Tensor] = []
 
     def emptied(self) -> "_RoomyLayer":
@@ -86,9 +90,10 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
     def _grow(self, new: tuple[torch.Tensor, torch.Tensor], held: int, total: int) -> None:
         old: tuple[Any, Any] = (self.keys, self.values)
         self._rooms = []
+        share = min(self._capacity, self._capacity * self._sequences // new[0].shape[0])
         for before, states in zip(old, new, strict=True):
             batch, heads, _, head_dim = states.shape
-            room = states.new_empty(batch, heads, max(self._capacity, total), head_dim)
+            room = states.new_empty(batch, heads, max(share, total), head_dim)
             if held:
                 room[:, :, :held] = before
             self._rooms.append(room)
