@@ -69,3 +69,18 @@ def greedy(model, ids, gen_len):
         for _ in range(gen_len):
             ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     return ids
+
+
+def test_decoding_does_not_copy_the_weights_of_routed_experts(monkeypatch):
+    """As transformers has it on a GPU: 29 GB for 32 sequences of Mixtral, and two thirds of the tokens per second."""
+    model = tiny.model("mixtral")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+
+    def while_decoding():
+        with model._optimize_model_for_decode():
+            return model.config._experts_implementation
+
+    copying = while_decoding()
+    HFSession(model, "cpu")
+
+    assert (copying, while_decoding()) == ("batched_mm", "grouped_mm")

@@ -30,6 +30,8 @@ class HFSession:
         self._inventory = inventory or partial(in_memory, model)
         self._parked = parked
         self._close = close
+        # transformers would copy the weights of all routed experts in each step, which no plan has room for
+        model._optimize_model_for_decode = nullcontext
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(_contiguous)
 

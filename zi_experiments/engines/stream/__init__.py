@@ -67,10 +67,11 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         for name, value in loader.outside():
             put(model, names[name], value)
         prefix, modules = decoder_layers(model)
-        expanded = torch.empty(placement.expanded_elements(placed), dtype=dtype, device=device)
         resident = [loader.resident(f"{prefix}.{index}", layer) for index, layer in enumerate(placed)]
         streamed = [index for index, layer in enumerate(placed) if layer.streamed.nbytes]
         store = loader.store({f"{prefix}.{index}": placed[index] for index in streamed}, path)
+        # last, since weights are quantized in the room that it takes
+        expanded = torch.empty(placement.expanded_elements(placed), dtype=dtype, device=device)
     source: Any = _source(plan, store, device) if streamed else None
     layers = []
     for index, module in enumerate(modules):
