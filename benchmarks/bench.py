@@ -243,7 +243,8 @@ class Cpu:
         machine = _machine(one, disk if one.on_disk else None)
         if machine.calibration is None:
             return []  # it has said why
-        products = [machine.calibration.gemm_flops[machine.dtypes[0]][rows] for rows in ROWS]
+        curve = machine.calibration.gemm_flops[machine.dtypes[0]]  # of a slow processor it ends early
+        products = [curve[min(rows, max(curve))] for rows in ROWS]
         read = machine.ceilings.disk_bytes_per_s
         return [*products, read] if one.on_disk and read else products
 
