@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from zi_experiments.hardware import Machine
+    from zi_experiments.system.machines import Machine
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = ("of the\nbound", "predicted")  # measured against both
@@ -212,8 +212,8 @@ class Gpu:
     def _read_rate(self, one: Case, disk: Path) -> float | None:
         from published import compose
 
-        from zi_experiments.engines.reading import disk_of
-        from zi_experiments.hardware.disk import bytes_per_s
+        from zi_experiments.calibration.disk import bytes_per_s
+        from zi_experiments.engines.disk_access import disk_of
 
         if not one.on_disk:
             return None
@@ -253,13 +253,13 @@ def _machine(one: Case, disk: Path | None) -> "Machine":
     """What a case runs on, measured anew, its disk too where a path is given. Without a calibration it has said why."""
     from published import compose
 
-    from zi_experiments import hardware
-    from zi_experiments.engines.reading import disk_of
-    from zi_experiments.hardware import calibration
+    from zi_experiments.calibration import suite
+    from zi_experiments.engines.disk_access import disk_of
+    from zi_experiments.system import machines
 
     run = compose(one.overrides)
     there = disk_of(run, disk) if disk is not None else None
-    return calibration.measure(run.hardware, hardware.detect(run.hardware), there, _say)
+    return suite.measure(run.hardware, machines.detect(run.hardware), there, _say)
 
 
 def _change(pairs: Iterable[tuple[float, float]]) -> float:

@@ -14,10 +14,12 @@ from typing import Any
 
 from published import LIMITS, compose
 
-from zi_experiments import architecture, planner, predict
-from zi_experiments.config import Calibration, Ceilings
-from zi_experiments.hardware import Machine
-from zi_experiments.plan import Plan
+from zi_experiments.config.schema import Calibration, Ceilings
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.cost_model.prediction import Prediction, predict
+from zi_experiments.models import architecture
+from zi_experiments.planner import planning
+from zi_experiments.system.machines import Machine
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "predictions.md"
@@ -68,7 +70,7 @@ class Compared:
 
     measured: Measured
     plan: Plan
-    prediction: predict.Prediction
+    prediction: Prediction
 
     @property
     def prefill_error(self) -> float:
@@ -127,8 +129,8 @@ def compare(measured: Measured) -> Compared:
     """The plan that the code makes of the command today, and its prediction."""
     typed = [each for each in shlex.split(measured.command)[3:] if not each.startswith(ELSEWHERE)]
     run = compose(tuple(typed))
-    plan = planner.build(run, architecture.load(run), measured.machine)
-    return Compared(measured=measured, plan=plan, prediction=predict.predict(plan))
+    plan = planning.build(run, architecture.load(run), measured.machine)
+    return Compared(measured=measured, plan=plan, prediction=predict(plan))
 
 
 def page(found: list[Measured]) -> str:

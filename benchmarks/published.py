@@ -11,12 +11,14 @@ from typing import Any
 import hydra
 from omegaconf import OmegaConf
 
-from zi_experiments import architecture, config, planner
-from zi_experiments.architecture import Architecture
-from zi_experiments.compose import from_choices, to_run
-from zi_experiments.config import Hardware, Run
-from zi_experiments.hardware import GIB, Machine
-from zi_experiments.plan import Plan
+from zi_experiments.config import schema
+from zi_experiments.config.composition import from_choices, to_run
+from zi_experiments.config.schema import Hardware, Run
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.models import architecture
+from zi_experiments.models.architecture import Architecture
+from zi_experiments.planner import planning
+from zi_experiments.system.machines import GIB, Machine
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "published.md"
 HEADER = """# Published figures, and what their machines could do
@@ -111,15 +113,15 @@ def load() -> list[Table]:
 
 def compose(overrides: tuple[str, ...]) -> Run:
     """The run that a command line gives."""
-    config.register()
-    with hydra.initialize_config_dir(config_dir=str(config.conf_dir()), version_base="1.3"):
+    schema.register()
+    with hydra.initialize_config_dir(config_dir=str(schema.conf_dir()), version_base="1.3"):
         return to_run(hydra.compose("config", overrides=list(overrides)))
 
 
 def plan_of(row: Row) -> Plan:
     """The plan of a row on the machine of its hardware file, whatever machine this is."""
     run = compose(row.overrides)
-    plan = planner.build(run, _described(run.model.name), described_machine(run.hardware))
+    plan = planning.build(run, _described(run.model.name), described_machine(run.hardware))
     assert plan.run.workload.sequences == row.sequences
     return plan
 

@@ -25,17 +25,20 @@ def record(quant: str) -> dict[str, Any]:
     """Spans of the last decode steps of one `generate`, in µs from the first token that is drawn."""
     import torch
 
-    from zi_experiments import engines, environment, planner, progress
-    from zi_experiments.compose import from_choices
+    from zi_experiments import environment
+    from zi_experiments.config.composition import from_choices
+    from zi_experiments.engines import base
+    from zi_experiments.planner import planning
+    from zi_experiments.runtime import progress
 
     choices = {"model": "opt-13b", "offload": "cpu", "quant": quant, "engine": "stream"}
     choices |= {"workload": "zero-inference", "tracking": "none"}
     settings = {"model.architecture.num_hidden_layers": LAYERS, "workload.gen_len": TOKENS, "engine.profile": None}
-    plan = planner.plan_run(from_choices(choices, settings))
+    plan = planning.plan_run(from_choices(choices, settings))
     if plan.machine.device != "cuda":
         raise SystemExit("no GPU is visible: --draw works without one")
     environment.set_variables(environment.worker_environment(cuda=True))
-    engine, told, work = engines.get("stream"), progress.silent(), plan.run.workload
+    engine, told, work = base.get("stream"), progress.silent(), plan.run.workload
     config = engine.config(plan, None)
     engine.prepare(plan, told)
     with torch.no_grad():

@@ -284,7 +284,7 @@ def greedily(model):
 
 
 def outcome(checkpoint: Path, engine: str, quant: str, offload: str, expected) -> str:
-    from zi_experiments.config import ConfigError
+    from zi_experiments.config.schema import ConfigError
 
     try:
         return compare(*load(checkpoint, quant, offload, engine=engine), expected)
@@ -296,8 +296,8 @@ def outcome(checkpoint: Path, engine: str, quant: str, offload: str, expected) -
 
 
 def compare(plan, session, expected) -> str:
-    from zi_experiments import progress
-    from zi_experiments.verify import verify
+    from zi_experiments.measurement.verification import verify
+    from zi_experiments.runtime import progress
 
     try:
         with torch.inference_mode():

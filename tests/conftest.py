@@ -13,10 +13,12 @@ import hydra
 import pytest
 from reliability import Page
 
-from zi_experiments import config, contents, planner
-from zi_experiments.compose import to_run
-from zi_experiments.config import Calibration, Ceilings, ConfigError
-from zi_experiments.hardware import Machine
+from zi_experiments.config import schema
+from zi_experiments.config.composition import to_run
+from zi_experiments.config.schema import Calibration, Ceilings, ConfigError
+from zi_experiments.models import contents
+from zi_experiments.planner import planning
+from zi_experiments.system.machines import Machine
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test needs the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny models threads only wait for one another
@@ -110,10 +112,10 @@ def _started_by_no_launcher():
 @pytest.fixture(scope="session")
 def compose():
     """`compose(*overrides)` → the DictConfig that this command line would give."""
-    config.register()
+    schema.register()
 
     def compose(*overrides):
-        with hydra.initialize_config_dir(config_dir=str(config.conf_dir()), version_base="1.3"):
+        with hydra.initialize_config_dir(config_dir=str(schema.conf_dir()), version_base="1.3"):
             return hydra.compose("config", overrides=list(overrides))
 
     return compose
@@ -152,7 +154,7 @@ def make_plan(compose_run, describe, machine):
 
     def make_plan(*overrides, on=None):
         run = compose_run(*overrides)
-        return planner.build(run, describe(run), on or machine())
+        return planning.build(run, describe(run), on or machine())
 
     return make_plan
 
@@ -188,7 +190,7 @@ def plan_of(compose_run, describe, machine):
         run.offload = compose_run(f"offload={offload}").offload
         run.quant = compose_run(f"quant={quant}").quant
         run.engine = compose_run(f"engine.profile={profile}").engine
-        return planner.build(run, describe(run), on or machine())
+        return planning.build(run, describe(run), on or machine())
 
     return plan_of
 

@@ -156,8 +156,11 @@ def generate(model, ids):
 
 def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", engine: str = "deepspeed", **settings):
     """A checkpoint loaded as a worker loads it: its plan and its session."""
-    from zi_experiments import engines, environment, planner, progress
-    from zi_experiments.compose import from_choices
+    from zi_experiments import environment
+    from zi_experiments.config.composition import from_choices
+    from zi_experiments.engines import base
+    from zi_experiments.planner import planning
+    from zi_experiments.runtime import progress
 
     choices = {"offload": offload, "quant": quant, "kv_cache": kv_cache, "engine": engine}
     choices |= {"model": "local", "weights": "pretrained", "tracking": "none"}
@@ -166,9 +169,9 @@ def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", engine: 
     if engine == "deepspeed" and offload == "nvme":
         settings |= {"offload.aio.queue_depth": 4}  # a process with many models never gives the kernel's requests back
     run = from_choices(choices, {"model.path": str(folder), "weights.path": str(folder), **settings})
-    plan = planner.plan_run(run)
+    plan = planning.plan_run(run)
     environment.set_variables(environment.worker_environment(cuda=plan.machine.device == "cuda"))
-    chosen, told = engines.get(engine), progress.silent()
+    chosen, told = base.get(engine), progress.silent()
     config = chosen.config(plan, str(folder.parent / "disk") if offload == "nvme" else None)
     chosen.prepare(plan, told)
     with torch.no_grad():
@@ -232,8 +235,10 @@ def compare(
     layout: str = "safetensors",
     **groups: int,
 ) -> dict:
-    from zi_experiments import engines, inventory, progress
-    from zi_experiments.verify import verify
+    from zi_experiments.cost_model import inventory
+    from zi_experiments.engines import base
+    from zi_experiments.measurement.verification import verify
+    from zi_experiments.runtime import progress
 
     settings = {f"quant.{key}": value for key, value in groups.items()}
     settings |= {"offload.resident": resident, "workload.micro_batches": micro_batches}
@@ -242,10 +247,10 @@ def compare(
     with torch.inference_mode():
         mine = session.model(ids).logits
     stored, on_disk = held_by_stream(session, checkpoint) if engine == "stream" else held_by_deepspeed(session)
-    planned, found = engines.get(engine).stored(plan), session.inventory()
+    planned, found = base.get(engine).stored(plan), session.inventory()
     result = {
         "difference": inventory.difference(planned, found.parameters),
-        "misplaced": inventory.difference(engines.get(engine).stored(in_memory(plan)), found.parameters),
+        "misplaced": inventory.difference(base.get(engine).stored(in_memory(plan)), found.parameters),
         "held_bytes": found.held.gpu_bytes + found.held.cpu_bytes + found.held.nvme_bytes,
         "padding_bytes": found.held.padding_bytes,
         "parameter_bytes": 2 * sum(each.numel for each in planned.values()),
@@ -265,7 +270,7 @@ def compare(
 
 def in_memory(plan):
     """The same plan with all weights on the device."""
-    from zi_experiments.config import OffloadDevice
+    from zi_experiments.config.schema import OffloadDevice
 
     offload = replace(plan.run.offload, device=OffloadDevice.none)
     return replace(plan, run=replace(plan.run, offload=offload))
@@ -280,7 +285,7 @@ def held_by_deepspeed(session) -> tuple[int, int]:
 
 def held_by_stream(session, checkpoint: Path) -> tuple[int, int]:
     """The same: what is outside of layers, the slabs that stay with each layer, those in host memory, and the file."""
-    from zi_experiments.architecture import decoder_layers
+    from zi_experiments.models.architecture import decoder_layers
 
     layers = decoder_layers(session.model)[1]
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}

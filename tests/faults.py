@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from families import load, save_checkpoint
 
-from zi_experiments.architecture import decoder_layers
+from zi_experiments.models.architecture import decoder_layers
 
 
 @contextmanager
@@ -132,8 +132,8 @@ FAULTS = {
 
 
 def main() -> None:
-    from zi_experiments import progress
-    from zi_experiments.verify import verify
+    from zi_experiments.measurement.verification import verify
+    from zi_experiments.runtime import progress
 
     folder = Path(sys.argv[1])
     for family in {family for _, family in FAULTS}:

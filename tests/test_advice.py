@@ -3,8 +3,8 @@ import shlex
 import pytest
 from omegaconf import OmegaConf
 
-from zi_experiments import advice
-from zi_experiments.config import conf_dir
+from zi_experiments.config import errors
+from zi_experiments.config.schema import conf_dir
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def advised(compose):
     def advised(*arguments):
         with pytest.raises(Exception) as refused:  # noqa: PT011
             compose(*(a for a in arguments if not a.startswith("-")))
-        text = advice.of_error(refused.value, list(arguments))
+        text = errors.of_error(refused.value, list(arguments))
         assert "\n" not in text
         return text
 
@@ -105,12 +105,12 @@ def test_a_value_of_another_type_is_one_line(advised):
 
 
 def test_a_flag_is_told_to_be_a_setting():
-    said = advice.of_flags(["-m", "--quant=int4,int8", "model=opt-125m", "--workload.batch_size=4"])
+    said = errors.of_flags(["-m", "--quant=int4,int8", "model=opt-125m", "--workload.batch_size=4"])
 
     assert said is not None
     assert "pass quant=int4,int8 workload.batch_size=4" in said
     assert "${args_no_hyphens}" in said
-    assert advice.of_flags(["-m", "--config-dir", "x", "--cfg", "job", "quant=int4"]) is None
-    assert advice.of_flags(["quant=int4", "-m", "offload=cpu,nvme"]) == (
+    assert errors.of_flags(["-m", "--config-dir", "x", "--cfg", "job", "quant=int4"]) is None
+    assert errors.of_flags(["quant=int4", "-m", "offload=cpu,nvme"]) == (
         "offload=cpu,nvme: pass flags such as -m before all settings, or after them"
     )

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, OPTConfig, T5Config
 
-from zi_experiments import architecture
-from zi_experiments.config import ConfigError, conf_dir
+from zi_experiments.config.schema import ConfigError, conf_dir
+from zi_experiments.models import architecture
 
 MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml") if path.stem != "local")
 

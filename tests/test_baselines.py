@@ -6,7 +6,7 @@ from cli import Cli
 from families import save_checkpoint
 from torch import nn
 
-from zi_experiments.config import ConfigError
+from zi_experiments.config.schema import ConfigError
 from zi_experiments.engines import accelerate, modules
 
 BASELINES = ("accelerate", "fsdp")

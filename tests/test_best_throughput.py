@@ -9,7 +9,7 @@ import pytest
 from cli import Cli
 from rich.console import Console
 
-from zi_experiments.sinks import search_table
+from zi_experiments.results.sinks import search_table
 
 HERE = """
 name: here

@@ -7,8 +7,9 @@ import stat
 import pytest
 from cli import Cli
 
-from zi_experiments import caches, environment
-from zi_experiments.config import ConfigError
+from zi_experiments import environment
+from zi_experiments.config.schema import ConfigError
+from zi_experiments.runtime import caches
 
 NOBODY = 12345  # a user whom this machine does not know
 

@@ -20,12 +20,18 @@ import pytest
 import torch
 from cli import Cli, wait_for
 
-from zi_experiments import hardware, metrics
-from zi_experiments.config import Calibration, ConfigError
-from zi_experiments.engines.reading import MOST_IN_FLIGHT, disk_of
-from zi_experiments.hardware import cache, calibration, choice, overhead
-from zi_experiments.hardware.disk import Disk, bytes_per_s, mount_of
-from zi_experiments.locks import FolderLock
+from zi_experiments.calibration import (
+    cache,
+    export,
+    launch_overhead,
+    suite,
+)
+from zi_experiments.calibration.disk import Disk, bytes_per_s, mount_of
+from zi_experiments.config.schema import Calibration, ConfigError
+from zi_experiments.engines.disk_access import MOST_IN_FLIGHT, disk_of
+from zi_experiments.results import metrics
+from zi_experiments.runtime.locks import FolderLock
+from zi_experiments.system import machines
 
 BLOCK_BYTES = 1 << 20
 
@@ -54,7 +60,7 @@ def auto(compose_run):
 @pytest.fixture
 def here(auto):
     """This machine, as far as it is known without a measurement."""
-    return hardware.detect(auto)
+    return machines.detect(auto)
 
 
 @pytest.fixture
@@ -83,7 +89,7 @@ def on_disk(tmp_path):
     return Disk(folder=tmp_path / "disk", block_bytes=BLOCK_BYTES, in_flight=4)
 
 
-class Steps(overhead.Overhead):
+class Steps(launch_overhead.Overhead):
     """Steps of 4 and of 12 layers that are written down instead of measured."""
 
     def __init__(self, *steps_s):
@@ -104,7 +110,7 @@ def test_what_a_layer_and_a_step_take_by_hand():
 
 
 def test_what_was_measured_is_possible(cached, auto, here):
-    measured = calibration.known(auto, here, None)
+    measured = suite.known(auto, here, None)
     rates, figures = measured.calibration.gemm_flops[here.dtypes[0]], measured.calibration
 
     assert measured.ceilings.source.startswith("measured on 2")
@@ -122,7 +128,7 @@ def test_what_was_measured_is_possible(cached, auto, here):
 
 def test_a_ceiling_is_the_best_of_several_moments(cached, auto, here):
     """Which are kept: they are its spread, and their mean is what a prediction takes."""
-    measured = calibration.known(auto, here, None)
+    measured = suite.known(auto, here, None)
     moments = measured.calibration.moments
 
     assert {name: len(rates) for name, rates in moments.items()} == dict.fromkeys(("hbm_bytes_per_s", *here.dtypes), 3)
@@ -174,7 +180,7 @@ def test_the_command_shows_every_figure(done, cached):
     assert f"{figures['host_bytes_per_s'] / 1e9:.4g} GB/s" in done[1]
     assert f"{figures['gemm_flops']['bfloat16']['1'] / 1e12:.4g} TFLOP/s" in done[1]
     assert set(figures) | {"source", "disk_bytes_per_s", "disk_write_bytes_per_s"} == {
-        *choice._HOW,
+        *export._HOW,
         "gemm_flops",
         "moments",
         "source",
@@ -190,48 +196,48 @@ def test_what_is_known_is_not_measured_again(cached, auto, here):
     changed(cached, layer_s=0.125)  # a measurement would find something else
     told = []
 
-    measured = calibration.ensure(auto, here, None, told.append)
+    measured = suite.ensure(auto, here, None, told.append)
 
     assert measured.calibration.layer_s == 0.125
-    assert measured == calibration.known(auto, here, None)
+    assert measured == suite.known(auto, here, None)
     assert told == []
 
 
 def test_a_file_of_a_machine_counts_as_it_is(cached, compose_run, here):
     t4 = compose_run("hardware=t4").hardware
 
-    assert calibration.known(t4, here, None) is here
-    assert calibration.ensure(t4, here, None, pytest.fail) is here
+    assert suite.known(t4, here, None) is here
+    assert suite.ensure(t4, here, None, pytest.fail) is here
 
 
 def test_a_processor_asked_for_by_name_is_this_one(cached, compose_run, here):
-    assert calibration.known(compose_run("hardware=cpu").hardware, here, None).calibration is not None
+    assert suite.known(compose_run("hardware=cpu").hardware, here, None).calibration is not None
 
 
 @pytest.mark.parametrize("difference", [{"driver": "1"}, {"dtypes": ("float16",)}, {"gpu_name": "T4"}])
 def test_another_machine_is_not_this_one(cached, auto, here, difference):
-    assert calibration.known(auto, here, None).calibration is not None
-    assert calibration.known(auto, replace(here, **difference), None).calibration is None
+    assert suite.known(auto, here, None).calibration is not None
+    assert suite.known(auto, replace(here, **difference), None).calibration is None
 
 
 def test_another_format_is_not_ours(cached, auto, here, monkeypatch):
     monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
 
-    assert calibration.known(auto, here, None).calibration is None
+    assert suite.known(auto, here, None).calibration is None
 
 
 @pytest.mark.parametrize("figures", [{"flops": -1}, {"flops": "fast"}, {"speed": 1}, {"gemm_flops": {"bfloat16": 1}}])
 def test_a_damaged_figure_counts_as_none(cached, auto, here, figures):
     changed(cached, **figures)
 
-    assert calibration.known(auto, here, None).calibration is None
+    assert suite.known(auto, here, None).calibration is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"identity": {}}', "\0"])
 def test_a_damaged_file_counts_as_none(cached, auto, here, text):
     cached.write_text(text)
 
-    assert calibration.known(auto, here, None).calibration is None
+    assert suite.known(auto, here, None).calibration is None
 
 
 def test_what_the_user_has_set_counts_before(cached, compose_run, here):
@@ -240,7 +246,7 @@ def test_what_the_user_has_set_counts_before(cached, compose_run, here):
     asked = replace(asked, calibration=Calibration(**nothing | {"step_s": 0.5}))
     published = replace(here, ceilings=replace(here.ceilings, link_bytes_per_s=5e9, hbm_bytes_per_s=6e9))
 
-    measured = calibration.known(asked, published, None)
+    measured = suite.known(asked, published, None)
 
     assert measured.ceilings.flops == 7e12
     assert measured.calibration.step_s == 0.5
@@ -263,11 +269,11 @@ def test_a_disk_is_measured_around_the_cache_and_leaves_nothing(on_disk):
 def test_a_disk_is_measured_once_for_its_settings(elsewhere, auto, on_disk):
     told = []
 
-    first = calibration.ensure(auto, elsewhere, on_disk, told.append)
+    first = suite.ensure(auto, elsewhere, on_disk, told.append)
     assert [line for line in told if "the disk of" in line] == told != []
-    assert first == calibration.ensure(auto, elsewhere, on_disk, pytest.fail)
-    assert first == calibration.known(auto, elsewhere, on_disk)
-    assert calibration.known(auto, elsewhere, replace(on_disk, in_flight=5)) == elsewhere
+    assert first == suite.ensure(auto, elsewhere, on_disk, pytest.fail)
+    assert first == suite.known(auto, elsewhere, on_disk)
+    assert suite.known(auto, elsewhere, replace(on_disk, in_flight=5)) == elsewhere
 
     assert first.ceilings.disk_bytes_per_s == max(first.calibration.moments["disk_bytes_per_s"]) > 1e6
     assert first.calibration.disk_write_bytes_per_s > 1e6
@@ -279,9 +285,7 @@ def test_a_disk_is_measured_once_for_its_settings(elsewhere, auto, on_disk):
 def test_memory_is_no_disk(elsewhere, auto):
     told = []
 
-    measured = calibration.ensure(
-        auto, elsewhere, Disk(folder=Path("/dev/shm"), block_bytes=4096, in_flight=1), told.append
-    )
+    measured = suite.ensure(auto, elsewhere, Disk(folder=Path("/dev/shm"), block_bytes=4096, in_flight=1), told.append)
 
     assert measured == elsewhere
     assert [line for line in told if "/dev/shm is memory" in line and line.startswith("warning: ")] == told[1:]
@@ -293,18 +297,18 @@ def test_without_a_cache_a_machine_is_measured_and_told(elsewhere, auto, on_disk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     told = []
 
-    measured = calibration.ensure(auto, elsewhere, on_disk, told.append)
+    measured = suite.ensure(auto, elsewhere, on_disk, told.append)
 
     assert measured.ceilings.disk_bytes_per_s > 1e6
     assert "cannot be written" in told[-1]
-    assert calibration.known(auto, elsewhere, on_disk) == elsewhere
+    assert suite.known(auto, elsewhere, on_disk) == elsewhere
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 def test_a_measurement_that_fails_is_told_in_one_line(elsewhere, auto):
     told = []
 
-    measured = calibration.ensure(auto, replace(elsewhere, gpus_visible=1), None, told.append)
+    measured = suite.ensure(auto, replace(elsewhere, gpus_visible=1), None, told.append)
 
     assert measured.calibration is None
     assert told[-1].startswith("warning: this machine was not measured: ")
@@ -313,7 +317,7 @@ def test_a_measurement_that_fails_is_told_in_one_line(elsewhere, auto):
 
 
 def test_a_plan_for_a_gpu_that_is_not_there_measures_nothing(elsewhere, auto):
-    assert calibration.ensure(auto, elsewhere, None, pytest.fail) == elsewhere
+    assert suite.ensure(auto, elsewhere, None, pytest.fail) == elsewhere
 
 
 ASK = """
@@ -322,11 +326,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path({tests!r})))
 from conftest import MACHINES
 from dataclasses import replace
-from zi_experiments.compose import from_choices
-from zi_experiments.hardware import calibration, disk
+from zi_experiments.config.composition import from_choices
+from zi_experiments.calibration import disk, suite
 where = disk.Disk(folder=Path({folder!r}), block_bytes=1 << 20, in_flight=4)
 told = lambda line: print(line, flush=True)
-found = calibration.ensure(
+found = suite.ensure(
     from_choices({{"hardware": "auto"}}, {{}}).hardware, replace(MACHINES["h200"], gpus_visible=0), where, told
 )
 print(found.ceilings.disk_bytes_per_s)
@@ -374,7 +378,7 @@ def test_a_killed_measurement_is_told_and_leaves_nothing(elsewhere, auto, here, 
     threading.Thread(target=lambda: begun(os.getpid()).kill(), daemon=True).start()
     told = []
 
-    measured = calibration.ensure(auto, here, None, told.append)
+    measured = suite.ensure(auto, here, None, told.append)
 
     assert measured == here
     assert told[1:] == ["warning: this machine was not measured: ended by SIGKILL"]
@@ -430,9 +434,9 @@ def test_what_the_command_writes_is_a_choice(done):
 
 
 def test_a_gpu_s_file_plans_where_there_is_none(cached, auto, here, machine, tmp_path):
-    figures = replace(calibration.known(auto, here, None).calibration, link_back_bytes_per_s=54321.5e6)
+    figures = replace(suite.known(auto, here, None).calibration, link_back_bytes_per_s=54321.5e6)
     (tmp_path / "hardware").mkdir()
-    (tmp_path / "hardware" / "big.yaml").write_text(choice.text(machine(calibration=figures), "big"))
+    (tmp_path / "hardware" / "big.yaml").write_text(export.text(machine(calibration=figures), "big"))
 
     ran = plan(tmp_path, "big", "model=opt-1.3b")
 
@@ -454,11 +458,11 @@ def test_a_file_goes_where_it_can(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     there = tmp_path / "hardware" / "big.yaml"
 
-    assert choice.destination("big", None, shipped) == there  # nothing can be written to what is not there
-    assert choice.usage(there, shipped) == f"python -m zi_experiments --config-dir {tmp_path} hardware=big"
+    assert export.destination("big", None, shipped) == there  # nothing can be written to what is not there
+    assert export.usage(there, shipped) == f"python -m zi_experiments --config-dir {tmp_path} hardware=big"
     shipped.mkdir(parents=True)
-    assert choice.destination("big", None, shipped) == shipped / "big.yaml"
-    assert choice.usage(shipped / "big.yaml", shipped) == "python -m zi_experiments hardware=big"
+    assert export.destination("big", None, shipped) == shipped / "big.yaml"
+    assert export.usage(shipped / "big.yaml", shipped) == "python -m zi_experiments hardware=big"
 
 
 def test_only_its_own_files_are_written_again(cached, auto, here, tmp_path):
@@ -466,11 +470,11 @@ def test_only_its_own_files_are_written_again(cached, auto, here, tmp_path):
     shipped.mkdir()
     (shipped / "big.yaml").write_text("name: big\n")
     with pytest.raises(ConfigError, match=r"big\.yaml is there already .*pass another --name"):
-        choice.destination("big", None, shipped)
+        export.destination("big", None, shipped)
 
     mine = shipped / "here.yaml"
-    mine.write_text(choice.text(calibration.known(auto, here, None), "here"))
-    assert choice.destination("here", None, shipped) == mine
+    mine.write_text(export.text(suite.known(auto, here, None), "here"))
+    assert export.destination("here", None, shipped) == mine
 
 
 @pytest.mark.parametrize(
@@ -499,7 +503,7 @@ def test_bad_arguments_get_one_line(arguments, said):
     [("NVIDIA H200", "nvidia-h200"), ("Tesla T4", "tesla-t4"), ("NVIDIA RTX 6000 Ada", "nvidia-rtx-6000-ada")],
 )
 def test_a_choice_is_called_like_the_gpu(machine, gpu, name):
-    assert choice.default_name(machine(gpu_name=gpu)) == name
+    assert export.default_name(machine(gpu_name=gpu)) == name
 
 
 def test_a_run_says_how_it_reads(compose_run, tmp_path):

@@ -6,10 +6,11 @@ from itertools import product
 import pytest
 from omegaconf import OmegaConf
 
-from zi_experiments import changes, config
-from zi_experiments.compose import choose
-from zi_experiments.config import ConfigError, conf_dir
-from zi_experiments.validate import validate
+from zi_experiments.config import schema
+from zi_experiments.config.composition import choose
+from zi_experiments.config.schema import ConfigError, conf_dir
+from zi_experiments.config.validation import validate
+from zi_experiments.planner import alternatives
 
 # what a user may have set in a group beside its choice; some go with some choices only
 SETTINGS = {
@@ -78,7 +79,7 @@ def test_a_choice_of_the_user_s_own_is_replaced_as_a_whole(compose_run):
 
 
 def texts(run, gpus_visible=1):
-    return [change.text for change in changes.one(run, gpus_visible)]
+    return [change.text for change in alternatives.one(run, gpus_visible)]
 
 
 def test_changes_from_the_nearest_to_the_farthest(compose_run):
@@ -124,7 +125,7 @@ def test_ranks_that_cannot_share_the_batch_are_no_change(compose_run):
 def test_a_change_leaves_the_run_alone(compose_run):
     run = compose_run("offload=cpu", "quant=fp16")
     before = deepcopy(run)
-    found = {change.text: change.run for change in changes.one(run, 8)}
+    found = {change.text: change.run for change in alternatives.one(run, 8)}
 
     assert run == before
     assert found["quant=int4"].quant == compose_run("quant=int4").quant
@@ -135,12 +136,12 @@ def test_a_change_leaves_the_run_alone(compose_run):
 @pytest.mark.parametrize(
     ("overrides", "key", "value", "text"),
     [
-        ((), "verify", config.Verify.off, "verify=off"),
-        (("verify=off",), "verify", config.Verify.off, None),
+        ((), "verify", schema.Verify.off, "verify=off"),
+        (("verify=off",), "verify", schema.Verify.off, None),
         ((), "workload.batch_size", 3, "workload.batch_size=3"),
         (("hardware.num_gpus=2",), "workload.batch_size", 3, None),
-        (("engine.profile=reference",), "engine.profile", config.Profile.tuned, "engine.profile=tuned"),
-        (("engine=stream",), "engine.profile", config.Profile.tuned, None),
+        (("engine.profile=reference",), "engine.profile", schema.Profile.tuned, "engine.profile=tuned"),
+        (("engine=stream",), "engine.profile", schema.Profile.tuned, None),
         ((), "offload.resident", "auto", None),
         (("engine=stream",), "offload.resident", "auto", "offload.resident=auto"),
         (("engine=stream", "offload=nvme"), "offload.aio.block_size", 4096, "offload.aio.block_size=4096"),
@@ -148,7 +149,7 @@ def test_a_change_leaves_the_run_alone(compose_run):
     ids=str,
 )
 def test_a_setting_made_differently(compose_run, overrides, key, value, text):
-    found = list(changes.with_setting(compose_run(*overrides), key, value))
+    found = list(alternatives.with_setting(compose_run(*overrides), key, value))
 
     assert [change.text for change in found] == ([] if text is None else [text])
     if text is not None:

@@ -19,8 +19,10 @@ from cli import Cli
 from safetensors.torch import save_file
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
-from zi_experiments import architecture, checkpoint, environment, hashes, preflight
-from zi_experiments.config import ConfigError
+from zi_experiments import environment
+from zi_experiments.config.schema import ConfigError
+from zi_experiments.execution import preflight
+from zi_experiments.models import architecture, checkpoint, hashes
 
 LAYOUTS = {
     "safetensors": ("model.safetensors",),

@@ -12,9 +12,16 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from zi_experiments import config
-from zi_experiments.compose import to_run
-from zi_experiments.config import ConfigError, OffloadDevice, Run, TrackingMode, Verify, conf_dir
+from zi_experiments.config import schema
+from zi_experiments.config.composition import to_run
+from zi_experiments.config.schema import (
+    ConfigError,
+    OffloadDevice,
+    Run,
+    TrackingMode,
+    Verify,
+    conf_dir,
+)
 
 YAMLS = sorted(
     (path for path in conf_dir().glob("*/*.yaml") if path.parent.name != "hydra"),
@@ -22,13 +29,13 @@ YAMLS = sorted(
 )
 GROUPS = sorted({path.parent.name for path in YAMLS})
 CHOICES = [(path.parent.name, path.stem) for path in YAMLS]
-SCHEMAS = [kind for kind in vars(config).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+SCHEMAS = [kind for kind in vars(schema).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
 
 
-def schema_nodes(schema=Run, prefix=""):
+def schema_nodes(node=Run, prefix=""):
     """The dotted prefix of every node of the schema: "" for the root, "offload.aio." for the deepest."""
     yield prefix
-    for field in dataclasses.fields(schema):
+    for field in dataclasses.fields(node):
         if dataclasses.is_dataclass(field.type):
             yield from schema_nodes(field.type, f"{prefix}{field.name}.")
 
@@ -89,9 +96,9 @@ def test_nothing_is_left_without_a_value(compose):
     assert OmegaConf.missing_keys(compose()) == set()
 
 
-@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
-def test_values_live_in_yaml_only(schema):
-    for field in dataclasses.fields(schema):
+@pytest.mark.parametrize("kind", SCHEMAS, ids=lambda kind: kind.__name__)
+def test_values_live_in_yaml_only(kind):
+    for field in dataclasses.fields(kind):
         assert field.default is dataclasses.MISSING, field.name
         assert field.default_factory is dataclasses.MISSING, field.name
 
@@ -116,7 +123,7 @@ def test_values_live_in_yaml_only(schema):
         ("quant.group_size", "32", 32),
         ("quant.group_dim", "0", 0),
         ("model.path", "/models/mine", "/models/mine"),
-        ("engine.profile", "reference", config.Profile.reference),
+        ("engine.profile", "reference", schema.Profile.reference),
         ("hardware.num_gpus", "2", 2),
         ("hardware.memory_gib", "24", 24.0),
         ("search.rank", "2", 2),
@@ -257,9 +264,9 @@ def calibrated(compose):
     """`calibrated(**figures)` → a configuration with a calibration, as a file of `hardware` has it, of these figures."""
 
     def calibrated(**figures):
-        cfg, nothing = compose(), {field.name: None for field in dataclasses.fields(config.Calibration)}
+        cfg, nothing = compose(), {field.name: None for field in dataclasses.fields(schema.Calibration)}
         # a calibration cannot be merged into none, so that it is typed in files alone
-        known = config.Calibration(**(nothing | {"gemm_flops": {}} | figures))
+        known = schema.Calibration(**(nothing | {"gemm_flops": {}} | figures))
         OmegaConf.update(cfg, "hardware.calibration", OmegaConf.structured(known), merge=False)
         return cfg
 
@@ -270,7 +277,7 @@ def test_a_calibration_reaches_the_run(calibrated):
     products = {"float16": {1: 1e12, 64: 5e13}}
     found = to_run(calibrated(layer_s=1.5e-3, gemm_flops=products)).hardware.calibration
 
-    assert isinstance(found, config.Calibration)
+    assert isinstance(found, schema.Calibration)
     assert (found.layer_s, found.step_s, found.gemm_flops) == (0.0015, None, products)
 
 
@@ -447,7 +454,7 @@ def test_a_wrong_choice_on_the_command_line_exits_with_an_error(tmp_path):
 
 
 def test_conf_lies_beside_the_package_or_inside_it():
-    package = Path(config.__file__).parent
+    package = Path(schema.__file__).parent
 
     assert conf_dir() in (package / "conf", package.parent / "conf")
     assert (conf_dir() / "config.yaml").is_file()

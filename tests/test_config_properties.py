@@ -16,11 +16,19 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zi_experiments import architecture, fit, planner
-from zi_experiments.compose import to_run
-from zi_experiments.config import Calibration, Ceilings, ConfigError, OffloadDevice, Run
-from zi_experiments.predict import predict
-from zi_experiments.record import describe_plan
+from zi_experiments.config.composition import to_run
+from zi_experiments.config.schema import (
+    Calibration,
+    Ceilings,
+    ConfigError,
+    OffloadDevice,
+    Run,
+)
+from zi_experiments.cost_model import memory_fit
+from zi_experiments.cost_model.prediction import predict
+from zi_experiments.models import architecture
+from zi_experiments.planner import planning
+from zi_experiments.results.record import describe_plan
 
 DEFAULTS = ("offload=nvme", "engine=stream")  # with which most settings have a meaning
 many = settings(max_examples=600, deadline=None, derandomize=True)
@@ -300,7 +308,7 @@ def test_a_plan_adds_up_or_is_refused_in_one_line(choose, machine, family, wante
     cfg = asked(choose(choices), overrides)
     try:
         run = to_run(cfg)
-        plan = planner.build(run, describe_tiny(family), machine_of(machine, device, changes))
+        plan = planning.build(run, describe_tiny(family), machine_of(machine, device, changes))
     except ConfigError as error:
         assert_one_line(error)
         return
@@ -333,7 +341,7 @@ def assert_memory_is_enough(plan):
     if plan.machine.gpu_memory_bytes is not None:
         weights = (place.gpu_bytes + stored.copied_bytes) // ranks
         assert weights + stored.gpu_buffer_bytes <= plan.machine.gpu_memory_bytes
-    for use in fit.uses(plan):
+    for use in memory_fit.uses(plan):
         assert min(use.weights, use.buffers, use.kv_cache, use.workspace, use.processes) >= 0
         assert use.total <= use.available
     if plan.pin_memory:

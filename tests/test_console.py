@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from zi_experiments import explain, metrics, zero3
-from zi_experiments.measure import Pass, Samples
-from zi_experiments.predict import predict
-from zi_experiments.record import Record, RunInfo
-from zi_experiments.sinks.console import ConsoleSink, show_plan, show_sweep
+from zi_experiments.cost_model.prediction import predict
+from zi_experiments.engines.deepspeed import placement
+from zi_experiments.measurement.timing import Pass, Samples
+from zi_experiments.results import explanation, metrics
+from zi_experiments.results.record import Record, RunInfo
+from zi_experiments.results.sinks.console import ConsoleSink, show_plan, show_sweep
 
 
 def test_a_plan_says_what_limits_a_step_and_what_it_will_take(make_plan, machine):
@@ -46,7 +47,7 @@ def test_a_table_has_the_errors_of_the_prediction_and_a_sentence_after_it(make_p
     text = console.file.getvalue()
     assert re.search(r"prefill time as predicted +│ +-50 %", text)
     assert re.search(r"decode time as predicted +│ +\+10 %", text)
-    assert text.splitlines()[-1] == explain.sentence(plan, figures)
+    assert text.splitlines()[-1] == explanation.sentence(plan, figures)
 
 
 def record(status):
@@ -88,7 +89,7 @@ def with_fewer_quantizable(plan, keep):
     """The plan of a model of which only parameters that `keep` accepts can be quantized."""
     parameters = tuple(replace(p, quantizable=p.quantizable and keep(p)) for p in plan.architecture.parameters)
     changed = replace(plan, architecture=replace(plan.architecture, parameters=parameters))
-    return replace(changed, stored=zero3.storage(changed))
+    return replace(changed, stored=placement.storage(changed))
 
 
 def test_a_plan_says_how_much_is_quantized_and_what_it_takes(make_plan):

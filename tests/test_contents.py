@@ -14,8 +14,8 @@ import tiny
 import torch
 from families import save_checkpoint
 
-from zi_experiments import contents
-from zi_experiments.config import ConfigError
+from zi_experiments.config.schema import ConfigError
+from zi_experiments.models import contents
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cli import Cli, wait_for
 
-from zi_experiments.engines.deepspeed.disk import bytes_written
+from zi_experiments.engines.deepspeed.checked_writes import bytes_written
 
 MIB = 1 << 20
 

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from zi_experiments import distributed, environment
-from zi_experiments.config import ConfigError
+from zi_experiments import environment
+from zi_experiments.config.schema import ConfigError
+from zi_experiments.runtime import distributed
 
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 

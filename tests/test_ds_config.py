@@ -10,8 +10,8 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from zi_experiments import ds_config, zero3
-from zi_experiments.config import ConfigError
+from zi_experiments.config.schema import ConfigError
+from zi_experiments.engines.deepspeed import ds_config, placement
 
 GOLDEN = Path(__file__).parent / "golden" / "ds_config"
 MODELS = ("opt-13b", "opt-175b", "bloom-176b", "llama-2-70b", "mixtral-8x7b")
@@ -205,7 +205,7 @@ def test_tuned_buffers_are_large_and_many_enough(plan_of, unlimited, model, quan
     plan = plan_of(model, "nvme", quant, "tuned", ranks=ranks, on=unlimited)
     built = build(plan)
     offload = built["zero_optimization"]["offload_param"]
-    swapped = zero3.swapped(plan)
+    swapped = placement.swapped(plan)
     in_layers = sum(p.layer is not None for p in swapped)
 
     assert offload["buffer_size"] >= max(ceil(plan.stored_numel(p) / ranks) for p in swapped)

@@ -6,9 +6,9 @@ from math import inf
 
 import pytest
 
-from zi_experiments import explain, metrics
-from zi_experiments.config import Ceilings
-from zi_experiments.measure import Pass, Samples
+from zi_experiments.config.schema import Ceilings
+from zi_experiments.measurement.timing import Pass, Samples
+from zi_experiments.results import explanation, metrics
 
 UNKNOWN = Ceilings(link_bytes_per_s=None, hbm_bytes_per_s=None, flops=None, disk_bytes_per_s=None, source=None)
 ENDLESS = Ceilings(link_bytes_per_s=inf, hbm_bytes_per_s=inf, flops=inf, disk_bytes_per_s=inf, source=None)
@@ -29,7 +29,7 @@ def said(make_plan, machine):
         one = Pass(ttft_s=1.0, total_s=1.0 + sum(steps), step_s=steps)
         samples = Samples(load_s=1.0, warmup=[], measured=[one])
         peaks = {"gpu_peak_bytes": 0, "host_peak_bytes": 0, "disk_peak_bytes": 0}
-        return explain.sentence(plan, metrics.derive(samples, plan, perplexity=None, **peaks))
+        return explanation.sentence(plan, metrics.derive(samples, plan, perplexity=None, **peaks))
 
     return said
 
@@ -108,12 +108,12 @@ def test_a_bound_is_said_to_be_unknown_with_what_to_type(make_plan, machine):
     h200 = machine("h200")
     on = replace(h200, ceilings=replace(h200.ceilings, disk_bytes_per_s=None))
 
-    assert explain.unknown(make_plan("model=opt-13b", "offload=cpu", on=on)) is None
-    assert explain.unknown(make_plan("model=opt-13b", "offload=nvme", on=on)) == (
+    assert explanation.unknown(make_plan("model=opt-13b", "offload=cpu", on=on)) is None
+    assert explanation.unknown(make_plan("model=opt-13b", "offload=nvme", on=on)) == (
         "neither bound nor prediction, since disk_bytes_per_s of this machine is not known: pass "
         "hardware.ceilings.disk_bytes_per_s=…, or measure it with python -m zi_experiments.hardware --path FOLDER"
     )
-    nothing = explain.unknown(make_plan("model=opt-13b", "offload=none", on=machine("h200", ceilings=UNKNOWN)))
+    nothing = explanation.unknown(make_plan("model=opt-13b", "offload=none", on=machine("h200", ceilings=UNKNOWN)))
     assert "hardware.ceilings.hbm_bytes_per_s=… hardware.ceilings.flops=…, or measure it" in nothing
     assert "link" not in nothing
     assert "--path" not in nothing

@@ -5,7 +5,7 @@ import json
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from zi_experiments import failures
+from zi_experiments.execution import failures
 
 
 @pytest.fixture

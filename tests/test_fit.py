@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
-from zi_experiments import fit, planner
-from zi_experiments.config import ConfigError
-from zi_experiments.hardware import disk
-from zi_experiments.record import describe_plan
+from zi_experiments.calibration import disk
+from zi_experiments.config.schema import ConfigError
+from zi_experiments.cost_model import memory_fit
+from zi_experiments.planner import planning
+from zi_experiments.results.record import describe_plan
 
 GIB = 1 << 30
 LAYERS, HIDDEN, WIDEST, VOCABULARY = 40, 5120, 20480, 50272
@@ -33,7 +34,7 @@ def uses(make_plan):
 
     def uses(*overrides, on=None):
         plan = make_plan("model=opt-13b", "quant=fp16", "workload=zero-inference", *overrides, on=on)
-        return {use.where: use for use in fit.uses(plan)}
+        return {use.where: use for use in memory_fit.uses(plan)}
 
     return uses
 
@@ -96,7 +97,7 @@ def test_micro_batches_take_room_between_layers_and_none_within(uses):
 def test_what_is_expanded_counts_as_a_buffer(make_plan):
     plan = make_plan("model=opt-13b", "quant=int4", "offload=none")
 
-    assert fit.uses(plan)[0].buffers == 2 * VOCABULARY * HIDDEN  # the head
+    assert memory_fit.uses(plan)[0].buffers == 2 * VOCABULARY * HIDDEN  # the head
 
 
 def test_a_cap_leaves_out_the_context(uses, machine):
@@ -159,9 +160,9 @@ def test_a_plan_fits_to_the_byte(make_plan, machine, name, field, where):
     overrides = ["model=opt-13b", "quant=fp16", "offload=nvme", "workload=zero-inference", "verify=off"]
     roomy = {"disk_free_bytes": 10**12}
     plan = make_plan(*overrides, on=machine(name, **roomy))
-    [needed] = [use.total for use in fit.uses(plan) if use.where == where]
+    [needed] = [use.total for use in memory_fit.uses(plan) if use.where == where]
 
-    assert fit.problem(make_plan(*overrides, on=machine(name, **roomy | {field: needed}))) is None
+    assert memory_fit.problem(make_plan(*overrides, on=machine(name, **roomy | {field: needed}))) is None
     with pytest.raises(ConfigError, match=r"^opt-13b needs "):
         make_plan(*overrides, on=machine(name, **roomy | {field: needed - 1}))
 
@@ -200,7 +201,7 @@ def test_the_room_on_this_disk_is_looked_at(compose_run, tmp_path):
 
     assert free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
     with pytest.raises(ConfigError, match=r"^opt-175b needs [\d.]+ GB on disk and [\d.]+ GB are free there: pass "):
-        planner.plan_run(run, free)
+        planning.plan_run(run, free)
 
 
 def test_verification_counts_the_weights_that_are_there(make_plan, machine):
@@ -221,6 +222,6 @@ def test_a_record_has_what_is_taken_where(make_plan, machine):
     memory = describe_plan(plan)["memory"]
 
     assert [use["where"] for use in memory] == ["GPU", "host", "disk"]
-    for use, found in zip(memory, fit.uses(plan), strict=True):
+    for use, found in zip(memory, memory_fit.uses(plan), strict=True):
         assert use["total"] == found.total == sum(use[name] for name in parts(found) if name != "available")
         assert re.fullmatch("GPU|host|disk", use["where"])

@@ -8,7 +8,7 @@ from cli import Cli
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zi_experiments import generated, workload
+from zi_experiments.measurement import generated, prompts
 
 VOCABULARY = 256
 ODD = {
@@ -60,7 +60,7 @@ def test_a_record_has_the_tokens_of_plain_transformers_with_both_engines(tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16, return_dict=True).eval()
     seed = cli.results()[0]["config"]["workload"]["seed"]
-    ids = prompts = workload.prompts(**shape, vocab_size=VOCABULARY, seed=seed)
+    ids = asked = prompts.prompts(**shape, vocab_size=VOCABULARY, seed=seed)
     with torch.no_grad():
         for _ in range(6):
             logits = plain(ids, use_cache=False, return_dict=True).logits
@@ -68,7 +68,7 @@ def test_a_record_has_the_tokens_of_plain_transformers_with_both_engines(tmp_pat
     tokens = ids[:, 8:]
     for result in cli.results():
         assert result["generated"] == {
-            "prompt_sha256": sha256(prompts),
+            "prompt_sha256": sha256(asked),
             "tokens_sha256": sha256(tokens),
             "first_tokens": tokens[0].tolist(),
             "first_text": " ".join(f"w{token}" for token in tokens[0].tolist()),
@@ -79,18 +79,18 @@ def test_a_record_has_the_tokens_of_plain_transformers_with_both_engines(tmp_pat
 
 def test_ranks_are_joined_in_order_and_passes_compared(make_plan, machine, monkeypatch):
     plan = make_plan("model=opt-125m", on=machine("cpu"))
-    prompts = torch.arange(8).view(4, 2)
+    ids = torch.arange(8).view(4, 2)
     passes = [torch.arange(12).view(4, 3), torch.arange(12).view(4, 3)]
     ranks = [slice(0, 2), slice(2, 4)]
 
     def described(passes):
-        mine = [(generated._bytes(prompts[one]), generated._bytes(passes[-1][one]), True) for one in ranks]
+        mine = [(generated._bytes(ids[one]), generated._bytes(passes[-1][one]), True) for one in ranks]
         other = mine[1]
         monkeypatch.setattr(generated.distributed, "from_all_ranks", lambda value: [value, other])
-        return generated.describe(plan, prompts[ranks[0]], [one[ranks[0]] for one in passes])
+        return generated.describe(plan, ids[ranks[0]], [one[ranks[0]] for one in passes])
 
     found = described(passes)
 
-    assert (found.prompt_sha256, found.tokens_sha256) == (sha256(prompts), sha256(passes[-1]))
+    assert (found.prompt_sha256, found.tokens_sha256) == (sha256(ids), sha256(passes[-1]))
     assert (found.first_tokens, found.first_text, found.passes_equal) == ([0, 1, 2], None, True)
     assert not described([passes[0] + 1, passes[1]]).passes_equal

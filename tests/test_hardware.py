@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from zi_experiments import hardware
-from zi_experiments.config import Ceilings
+from zi_experiments.config.schema import Ceilings
+from zi_experiments.system import machines
 
 
 @pytest.mark.parametrize(
@@ -25,35 +25,35 @@ from zi_experiments.config import Ceilings
     ],
 )
 def test_a_gpu_is_known_by_whole_words(name, model, is_one):
-    assert hardware.is_gpu(name, model) is is_one
+    assert machines.is_gpu(name, model) is is_one
 
 
 UNKNOWN = Ceilings(link_bytes_per_s=None, hbm_bytes_per_s=None, flops=None, disk_bytes_per_s=None, source=None)
 
 
 def test_what_the_user_knows_of_a_gpu_counts_before_its_file():
-    ceilings = hardware._known_ceilings("NVIDIA H200", replace(UNKNOWN, link_bytes_per_s=55e9))
+    ceilings = machines._known_ceilings("NVIDIA H200", replace(UNKNOWN, link_bytes_per_s=55e9))
 
     assert ceilings.link_bytes_per_s == 55e9
-    assert ceilings.flops == hardware._known_ceilings("NVIDIA H200", UNKNOWN).flops
+    assert ceilings.flops == machines._known_ceilings("NVIDIA H200", UNKNOWN).flops
 
 
 def test_a_known_gpu_has_the_ceilings_of_its_file():
-    ceilings = hardware._known_ceilings("NVIDIA H200", UNKNOWN)
+    ceilings = machines._known_ceilings("NVIDIA H200", UNKNOWN)
 
     assert ceilings.link_bytes_per_s == 63e9
     assert "published" in ceilings.source
-    assert hardware._known_ceilings("NVIDIA L40S", UNKNOWN) is None
+    assert machines._known_ceilings("NVIDIA L40S", UNKNOWN) is None
 
 
 def test_this_machine_is_detected(compose_run):
-    machine = hardware.detect(compose_run("hardware=cpu").hardware)
+    machine = machines.detect(compose_run("hardware=cpu").hardware)
 
     assert machine.device == "cpu"
     assert machine.gpu_memory_bytes is None
     assert 0 < machine.host_memory_bytes < 1 << 50
     assert "bfloat16" in machine.dtypes
-    assert hardware.detect(compose_run("hardware=auto").hardware).device == (
+    assert machines.detect(compose_run("hardware=auto").hardware).device == (
         "cuda" if torch.cuda.is_available() else "cpu"
     )
 
@@ -61,7 +61,7 @@ def test_this_machine_is_detected(compose_run):
 def test_a_memory_budget_replaces_what_was_detected(compose_run):
     run = compose_run("hardware=h200", "hardware.memory_gib=48", "hardware.host_memory_gib=100")
 
-    machine = hardware.detect(run.hardware)
+    machine = machines.detect(run.hardware)
 
     assert machine.gpu_memory_bytes == 48 << 30
     assert machine.host_memory_bytes == 100 << 30
@@ -173,14 +173,14 @@ def test_version_2_counts_every_group_above(container, tmp_path, group, root):
     written(top / "a", memory_max="1000", memory_current="300", memory_stat=STATISTICS)
     written(top / "a" / "b", memory_max="max", memory_current="200", memory_stat=STATISTICS)
 
-    assert hardware.host_memory_available(container(group, root)) == 1000 - 300 + 50
+    assert machines.host_memory_available(container(group, root)) == 1000 - 300 + 50
 
 
 def test_a_group_that_a_container_cannot_see_is_the_one_at_the_top(container, tmp_path):
     written(tmp_path / "top", memory_max="1000", memory_current="1100", memory_stat=STATISTICS)
 
-    assert hardware.host_memory_available(container("/docker/1", "/docker/2")) == 0
+    assert machines.host_memory_available(container("/docker/1", "/docker/2")) == 0
 
 
 def test_without_control_groups_the_kernel_s_estimate_counts(tmp_path):
-    assert hardware.host_memory_available(tmp_path) > 1000
+    assert machines.host_memory_available(tmp_path) > 1000

@@ -27,9 +27,9 @@ server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 import os
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-from zi_experiments import architecture
-from zi_experiments.compose import from_choices
-from zi_experiments.config import ConfigError
+from zi_experiments.models import architecture
+from zi_experiments.config.composition import from_choices
+from zi_experiments.config.schema import ConfigError
 
 def layers(name):
     run = from_choices({"model": "local"}, {"model.path": name, "model.name": "x", "name": "x"})

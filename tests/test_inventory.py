@@ -3,8 +3,9 @@
 import families
 import pytest
 
-from zi_experiments import engines, worker
-from zi_experiments.inventory import Home, Stored, difference
+from zi_experiments.cost_model.inventory import Home, Stored, difference
+from zi_experiments.engines import base
+from zi_experiments.execution import worker
 
 HEAD = Stored(numel=1024, home=Home.nvme)
 
@@ -36,11 +37,11 @@ def test_a_model_that_is_stored_otherwise_is_an_error(tmp_path, make_plan, engin
     families.save_checkpoint(folder, "opt")
     plan, session = families.load(folder, "fp16", offload, engine=engine)
     try:
-        assert worker.check_stored(plan, engines.get(engine), session) == session.inventory().held
+        assert worker.check_stored(plan, base.get(engine), session) == session.inventory().held
         local = ("model=local", f"model.path={folder}", "weights=pretrained", "engine=stream", f"offload={offload}")
         another = make_plan(*local, "quant=fp16", "hardware=cpu", other, on=plan.machine)
         with pytest.raises(RuntimeError, match=r"of \d+ parameters are not stored as planned: \S+ \(\d+ elements in "):
-            worker.check_stored(another, engines.get("stream"), session)
+            worker.check_stored(another, base.get("stream"), session)
     finally:
         session.close()
 

@@ -7,8 +7,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from zi_experiments import kv_cache
-from zi_experiments.kv_cache import HostCache
+from zi_experiments.engines import host_kv_cache
+from zi_experiments.engines.host_kv_cache import HostCache
 
 # as they differ to a cache: all heads, some, one, latents; windows on all layers, on some; layers of two shapes;
 # layers that read what another layer was given; sparse and linear attention beside plain one
@@ -142,7 +142,9 @@ def test_compute_waits_for_copies_that_come_late(monkeypatch, family, capacity):
     monkeypatch.setattr(torch.Tensor, "copy_", copy)
     monkeypatch.setattr(torch.cuda, "stream", side.as_current)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Compute())
-    monkeypatch.setattr(kv_cache, "pinned_empty", lambda numel, dtype: torch.full((numel,), torch.nan, dtype=dtype))
+    monkeypatch.setattr(
+        host_kv_cache, "pinned_empty", lambda numel, dtype: torch.full((numel,), torch.nan, dtype=dtype)
+    )
     for layer in in_host_memory(cache):
         layer._slots._side = side
 

@@ -1,7 +1,7 @@
 import pytest
 
-from zi_experiments import get_ds_model, library
-from zi_experiments.config import ConfigError
+from zi_experiments import api, get_ds_model
+from zi_experiments.config.schema import ConfigError
 
 WHERE = {"cpu_offload": True, "disk_offload": False, "offload_dir": "", "dummy_weights": "random", "group_size": 64}
 
@@ -11,7 +11,7 @@ WHERE = {"cpu_offload": True, "disk_offload": False, "offload_dir": "", "dummy_w
     [("facebook/opt-66b", "opt-66b"), ("opt-66b", "opt-66b"), ("bigscience/bloom", "bloom-176b"), ("me/mine", "local")],
 )
 def test_a_shipped_shape_is_known_by_both_names(name, choice):
-    assert library._known_model(name) == choice
+    assert api._known_model(name) == choice
 
 
 def test_an_odd_number_of_bits_is_refused():

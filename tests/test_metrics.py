@@ -2,10 +2,10 @@ from dataclasses import fields
 
 import pytest
 
-from zi_experiments import metrics
-from zi_experiments.measure import Pass, Samples
-from zi_experiments.metrics import derive
-from zi_experiments.predict import predict
+from zi_experiments.cost_model.prediction import predict
+from zi_experiments.measurement.timing import Pass, Samples
+from zi_experiments.results import metrics
+from zi_experiments.results.metrics import derive
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 from cli import Cli
 from torch.utils import file_baton
 
-from zi_experiments import system
-from zi_experiments.engines.deepspeed.ops import operators, wait_for_lock
-from zi_experiments.progress import Progress, silent
+from zi_experiments.engines.deepspeed.operators import operators, wait_for_lock
+from zi_experiments.runtime.progress import Progress, silent
+from zi_experiments.system import toolchain
 
 REMOVED = "removed the lock of an interrupted build of async_io"
 BUILDER = """
@@ -110,7 +110,7 @@ def test_the_lock_of_a_build_that_is_killed_meanwhile_is_removed(folder, builder
 def test_a_lock_is_known_by_its_file_however_the_cache_is_named(folder, builder, tmp_path):
     (tmp_path / "elsewhere").symlink_to(folder, target_is_directory=True)
 
-    assert system.lock_owner(tmp_path / "elsewhere" / "lock") == builder.pid
+    assert toolchain.lock_owner(tmp_path / "elsewhere" / "lock") == builder.pid
 
 
 def test_a_lock_that_another_rank_has_made_instead_of_an_abandoned_one_is_kept(folder):
@@ -147,7 +147,7 @@ def test_the_operators_of_a_plan(make_plan, machine, overrides, on, expected):
 
 def test_a_run_tells_of_the_build_that_it_waits_for(tmp_path):
     """The console of a whole run: another process holds the lock and is killed; what it leaves is removed."""
-    built = system.extensions_folder() / "deepspeed_shm_comm"
+    built = toolchain.extensions_folder() / "deepspeed_shm_comm"
     copied = tmp_path / "extensions" / built.name
     copied.mkdir(parents=True)
     if (built / f"{built.name}.so").is_file():  # or else the run compiles it

@@ -52,7 +52,7 @@ def test_wheel_holds_every_yaml_file_module_and_text(unpacked: Path) -> None:
 def test_wheel_declares_the_console_script(unpacked: Path) -> None:
     entry_points = ConfigParser()
     entry_points.read(unpacked / f"zi_experiments-{VERSION}.dist-info" / "entry_points.txt")
-    assert dict(entry_points["console_scripts"]) == {"zi-experiments": "zi_experiments.__main__:main"}
+    assert dict(entry_points["console_scripts"]) == {"zi-experiments": "zi_experiments.cli:main"}
 
 
 @pytest.mark.parametrize(

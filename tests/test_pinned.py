@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from zi_experiments.pinned import host_empty
-from zi_experiments.system import LARGE_PAGES
+from zi_experiments.runtime.pinned_memory import host_empty
+from zi_experiments.system.toolchain import LARGE_PAGES
 
 
 def flags_of(tensor):

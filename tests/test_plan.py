@@ -7,8 +7,11 @@ import pytest
 import tiny
 from transformers import AutoConfig
 
-from zi_experiments import architecture, explain, planner, zero3
-from zi_experiments.config import Ceilings, ConfigError
+from zi_experiments.config.schema import Ceilings, ConfigError
+from zi_experiments.engines.deepspeed import placement
+from zi_experiments.models import architecture
+from zi_experiments.planner import planning
+from zi_experiments.results import explanation
 
 GIB = 1 << 30
 BIG = {"gpu_memory_bytes": 1000 * GIB, "host_memory_bytes": 4000 * GIB}
@@ -177,8 +180,8 @@ def test_every_offloaded_byte_crosses_the_link(plan_of):
 def test_a_partition_below_a_block_or_1_mib_is_not_on_disk(plan_of, quant, profile, ranks, names):
     plan = plan_of("opt-125m", "nvme", quant, profile, ranks=ranks)
 
-    assert {p.name.split(".")[-2] for p in zero3.swapped(plan)} == names
-    assert plan.placement.nvme_bytes == 2 * sum(plan.stored_numel(p) for p in zero3.swapped(plan))
+    assert {p.name.split(".")[-2] for p in placement.swapped(plan)} == names
+    assert plan.placement.nvme_bytes == 2 * sum(plan.stored_numel(p) for p in placement.swapped(plan))
 
 
 def test_larger_blocks_leave_more_in_memory(make_plan):
@@ -205,33 +208,33 @@ def test_a_tied_head_takes_no_room_on_disk(plan_of):
 def test_every_partition_on_disk_fits_into_a_buffer(plan_of, machine, model, quant, profile, ranks):
     plan = plan_of(model, "nvme", quant, profile, ranks=ranks, on=machine(**BIG))
 
-    assert all(ceil(plan.stored_numel(p) / ranks) <= zero3.buffer_numel(plan) for p in zero3.swapped(plan))
+    assert all(ceil(plan.stored_numel(p) / ranks) <= placement.buffer_numel(plan) for p in placement.swapped(plan))
 
 
 def test_tuned_buffers_hold_two_layers_and_the_rest(plan_of):
     plan = plan_of("opt-175b", "nvme", "int4")
 
-    assert zero3.buffer_count(plan) == 2 * 6 + 2 + 1  # q, k, v, out, fc1, fc2; tokens and positions; one more
-    assert zero3.buffer_numel(plan) == 50272 * 12288 * 9 // 32  # the embedding, in INT4 with groups of 64
-    assert zero3.buffer_bytes_host(plan) == zero3.buffer_count(plan) * zero3.buffer_numel(plan) * 2
+    assert placement.buffer_count(plan) == 2 * 6 + 2 + 1  # q, k, v, out, fc1, fc2; tokens and positions; one more
+    assert placement.buffer_numel(plan) == 50272 * 12288 * 9 // 32  # the embedding, in INT4 with groups of 64
+    assert placement.buffer_bytes_host(plan) == placement.buffer_count(plan) * placement.buffer_numel(plan) * 2
 
 
 def test_buffers_of_the_user_s_own(make_plan):
     plan = make_plan("offload=nvme", "offload.buffer_count=7", "offload.buffer_size=80000000")
 
-    assert (zero3.buffer_count(plan), zero3.buffer_numel(plan)) == (7, 80_000_000)
+    assert (placement.buffer_count(plan), placement.buffer_numel(plan)) == (7, 80_000_000)
 
 
 def test_buffers_take_no_host_memory_with_gpudirect_storage(make_plan):
-    assert zero3.buffer_bytes_host(make_plan("offload=nvme", "offload.use_gds=true")) == 0
+    assert placement.buffer_bytes_host(make_plan("offload=nvme", "offload.use_gds=true")) == 0
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_buffers_of_more_ranks_hold_their_shares(plan_of, ranks):
     plan = plan_of("opt-175b", "nvme", "fp16", ranks=ranks)
 
-    assert zero3.buffer_numel(plan) == 50272 * 12288 // ranks
-    assert zero3.buffer_bytes_host(plan) == zero3.buffer_count(plan) * zero3.buffer_numel(plan) * 2 * ranks
+    assert placement.buffer_numel(plan) == 50272 * 12288 // ranks
+    assert placement.buffer_bytes_host(plan) == placement.buffer_count(plan) * placement.buffer_numel(plan) * 2 * ranks
 
 
 @pytest.mark.parametrize(("gpu_gb", "layers"), [(150, 4), (9.5, 3), (7, 2)])
@@ -239,7 +242,7 @@ def test_more_layers_are_live_where_there_is_room(make_plan, machine, gpu_gb, la
     """An OPT-30B layer takes 1.23 GB, and the rest of the model 0.75 GB; half of the room beside that is for layers."""
     on = machine(gpu_memory_bytes=int(gpu_gb * 1e9))
 
-    assert zero3.live_layers(make_plan("model=opt-30b", "quant=fp16", "offload=cpu", on=on)) == layers
+    assert placement.live_layers(make_plan("model=opt-30b", "quant=fp16", "offload=cpu", on=on)) == layers
 
 
 # --- the bound ------------------------------------------------------------------------------------------------------
@@ -370,9 +373,9 @@ def test_a_bound_by_vendors_rates_says_so(make_plan, machine):
         for source in (published.source, "measured on 2026-07-01")
     )
 
-    assert explain.least(by_vendor, 0.5, "link") == "500.0 ms (vendor's rates)"
-    assert explain.least(by_vendor, 0.5, "disk") == "500.0 ms", "that one was typed"
-    assert explain.least(by_hand, 0.5, "link") == "500.0 ms"
+    assert explanation.least(by_vendor, 0.5, "link") == "500.0 ms (vendor's rates)"
+    assert explanation.least(by_vendor, 0.5, "disk") == "500.0 ms", "that one was typed"
+    assert explanation.least(by_hand, 0.5, "link") == "500.0 ms"
 
 
 def test_keys_and_values_in_host_memory_cross_the_link_too(make_plan):
@@ -671,7 +674,7 @@ def plan_tiny(compose_run, machine):
 
     def plan_tiny(family, *overrides, **numbers):
         config = AutoConfig.for_model(family, **tiny.FAMILIES[family] | numbers)
-        return planner.build(compose_run(*overrides), architecture.describe(config, family), machine())
+        return planning.build(compose_run(*overrides), architecture.describe(config, family), machine())
 
     return plan_tiny
 

@@ -5,10 +5,10 @@ from math import inf, sqrt
 
 import pytest
 
-from zi_experiments import predict as module
-from zi_experiments.config import Calibration, Ceilings, WeightSource
-from zi_experiments.plan import Overlap
-from zi_experiments.predict import predict
+from zi_experiments.config.schema import Calibration, Ceilings, WeightSource
+from zi_experiments.cost_model import prediction as module
+from zi_experiments.cost_model.plan import Overlap
+from zi_experiments.cost_model.prediction import predict
 
 LAYERS, HIDDEN, WIDEST, VOCABULARY = 40, 5120, 20480, 50272
 MATRICES = LAYERS * 12 * HIDDEN**2

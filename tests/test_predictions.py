@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import predictions
 
-from zi_experiments.config import Calibration, Ceilings
+from zi_experiments.config.schema import Calibration, Ceilings
 
 COMMAND = "python -m zi_experiments engine=stream quant=fp16 hardware.host_memory_gib=64 hardware.ceilings.flops=1e12"
 # a link so slow that a pass of engine=stream takes what it streams, and nothing besides

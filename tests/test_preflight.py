@@ -7,8 +7,11 @@ import sys
 import pytest
 from torch.utils import cpp_extension
 
-from zi_experiments import doctor, ds_config, environment, hardware, preflight, system
-from zi_experiments.config import ConfigError
+from zi_experiments import doctor, environment
+from zi_experiments.config.schema import ConfigError
+from zi_experiments.engines.deepspeed import ds_config
+from zi_experiments.execution import preflight
+from zi_experiments.system import machines, toolchain
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def test_another_gpu_than_the_one_named_is_refused(problem, machine):
     assert "hardware.memory_gib=15.0" in message
 
 
-@pytest.mark.skipif("float16" in hardware.cpu_dtypes(), reason="DeepSpeed computes float16 on this processor")
+@pytest.mark.skipif("float16" in machines.cpu_dtypes(), reason="DeepSpeed computes float16 on this processor")
 def test_float16_on_a_processor_is_refused_for_deepspeed_alone(problem, machine, make_plan):
     asked = machine("cpu", dtypes=("float16",))  # what hardware.dtypes=[float16] makes of it
 
@@ -173,7 +176,7 @@ def test_blocks_that_overflow_in_deepspeed_are_refused(problem, machine, make_pl
 
 
 def test_more_requests_than_the_kernel_has_are_refused(problem, machine, make_plan, tmp_path):
-    left = system.aio_requests_left()
+    left = toolchain.aio_requests_left()
     fits, on = left // 4, machine("cpu")
     overrides = (*NVME, "offload.aio.intra_op_parallelism=1", "offload.aio.block_size=1048576")
 

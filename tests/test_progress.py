@@ -6,8 +6,13 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from zi_experiments import progress
-from zi_experiments.progress import Display, Event, Progress, silent
+from zi_experiments.runtime import progress
+from zi_experiments.runtime.progress import (
+    Display,
+    Event,
+    Progress,
+    silent,
+)
 
 
 class Clock:

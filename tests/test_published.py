@@ -9,7 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import published
 
-from zi_experiments import hardware, planner
+from zi_experiments.planner import planning
+from zi_experiments.system import machines
 
 ROWS = [row for table in published.load() for row in table.rows]
 
@@ -51,17 +52,17 @@ def test_the_commands_of_the_page_have_these_bounds(plans, describe):
     for command in commands:
         typed, _, number = command.removeprefix("python -m zi_experiments ").partition("  # ")
         run = published.compose(tuple(typed.split()))
-        plan = planner.build(run, describe(run), published.described_machine(run.hardware))
+        plan = planning.build(run, describe(run), published.described_machine(run.hardware))
         assert run.plan_only
         assert plan.bound == plans[int(number)].bound
 
 
 @pytest.mark.parametrize("table", published.load(), ids=lambda table: table.title)
 def test_a_reader_without_a_gpu_plans_for_the_same_machine(table):
-    if hardware.gpu_count():
+    if machines.gpu_count():
         pytest.skip("a GPU that is here would count")
     described = published.compose(table.rows[0].overrides).hardware
-    detected = hardware.detect(described)
+    detected = machines.detect(described)
 
     assert replace(detected, gpu_name=described.gpu, gpus_visible=1) == published.described_machine(described)
 

@@ -12,11 +12,15 @@ from cli import Cli
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zi_experiments import architecture, config, planner, preflight, quality
-from zi_experiments.config import ConfigError
-from zi_experiments.progress import silent
+from zi_experiments.config import schema
+from zi_experiments.config.schema import ConfigError
+from zi_experiments.execution import preflight
+from zi_experiments.measurement import perplexity
+from zi_experiments.models import architecture
+from zi_experiments.planner import planning
+from zi_experiments.runtime.progress import silent
 
-TEXT = Path(config.__file__).parent / "data" / "moby-dick.txt"
+TEXT = Path(schema.__file__).parent / "data" / "moby-dick.txt"
 VOCABULARY, WINDOW = 512, 128
 
 
@@ -64,7 +68,7 @@ def plan(compose_run, machine, checkpoint):
     def plan(*overrides):
         given = ["experiment=quality", "model=local", f"model.path={checkpoint}", f"workload.prompt_len={WINDOW}"]
         run = compose_run(*given, *overrides)
-        return planner.build(run, architecture.load(run), machine("cpu"))
+        return planning.build(run, architecture.load(run), machine("cpu"))
 
     return plan
 
@@ -74,7 +78,7 @@ def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large()
     torch.nn.init.zeros_(model.lm_head.weight)
     windows = torch.arange(5 * 8).view(5, 8)
 
-    assert quality.perplexity(model, windows, 2, silent()) == pytest.approx(VOCABULARY, rel=1e-6)
+    assert perplexity.perplexity(model, windows, 2, silent()) == pytest.approx(VOCABULARY, rel=1e-6)
 
 
 def test_a_model_that_knows_what_comes_next_is_not_perplexed():
@@ -87,19 +91,19 @@ def test_a_model_that_knows_what_comes_next_is_not_perplexed():
         model.lm_head.weight.zero_()[1:129].fill_diagonal_(10.0)
     windows = torch.arange(6 * 8).view(6, 8)
 
-    assert quality.perplexity(model, windows, 4, silent()) == pytest.approx(1.0, abs=1e-6)
-    assert quality.perplexity(model, windows.flip(1), 4, silent()) > 1e9
+    assert perplexity.perplexity(model, windows, 4, silent()) == pytest.approx(1.0, abs=1e-6)
+    assert perplexity.perplexity(model, windows.flip(1), 4, silent()) > 1e9
 
 
 def test_perplexity_does_not_depend_on_how_many_windows_go_at_a_time(plan):
-    windows = quality.windows(plan())[:7]
-    one, three = (quality.perplexity(llama(), windows, size, silent()) for size in (1, 3))
+    windows = perplexity.windows(plan())[:7]
+    one, three = (perplexity.perplexity(llama(), windows, size, silent()) for size in (1, 3))
 
     assert one == pytest.approx(three, rel=1e-5)
 
 
 def test_windows_are_the_text_in_order_without_its_end(plan, checkpoint):
-    windows = quality.windows(plan())
+    windows = perplexity.windows(plan())
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     text = TEXT.read_text(encoding="utf-8")
@@ -122,9 +126,9 @@ def test_each_window_begins_as_the_tokenizer_begins_a_sequence(plan, tmp_path, c
     tokenizer.save_pretrained(copy)
     given = plan(f"model.path={copy}", f"weights.path={copy}")
 
-    windows = quality.windows(given)
+    windows = perplexity.windows(given)
 
-    without = quality.windows(plan()).flatten()
+    without = perplexity.windows(plan()).flatten()
     assert windows.shape[1] == WINDOW
     assert (windows[:, 0] == begin).all()
     assert windows[:, 1:].flatten()[:1000].equal(without[:1000])
@@ -132,7 +136,7 @@ def test_each_window_begins_as_the_tokenizer_begins_a_sequence(plan, tmp_path, c
     text = AutoTokenizer.from_pretrained(copy)(TEXT.read_text(encoding="utf-8")).input_ids
     first = torch.tensor(text[:WINDOW])
     assert windows[0].equal(first)
-    found = quality.perplexity(model, windows[:1], 1, silent())
+    found = perplexity.perplexity(model, windows[:1], 1, silent())
     with torch.inference_mode():
         assert found == pytest.approx(exp(model(first[None], labels=first[None]).loss), rel=1e-3)
 
@@ -162,7 +166,7 @@ def test_a_text_that_is_none_is_refused_before_anything_else_is_looked_at(plan, 
     (tmp_path / "folder").mkdir()
 
     with pytest.raises(ConfigError, match=rf"^workload.text={name} .*: pass a text file$"):
-        quality.check_text(name)
+        perplexity.check_text(name)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gemma2"])
@@ -204,7 +208,7 @@ def test_a_sweep_shows_what_quantization_costs(tmp_path, checkpoint, plan):
     assert done.returncode == 0, done.stdout + done.stderr
     results = {result["choices"]["quant"]: result for result in cli.results()}
     found = {quant: result["metrics"]["perplexity"] for quant, result in results.items()}
-    windows = quality.windows(plan(f"workload.text={tmp_path / 'my.txt'}"))
+    windows = perplexity.windows(plan(f"workload.text={tmp_path / 'my.txt'}"))
     assert found["fp16"] == pytest.approx(plain_perplexity(checkpoint, windows), rel=1e-4)
     assert found["fp16"] < VOCABULARY / 4
     assert abs(log(found["int8-g32"] / found["fp16"])) < 0.0005

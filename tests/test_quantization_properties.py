@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from test_stream_quantized import expanded, packed
 from torch import nn
 
-from zi_experiments import planner
-from zi_experiments.architecture import Parameter
-from zi_experiments.config import Quant
+from zi_experiments.config.schema import Quant
+from zi_experiments.cost_model.plan import ELEMENT_BYTES, Plan
 from zi_experiments.engines.deepspeed import quantized as deepspeed_quantized
 from zi_experiments.engines.stream import quantized
 from zi_experiments.engines.stream.slab import ALIGNMENT, views
-from zi_experiments.plan import ELEMENT_BYTES, Plan
-from zi_experiments.reference import round_trip
+from zi_experiments.measurement.reference import round_trip
+from zi_experiments.models.architecture import Parameter
+from zi_experiments.planner import planning
 
 DTYPES = (torch.float16, torch.bfloat16)
 many = settings(max_examples=250, deadline=None, derandomize=True)
@@ -222,7 +222,7 @@ def test_the_planner_takes_the_shapes_that_deepspeed_can_pack(quant, shape):
     except (AssertionError, RuntimeError):
         packable = False
 
-    assert planner._can_group(parameter, quant.bits, quant.group_dim, quant.group_size) == packable
+    assert planning._can_group(parameter, quant.bits, quant.group_dim, quant.group_size) == packable
 
 
 def special_groups(dtype):

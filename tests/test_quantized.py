@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from zi_experiments.config import Quant
+from zi_experiments.config.schema import Quant
 from zi_experiments.engines.deepspeed.quantized import expand_in_forward, quantize
-from zi_experiments.reference import round_trip
+from zi_experiments.measurement.reference import round_trip
 
 IDS = torch.tensor([[3, 0, 127], [64, 63, 3]])
 

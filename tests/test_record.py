@@ -5,11 +5,12 @@ from math import inf, nan
 import pytest
 from omegaconf import OmegaConf
 
-from zi_experiments import ds_config, metrics
-from zi_experiments.measure import Pass, Samples
-from zi_experiments.record import Failure, Record, RunInfo
-from zi_experiments.sinks import Guarded
-from zi_experiments.sinks.result_file import ResultFile
+from zi_experiments.engines.deepspeed import ds_config
+from zi_experiments.measurement.timing import Pass, Samples
+from zi_experiments.results import metrics
+from zi_experiments.results.record import Failure, Record, RunInfo
+from zi_experiments.results.sinks.base import Guarded
+from zi_experiments.results.sinks.result_file import ResultFile
 
 OVERRIDES = ["model=opt-13b", "offload=cpu", "quant=int4", "workload.gen_len=3"]
 

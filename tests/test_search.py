@@ -5,9 +5,9 @@ from math import log
 
 import pytest
 
-from zi_experiments import planner, search
-from zi_experiments.config import Ceilings, ConfigError
-from zi_experiments.predict import predict
+from zi_experiments.config.schema import Ceilings, ConfigError
+from zi_experiments.cost_model.prediction import predict
+from zi_experiments.planner import planning, search
 
 GIB = 1 << 30
 WORK = ("model=opt-13b", "quant=fp16", "workload=zero-inference")
@@ -70,7 +70,7 @@ def test_what_is_faster_can_be_typed_and_fits_and_is_faster(better, compose_run,
     for each in found:
         typed = compose_run(*WORK, *overrides, *each.text.split())
         assert replace(each.run, name=typed.name) == typed
-        there = planner.build(typed, describe(typed), plan.machine)
+        there = planning.build(typed, describe(typed), plan.machine)
         assert predict(there).total_tok_per_s == each.tok_per_s > NOTICEABLE * now
 
 
@@ -93,7 +93,7 @@ def test_a_larger_batch_is_named_once_and_no_larger_than_it_has_to_be(better):
 
     def rate(batch_size):
         run = replace(plan.run, workload=replace(plan.run.workload, batch_size=batch_size))
-        return predict(planner.build(run, plan.architecture, plan.machine)).total_tok_per_s
+        return predict(planning.build(run, plan.architecture, plan.machine)).total_tok_per_s
 
     assert size & (size - 1) == 0
     assert size <= search.MOST_TIMES * plan.run.workload.batch_size
@@ -110,10 +110,10 @@ def test_a_larger_batch_is_one_that_a_person_would_take(make_plan, machine):
         return plan, [each.run.workload.batch_size for each in found]
 
     plan, larger = sizes(6)
-    assert planner.largest_batch(plan.run, plan.architecture, plan.machine) > 6000
+    assert planning.largest_batch(plan.run, plan.architecture, plan.machine) > 6000
     assert larger == [8, 16, 32, 64]
     assert sizes(1)[1] == [2, 4, 8, 16]
-    most = planner.largest_batch(plan.run, plan.architecture, plan.machine)
+    most = planning.largest_batch(plan.run, plan.architecture, plan.machine)
     assert sizes(most)[1] == []
     assert sizes(4, "hardware.num_gpus=2")[1] == [8, 16, 32, 64]
 
@@ -234,7 +234,7 @@ def test_sizes_are_powers_of_two_on_each_rank_and_the_largest(ranked, compose_ru
     card = CARD | {"host_memory_bytes": 20 * 10**9}
     found = ranked("engine=stream", f"hardware.num_gpus={ranks}", **card)
     sizes = sorted(batch(each) for each in found if kind(each) == kind(found[0]))
-    largest = planner.largest_batch(found[0].run, describe(found[0].run), machine("measured", **card))
+    largest = planning.largest_batch(found[0].run, describe(found[0].run), machine("measured", **card))
 
     assert sizes[-1] == largest
     assert largest % ranks == 0
@@ -246,7 +246,7 @@ def test_candidates_can_be_typed_and_fit(ranked, compose_run, describe, machine)
     for each in ranked("engine=stream", **CARD):
         typed = compose_run(*overrides, *each.text.split())
         assert typed == each.run
-        plan = planner.build(typed, describe(typed), machine("measured", **CARD))
+        plan = planning.build(typed, describe(typed), machine("measured", **CARD))
         assert predict(plan).total_tok_per_s == each.tok_per_s
         assert each.sequences == typed.workload.batch_size * typed.workload.micro_batches
 

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
-from zi_experiments.engines.session import HFSession
+from zi_experiments.engines.hf_session import HFSession
 
 
 class Products(TorchDispatchMode):

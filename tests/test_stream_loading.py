@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch.profiler import ProfilerActivity, profile
 
-from zi_experiments import engines
+from zi_experiments.engines import base
 from zi_experiments.engines.stream import loading
-from zi_experiments.progress import silent
+from zi_experiments.runtime.progress import silent
 
 SHAPE = ("model=opt-125m", "model.architecture.vocab_size=1024", "model.architecture.num_hidden_layers=3")
 
@@ -21,7 +21,7 @@ def test_loading_takes_no_more_than_what_is_loaded(make_plan, machine, monkeypat
     """On the device a layer is quantized in the room of the buffer that layers are expanded into later."""
     monkeypatch.setattr(loading, "ThreadPoolExecutor", InThisThread)
     plan = make_plan(*SHAPE, "engine=stream", "offload=none", "quant=int4", "hardware=cpu", on=machine("cpu"))
-    engine = engines.get("stream")
+    engine = base.get("stream")
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         session = engine.load(plan, engine.config(plan, None), silent())

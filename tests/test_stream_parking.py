@@ -6,10 +6,10 @@ import families
 import pytest
 import torch
 
-from zi_experiments import engines
-from zi_experiments.architecture import decoder_layers
-from zi_experiments.progress import silent
-from zi_experiments.verify import verify
+from zi_experiments.engines import base
+from zi_experiments.measurement.verification import verify
+from zi_experiments.models.architecture import decoder_layers
+from zi_experiments.runtime.progress import silent
 
 
 @pytest.fixture(scope="module", params=["int4", "fp16"])
@@ -20,7 +20,7 @@ def loaded(request, tmp_path_factory):
     plan, session = families.load(folder, request.param, "cpu", engine="stream", **{"offload.resident": 0.7})
     parked = layers(session)[0].resident.nbytes + 1
     session.close()
-    plan, engine = replace(plan, stored=replace(plan.storage, parked_bytes=parked)), engines.get("stream")
+    plan, engine = replace(plan, stored=replace(plan.storage, parked_bytes=parked)), base.get("stream")
     session = engine.load(plan, engine.config(plan, None), silent())
     yield plan, session
     session.close()

@@ -5,12 +5,14 @@ from math import ceil
 
 import pytest
 
-from zi_experiments import fit, planner, verify
-from zi_experiments.architecture import Parameter
-from zi_experiments.config import ConfigError, Quant, Verify
+from zi_experiments.config.schema import ConfigError, Quant, Verify
+from zi_experiments.cost_model import memory_fit
+from zi_experiments.cost_model.plan import VERIFIED_SEQUENCES, VERIFIED_TOKENS
 from zi_experiments.engines.stream import placement
 from zi_experiments.engines.stream.slab import ALIGNMENT, PAGE, lay_out
-from zi_experiments.plan import VERIFIED_SEQUENCES, VERIFIED_TOKENS
+from zi_experiments.measurement.verification import GEN_LEN, PROMPT_LEN, SEQUENCES
+from zi_experiments.models.architecture import Parameter
+from zi_experiments.planner import planning
 
 GIB = 1 << 30
 MODELS = ("opt-125m", "opt-30b", "bloom-7b1", "mixtral-8x7b", "llama-3.1-70b", "qwen3-30b-a3b")
@@ -43,7 +45,7 @@ def plan_stream(compose_run, describe, machine):
         for name, value in work.items():
             setattr(run.workload, name, value)
         on = machine(gpu_memory_bytes=int(gpu_gib * GIB), host_memory_bytes=int(host_gib * GIB))
-        return planner.build(run, describe(run), on)
+        return planning.build(run, describe(run), on)
 
     return plan_stream
 
@@ -236,7 +238,7 @@ def test_each_rank_has_what_is_resident_to_itself_and_a_share_of_the_rest(plan_s
     resident = outside + sum(layer.resident.nbytes for layer in placed)
     assert plan.placement.gpu_bytes == resident
     assert plan.storage.copied_bytes == (ranks - 1) * resident
-    assert fit.uses(plan)[0].weights == resident, "on each of them"
+    assert memory_fit.uses(plan)[0].weights == resident, "on each of them"
     assert plan.streamed_bytes_per_pass == sum(layer.streamed.nbytes for layer in placed)
     assert plan.weight_bytes == resident + plan.streamed_bytes_per_pass
 
@@ -251,7 +253,7 @@ CARD = {"gpu_gib": 23.6, "host_gib": 128, "batch_size": 4, "prompt_len": 32}
 def test_verification_leaves_what_is_measured_as_it_is(plan_stream, model, quant, offload):
     """As much is resident as without it: the reference's room is that of weights which wait in host memory meanwhile."""
     on, off = (plan_stream(model, quant, offload, "auto", verify=verify, **CARD) for verify in ("on", "off"))
-    use = fit.uses(on)[0]
+    use = memory_fit.uses(on)[0]
 
     assert (on.placement, on.streamed_bytes_per_pass) == (off.placement, off.streamed_bytes_per_pass)
     assert use.total > 0.97 * use.available, "as much as fits while measuring"
@@ -259,13 +261,13 @@ def test_verification_leaves_what_is_measured_as_it_is(plan_stream, model, quant
     verifying = use.weights - on.storage.parked_bytes + slots + use.processes
     assert verifying + on.observed_bytes + 2 * on.reference_bytes <= use.available
     assert (on.storage.parked_bytes > 0, off.storage.parked_bytes) == (True, 0)
-    host = fit.uses(on)[1]
+    host = memory_fit.uses(on)[1]
     assert host.total + on.storage.parked_bytes <= host.available
 
 
 def test_a_host_without_room_for_what_is_parked_is_refused(plan_stream):
     parked = plan_stream("llama-3.1-70b", "int4", "cpu", "auto", **CARD)
-    tight = CARD | {"host_gib": (fit.uses(parked)[1].total + parked.storage.parked_bytes) / GIB - 0.01}
+    tight = CARD | {"host_gib": (memory_fit.uses(parked)[1].total + parked.storage.parked_bytes) / GIB - 0.01}
 
     plan_stream("llama-3.1-70b", "int4", "cpu", "auto", verify="off", **tight)
     with pytest.raises(ConfigError, match=r"^verification moves \d+\.\d GB of the GPU's weights .*: pass .*verify=off"):
@@ -277,7 +279,7 @@ def test_a_card_with_room_for_the_reference_parks_nothing(plan_stream):
 
 
 def test_what_verification_computes_is_what_was_planned_for(plan_stream):
-    assert (VERIFIED_SEQUENCES, VERIFIED_TOKENS) == (verify.SEQUENCES, verify.PROMPT_LEN + verify.GEN_LEN)
+    assert (VERIFIED_SEQUENCES, VERIFIED_TOKENS) == (SEQUENCES, PROMPT_LEN + GEN_LEN)
     plan = plan_stream("opt-30b")
     assert plan.observed_bytes == 2 * 4 * 19 * (48 + 1) * 7168
 

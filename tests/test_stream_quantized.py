@@ -9,10 +9,10 @@ import pytest
 import torch
 from families import group_quantize
 
-from zi_experiments.architecture import Parameter
-from zi_experiments.config import Quant
+from zi_experiments.config.schema import Quant
 from zi_experiments.engines.stream import quantized
 from zi_experiments.engines.stream.slab import lay_out, plain_views, views
+from zi_experiments.models.architecture import Parameter
 
 
 def matrices(group_size, group_dim, dtype):

@@ -12,7 +12,7 @@ import torch
 from zi_experiments.engines.stream.ring import InPlace, Ring
 from zi_experiments.engines.stream.slab import PAGE
 from zi_experiments.engines.stream.store import DirectFile, Store
-from zi_experiments.pinned import host_empty
+from zi_experiments.runtime.pinned_memory import host_empty
 
 SIZES = [7 * PAGE, 3 * PAGE, PAGE, 12 * PAGE, 5 * PAGE]  # of slabs; the layers of a model differ too
 ROUNDS = 4

@@ -13,9 +13,10 @@ import pytest
 from cli import wait_for, workers
 from reliability import Faulty, fill
 
-from zi_experiments import resume, sweep
-from zi_experiments.folders import slug, sweep_name
-from zi_experiments.record import Record, RunInfo
+from zi_experiments.config.folders import slug, sweep_name
+from zi_experiments.execution import sweep
+from zi_experiments.results import fingerprints
+from zi_experiments.results.record import Record, RunInfo
 
 MODEL = """
 name: small
@@ -270,7 +271,7 @@ def test_what_makes_a_result_another(tmp_path):
             "tracking": {"mode": "auto"},
             "name": "a",
         },
-        environment=dict.fromkeys(resume.MACHINE, "same") | {"hostname": "a"},
+        environment=dict.fromkeys(fingerprints.MACHINE, "same") | {"hostname": "a"},
     )
     same = replace(
         record,
@@ -280,13 +281,13 @@ def test_what_makes_a_result_another(tmp_path):
     others = [
         replace(record, config=record.config | {"workload": {"batch_size": 9, "text": str(text)}}),
         replace(record, checkpoint={"path": "a", "files": {}}),
-        *(replace(record, environment=record.environment | {key: "other"}) for key in resume.MACHINE),
+        *(replace(record, environment=record.environment | {key: "other"}) for key in fingerprints.MACHINE),
     ]
 
-    assert resume.fingerprint(same) == resume.fingerprint(record)
-    prints = {resume.fingerprint(other) for other in (record, *others)}
+    assert fingerprints.fingerprint(same) == fingerprints.fingerprint(record)
+    prints = {fingerprints.fingerprint(other) for other in (record, *others)}
     text.write_text("two")
-    assert len(prints | {resume.fingerprint(record)}) == len(others) + 2
+    assert len(prints | {fingerprints.fingerprint(record)}) == len(others) + 2
 
 
 @pytest.mark.parametrize(
@@ -294,13 +295,13 @@ def test_what_makes_a_result_another(tmp_path):
 )
 def test_a_record_that_does_not_say_so_is_not_finished(tmp_path, text):
     path = tmp_path / "result.json"
-    assert resume.finished(path, "f") is None
+    assert fingerprints.finished(path, "f") is None
 
     path.write_text(text)
-    assert resume.finished(path, "f") is None
+    assert fingerprints.finished(path, "f") is None
 
     path.write_text('{"status": "ok", "run": {"fingerprint": "f"}}')
-    assert resume.finished(path, "f") is not None
+    assert fingerprints.finished(path, "f") is not None
 
 
 def test_the_folder_of_a_sweep():

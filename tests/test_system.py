@@ -3,7 +3,7 @@ import subprocess
 
 import pytest
 
-from zi_experiments import system
+from zi_experiments.system import toolchain
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from zi_experiments import system
 def test_architectures_are_accepted_exactly_where_deepspeed_and_torch_read_them(monkeypatch, value):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", value)
-    finding = system.cuda_arch_list()
+    finding = toolchain.cuda_arch_list()
 
     assert (finding.fix is None) is is_read(value), finding.found
     assert value.strip() in finding.found
@@ -54,47 +54,47 @@ def test_no_list_of_architectures_is_no_problem(monkeypatch, value):
     if value is not None:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", value)
 
-    assert system.cuda_arch_list().fix is None
+    assert toolchain.cuda_arch_list().fix is None
 
 
 def test_python_s_header_may_be_where_the_user_lets_the_compiler_look(monkeypatch, tmp_path):
     monkeypatch.delenv("CPATH", raising=False)
-    missing = system.python_headers(str(tmp_path / "include"))
+    missing = toolchain.python_headers(str(tmp_path / "include"))
     assert missing.found == f"{tmp_path}/include/Python.h is not there"
     assert missing.fix.startswith("apt-get install python3.")
 
     (tmp_path / "Python.h").touch()
     monkeypatch.setenv("CPATH", str(tmp_path))
-    assert system.python_headers(str(tmp_path / "include")).fix is None
+    assert toolchain.python_headers(str(tmp_path / "include")).fix is None
 
 
 def test_ninja_is_found_beside_python(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    assert system.ninja().fix is None
+    assert toolchain.ninja().fix is None
 
 
 def test_the_user_s_compiler_is_the_one_that_is_looked_for(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -pipe")
     monkeypatch.setenv("CC", "no-such-compiler-either")
 
-    assert system.cxx_compiler().found == "no-such-compiler is not in PATH"
-    assert system.c_compiler().found == "no-such-compiler-either is not in PATH"
-    assert system.libaio().found == "no-such-compiler-either is not in PATH"
+    assert toolchain.cxx_compiler().found == "no-such-compiler is not in PATH"
+    assert toolchain.c_compiler().found == "no-such-compiler-either is not in PATH"
+    assert toolchain.libaio().found == "no-such-compiler-either is not in PATH"
 
 
 def test_locked_memory_is_unlimited_without_a_limit():
     limits = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if limits[0] != resource.RLIM_INFINITY and not system._may_lock_all_memory():
+    if limits[0] != resource.RLIM_INFINITY and not toolchain._may_lock_all_memory():
         pytest.skip("there is a limit here")
 
-    assert system.locked_memory().fix is None
+    assert toolchain.locked_memory().fix is None
 
 
 def test_requests_that_the_kernel_lacks_come_with_the_setting_that_has_them():
-    left = system.aio_requests_left()
+    left = toolchain.aio_requests_left()
 
-    finding = system.aio_requests(left + (1 << 22))
+    finding = toolchain.aio_requests(left + (1 << 22))
 
     assert "fs.aio-max-nr=" in finding.found
     assert int(finding.fix.rpartition("=")[2]) >= left + (1 << 22)
@@ -103,8 +103,8 @@ def test_requests_that_the_kernel_lacks_come_with_the_setting_that_has_them():
 def test_a_folder_that_is_a_file_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
 
-    assert system.writable(tmp_path / "new" / "folder").fix is None
-    assert "Not a directory" in system.writable(tmp_path / "file" / "folder").found
+    assert toolchain.writable(tmp_path / "new" / "folder").fix is None
+    assert "Not a directory" in toolchain.writable(tmp_path / "file" / "folder").found
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,9 @@ def test_a_kernel_that_makes_no_large_pages_is_known(monkeypatch, tmp_path, choi
     path = tmp_path / "enabled"
     if choices is not None:
         path.write_text(choices)
-    monkeypatch.setattr(system, "LARGE_PAGES", str(path))
+    monkeypatch.setattr(toolchain, "LARGE_PAGES", str(path))
 
-    finding = system.large_pages()
+    finding = toolchain.large_pages()
 
     assert finding.found.rpartition(": ")[2] == found
     assert (fix in finding.fix) if fix else finding.fix is None
@@ -140,4 +140,4 @@ def ramfs(tmp_path):
 
 
 def test_a_filesystem_without_o_direct_is_known(ramfs):
-    assert "without O_DIRECT" in system.direct_io(ramfs).found
+    assert "without O_DIRECT" in toolchain.direct_io(ramfs).found

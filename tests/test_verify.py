@@ -12,10 +12,10 @@ import torch
 from cli import Cli, wait_for
 from families import IDS, group_quantize, plain, save_checkpoint
 
-from zi_experiments import reference as references
-from zi_experiments.config import Quant
-from zi_experiments.reference import round_trip
-from zi_experiments.verify import greedy_fraction, rel_error
+from zi_experiments.config.schema import Quant
+from zi_experiments.measurement import reference as references
+from zi_experiments.measurement.reference import round_trip
+from zi_experiments.measurement.verification import greedy_fraction, rel_error
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import wandb
 import wandb_file
 from cli import Cli
 
-from zi_experiments.compose import to_run
-from zi_experiments.config import ConfigError, TrackingMode
+from zi_experiments.config.composition import to_run
+from zi_experiments.config.schema import ConfigError, TrackingMode
 
 KEY = "0" * 40
 HERE = wandb.Settings().base_url.partition("://")[2]  # the host of who has set nothing up
@@ -78,7 +78,7 @@ def found(home, **variables):
     """What a process of its own takes `tracking.mode=auto` for."""
     code = (
         "from zi_experiments import environment; environment.prepare_for_wandb('auto');"
-        "from zi_experiments.sinks import wandb; print(wandb.login_mode())"
+        "from zi_experiments.results.sinks import wandb; print(wandb.login_mode())"
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_") and name != "NETRC"}
     done = subprocess.run(

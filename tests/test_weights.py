@@ -6,9 +6,9 @@ import torch
 from families import save_checkpoint, tiny_config
 from transformers import AutoModelForCausalLM
 
-from zi_experiments import architecture
-from zi_experiments.config import ConfigError
-from zi_experiments.weights import PretrainedWeights, RandomWeights
+from zi_experiments.config.schema import ConfigError
+from zi_experiments.models import architecture
+from zi_experiments.models.weights import PretrainedWeights, RandomWeights
 
 SHAPES = {
     "model.embed_tokens.weight": (128, 32),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from zi_experiments.workload import prompts
+from zi_experiments.measurement.prompts import prompts
 
 
 def batch(**changes):

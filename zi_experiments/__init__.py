@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zi_experiments.library import get_ds_model
+    from zi_experiments.api import get_ds_model
 
 __all__ = ["get_ds_model"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "get_ds_model":
-        from zi_experiments.library import get_ds_model  # imports torch, which the command line does without at first
+        from zi_experiments.api import get_ds_model  # imports torch, which the command line does without at first
 
         return get_ds_model
     raise AttributeError(f"module {__name__} has no attribute {name}")

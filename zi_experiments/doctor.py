@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from zi_experiments import caches, environment, stdio, system
-from zi_experiments.system import Finding
+from zi_experiments import environment
+from zi_experiments.runtime import caches, stdio
+from zi_experiments.system import toolchain
+from zi_experiments.system.toolchain import Finding
 
 AIO_OF_A_RANK = 1152  # what engine=deepspeed offload=nvme takes as it comes
 _SHARED_BYTES = 1 << 30  # Docker gives 64 MiB, where the back ends of several ranks fail or end with SIGBUS
@@ -68,23 +70,23 @@ def checks(folder: Path) -> list[Check]:
         ("GPU", gpu, "for hardware=auto to use one"),
         *([("GPU memory", gpu_memory, "for all of it")] if gpus else []),
         ("host memory", host_memory, None),
-        ("large pages", system.large_pages, "for disks and GPUs to fill memory faster"),
-        ("C++ compiler", system.cxx_compiler, None),
-        ("Python.h", system.python_headers, None),
-        ("ninja", system.ninja, None),
-        *([("CUDA toolkit", system.cuda_toolkit, None)] if gpus else []),
-        ("CUDA architectures", system.cuda_arch_list, None if gpus else "for a GPU"),
-        ("C compiler", system.c_compiler, "for engine=stream with quantized weights on a GPU"),
-        ("libaio", system.libaio, own_nvme),
-        ("asynchronous I/O", partial(system.aio_requests, AIO_OF_A_RANK), own_nvme),
-        ("locked memory", system.locked_memory, own_nvme),
-        ("offload folder", partial(system.writable, folder), nvme),
-        ("O_DIRECT", partial(system.direct_io, folder), nvme),
-        ("free space", partial(system.free_space, folder), nvme),
+        ("large pages", toolchain.large_pages, "for disks and GPUs to fill memory faster"),
+        ("C++ compiler", toolchain.cxx_compiler, None),
+        ("Python.h", toolchain.python_headers, None),
+        ("ninja", toolchain.ninja, None),
+        *([("CUDA toolkit", toolchain.cuda_toolkit, None)] if gpus else []),
+        ("CUDA architectures", toolchain.cuda_arch_list, None if gpus else "for a GPU"),
+        ("C compiler", toolchain.c_compiler, "for engine=stream with quantized weights on a GPU"),
+        ("libaio", toolchain.libaio, own_nvme),
+        ("asynchronous I/O", partial(toolchain.aio_requests, AIO_OF_A_RANK), own_nvme),
+        ("locked memory", toolchain.locked_memory, own_nvme),
+        ("offload folder", partial(toolchain.writable, folder), nvme),
+        ("O_DIRECT", partial(toolchain.direct_io, folder), nvme),
+        ("free space", partial(toolchain.free_space, folder), nvme),
         ("output folder", output_folder, None),
         ("builds", builds, None),
         ("shared memory", shared_memory, "for hardware.num_gpus above 1"),
-        ("launcher", system.launcher_variables, "for get_ds_model"),
+        ("launcher", toolchain.launcher_variables, "for get_ds_model"),
         ("W&B", wandb, "for runs to be seen online"),
     ]
 
@@ -126,7 +128,7 @@ def gpu() -> Finding:
     import torch
     from torch.version import cuda
 
-    from zi_experiments import hardware
+    from zi_experiments.system import machines
 
     build = f"torch is built for CUDA {cuda}" if cuda else "torch is built without CUDA"
     try:
@@ -134,40 +136,40 @@ def gpu() -> Finding:
     except (RuntimeError, AssertionError) as error:
         fix = "look at nvidia-smi and CUDA_VISIBLE_DEVICES" if cuda else "install torch for CUDA, from pytorch.org"
         return Finding(found=f"none: {build} ({str(error).splitlines()[0]})", fix=fix)
-    first = hardware.first_gpu()
-    return Finding(found=f"{hardware.gpu_count()} × {first.name}, driver {first.driver}; {build}")
+    first = machines.first_gpu()
+    return Finding(found=f"{machines.gpu_count()} × {first.name}, driver {first.driver}; {build}")
 
 
 def gpu_memory() -> Finding:
     """Memory of the first GPU."""
-    from zi_experiments import hardware
+    from zi_experiments.system import machines
 
-    first = hardware.first_gpu()
+    first = machines.first_gpu()
     fix = None if first.free_bytes > _MOSTLY_FREE * first.memory_bytes else "nvidia-smi shows who uses the rest"
     return Finding(found=f"{first.free_bytes / 1e9:.1f} of {first.memory_bytes / 1e9:.1f} GB free", fix=fix)
 
 
 def host_memory() -> Finding:
     """What new allocations can have."""
-    from zi_experiments import hardware
+    from zi_experiments.system import machines
 
-    return Finding(found=f"{hardware.host_memory_available() / 1e9:.1f} GB available")
+    return Finding(found=f"{machines.host_memory_available() / 1e9:.1f} GB available")
 
 
 def output_folder() -> Finding:
     """The folder from which runs are started, where they make `outputs/`."""
-    return _with_fix(system.writable(Path.cwd()), "start runs elsewhere, or pass hydra.run.dir=/a/writable/folder")
+    return _with_fix(toolchain.writable(Path.cwd()), "start runs elsewhere, or pass hydra.run.dir=/a/writable/folder")
 
 
 def kept() -> Finding:
     """Where compiled operators are kept, and what else need not be found out again."""
     try:
         moved = caches.settle()
-        folders = (system.extensions_folder(), environment.cache_folder())
+        folders = (toolchain.extensions_folder(), environment.cache_folder())
     except (ValueError, OSError) as error:
         finding = Finding(found=str(error), fix="")
     else:
-        findings = [system.writable(folder) for folder in folders]
+        findings = [toolchain.writable(folder) for folder in folders]
         finding = next((one for one in findings if one.fix is not None), Finding(found=moved or str(folders[0])))
     return _with_fix(finding, "set HOME to a folder that can be written, or TORCH_EXTENSIONS_DIR and XDG_CACHE_HOME")
 
@@ -175,8 +177,8 @@ def kept() -> Finding:
 def builds() -> Finding:
     """Locks of operators in torch's cache: runs wait for those that a process has, and remove the others."""
     notes = []
-    for lock in sorted(system.extensions_folder().glob("*/lock")):
-        owner = system.lock_owner(lock)
+    for lock in sorted(toolchain.extensions_folder().glob("*/lock")):
+        owner = toolchain.lock_owner(lock)
         note = f"process {owner} builds it" if owner else "the lock of an interrupted build, which a run removes"
         notes.append(f"{lock.parent.name}: {note}")
     return Finding(found="; ".join(notes) or "none under way")
@@ -194,7 +196,7 @@ def wandb() -> Finding:
     mode = environment.wandb_mode()
     if mode is None:
         environment.prepare_for_wandb("auto")
-        from zi_experiments.sinks.wandb import login_mode
+        from zi_experiments.results.sinks.wandb import login_mode
 
         mode = login_mode()
     return Finding(found=mode, fix="wandb login, or set WANDB_API_KEY" if mode == "offline" else None)
@@ -211,9 +213,9 @@ def _finding(check: Callable[[], Finding]) -> Finding:
 
 def _gpus() -> int:
     try:
-        from zi_experiments import hardware
+        from zi_experiments.system import machines
 
-        return hardware.gpu_count()
+        return machines.gpu_count()
     except Exception:
         return 0  # what is wrong with torch, its own checks say
 

@@ -6,22 +6,28 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from zi_experiments import contents, here, planner, quality, scratch, search
-from zi_experiments.compose import to_run
-from zi_experiments.config import ConfigError
-from zi_experiments.sinks import plan_table
-from zi_experiments.sinks.console import show_plan
+from zi_experiments.calibration import this_machine
+from zi_experiments.config.composition import to_run
+from zi_experiments.config.schema import ConfigError
+from zi_experiments.measurement import perplexity
+from zi_experiments.models import contents
+from zi_experiments.planner import planning, search
+from zi_experiments.results.sinks import plan_table
+from zi_experiments.results.sinks.console import show_plan
+from zi_experiments.runtime import scratch
 
 
 def show(cfg: DictConfig, console: Console) -> None:
     """Raises `ConfigError` for a run that would be refused."""
     run = to_run(cfg)
-    quality.check_text(run.workload.text)
-    machine = here.known(run, scratch.base_for_weights(run, Path(HydraConfig.get().runtime.output_dir) / "offload"))
+    perplexity.check_text(run.workload.text)
+    machine = this_machine.known(
+        run, scratch.base_for_weights(run, Path(HydraConfig.get().runtime.output_dir) / "offload")
+    )
     arch = contents.load(run)
     settled = search.settle(run, arch, machine)
     if settled is None:
         raise ConfigError(f"the search has no candidate of rank {run.search.rank}: pass search.rank=0")
-    plan = planner.build(settled, arch, machine)
+    plan = planning.build(settled, arch, machine)
     show_plan(run.name, plan, console)
     plan_table.show(plan, search.improvements(plan), console)

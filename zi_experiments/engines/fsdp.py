@@ -7,15 +7,22 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from zi_experiments import distributed, weights
-from zi_experiments.architecture import decoder_layers
-from zi_experiments.config import ConfigError, OffloadDevice
+from zi_experiments.config.schema import ConfigError, OffloadDevice
+from zi_experiments.cost_model.inventory import Stored
+from zi_experiments.cost_model.plan import (
+    ELEMENT_BYTES,
+    Overlap,
+    Plan,
+    Storage,
+    placement_of,
+)
 from zi_experiments.engines import sixteen_bit
+from zi_experiments.engines.hf_session import HFSession, host_cache
 from zi_experiments.engines.modules import device_of, names_of, put
-from zi_experiments.engines.session import HFSession, host_cache
-from zi_experiments.inventory import Stored
-from zi_experiments.plan import ELEMENT_BYTES, Overlap, Plan, Storage, placement_of
-from zi_experiments.progress import Progress
+from zi_experiments.models import weights
+from zi_experiments.models.architecture import decoder_layers
+from zi_experiments.runtime import distributed
+from zi_experiments.runtime.progress import Progress
 
 PREFETCHED_LAYERS = 2
 OVERLAP = Overlap(hidden=0.0, launch=2.1, stall=0.0, load_s=3.0, load_s_per_parameter=2e-9)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from zi_experiments import distributed
-from zi_experiments.plan import Plan
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.runtime import distributed
 
 
 def device_of(plan: Plan) -> Any:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from zi_experiments.architecture import Parameter
-from zi_experiments.config import ConfigError, OffloadDevice
-from zi_experiments.inventory import Home, Stored
-from zi_experiments.plan import Plan
+from zi_experiments.config.schema import ConfigError, OffloadDevice
+from zi_experiments.cost_model.inventory import Home, Stored
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.models.architecture import Parameter
 
 
 def refuse_quantized(plan: Plan) -> None:

@@ -5,19 +5,19 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from zi_experiments import distributed, ds_config, zero3
-from zi_experiments.architecture import model_class
-from zi_experiments.config import ConfigError, WeightSource
-from zi_experiments.engines.deepspeed import patches, quantized
-from zi_experiments.engines.deepspeed.disk import checking_writes
-from zi_experiments.engines.deepspeed.ops import build_ops
+from zi_experiments.config.schema import ConfigError, WeightSource
+from zi_experiments.cost_model.inventory import Stored
+from zi_experiments.cost_model.plan import Plan, Storage
+from zi_experiments.engines.deepspeed import ds_config, patches, placement, quantized
+from zi_experiments.engines.deepspeed.checked_writes import checking_writes
+from zi_experiments.engines.deepspeed.operators import build_ops
 from zi_experiments.engines.deepspeed.partitions import inventory
 from zi_experiments.engines.deepspeed.pinned import register_swap_buffers
-from zi_experiments.engines.session import HFSession, host_cache
-from zi_experiments.inventory import Stored
-from zi_experiments.plan import Plan, Storage
-from zi_experiments.progress import Progress
-from zi_experiments.weights import RandomWeights, load_model
+from zi_experiments.engines.hf_session import HFSession, host_cache
+from zi_experiments.models.architecture import model_class
+from zi_experiments.models.weights import RandomWeights, load_model
+from zi_experiments.runtime import distributed
+from zi_experiments.runtime.progress import Progress
 
 
 def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
@@ -32,12 +32,12 @@ def storage(plan: Plan) -> Storage:
     """
     if _is_pretrained(plan) and getattr(plan.architecture.config, "quantization_config", None) is not None:
         raise ConfigError("engine=deepspeed cannot load weights that are quantized already: pass engine=stream")
-    return zero3.storage(plan)
+    return placement.storage(plan)
 
 
 def stored(plan: Plan) -> dict[str, Stored]:
     """How ZeRO stage 3 keeps each parameter."""
-    return zero3.stored(plan)
+    return placement.stored(plan)
 
 
 def prepare(plan: Plan, progress: Progress) -> None:

@@ -3,9 +3,15 @@
 from collections.abc import Iterator
 from typing import Any
 
-from zi_experiments import distributed
-from zi_experiments.inventory import Home, Inventory, Stored, held, home_on
-from zi_experiments.plan import ELEMENT_BYTES
+from zi_experiments.cost_model.inventory import (
+    Home,
+    Inventory,
+    Stored,
+    held,
+    home_on,
+)
+from zi_experiments.cost_model.plan import ELEMENT_BYTES
+from zi_experiments.runtime import distributed
 
 
 def inventory(model: Any, device: Any) -> Inventory:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from zi_experiments.pinned import pinned_empty
+from zi_experiments.runtime.pinned_memory import pinned_empty
 
 
 @contextmanager

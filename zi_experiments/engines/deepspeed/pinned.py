@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from zi_experiments.pinned import register
+from zi_experiments.runtime.pinned_memory import register
 
 
 def register_swap_buffers(model: Any) -> None:

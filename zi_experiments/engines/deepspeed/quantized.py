@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from zi_experiments.config import Quant
+from zi_experiments.config.schema import Quant
 
 
 def quantize(parameter: Any, quant: Quant) -> None:

@@ -9,14 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zi_experiments import distributed, weights
-from zi_experiments.architecture import decoder_layers
+from zi_experiments.cost_model.inventory import (
+    Home,
+    Inventory,
+    Stored,
+    held,
+    home_on,
+)
+from zi_experiments.cost_model.plan import ELEMENT_BYTES, Plan, Storage
+from zi_experiments.engines.hf_session import HFSession
 from zi_experiments.engines.modules import device_of, names_of, put
-from zi_experiments.engines.session import HFSession
 from zi_experiments.engines.stream import placement
-from zi_experiments.inventory import Home, Inventory, Stored, held, home_on
-from zi_experiments.plan import ELEMENT_BYTES, Plan, Storage
-from zi_experiments.progress import Progress
+from zi_experiments.models import weights
+from zi_experiments.models.architecture import decoder_layers
+from zi_experiments.runtime import distributed
+from zi_experiments.runtime.progress import Progress
 
 
 def storage(plan: Plan) -> Storage:
@@ -50,7 +57,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     """Load the planned model: what stays onto the device, what is streamed into slabs."""
     import torch
 
-    from zi_experiments.engines.stream.caches import make_cache
+    from zi_experiments.engines.stream.device_kv_cache import make_cache
     from zi_experiments.engines.stream.layers import StreamedLayer
     from zi_experiments.engines.stream.loading import Loader
     from zi_experiments.engines.stream.parking import parked

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from zi_experiments.config import Quant
+from zi_experiments.config.schema import Quant
 
 BLOCK = 2048  # elements that one program expands
 

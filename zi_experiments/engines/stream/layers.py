@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zi_experiments.engines.stream.blocks import in_blocks
+from zi_experiments.engines.stream.micro_batches import in_blocks
 from zi_experiments.engines.stream.placement import LayerPlacement
 from zi_experiments.engines.stream.quantized import expand
 from zi_experiments.engines.stream.ring import Source

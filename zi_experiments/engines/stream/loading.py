@@ -9,16 +9,22 @@ from typing import Any
 
 import torch
 
-from zi_experiments import distributed
-from zi_experiments.architecture import Parameter
+from zi_experiments.cost_model.plan import Plan
 from zi_experiments.engines.stream.placement import BUFFERS, LayerPlacement
 from zi_experiments.engines.stream.quantized import expand, pack
-from zi_experiments.engines.stream.slab import Layout, Place, lay_out, plain_views, views
+from zi_experiments.engines.stream.slab import (
+    Layout,
+    Place,
+    lay_out,
+    plain_views,
+    views,
+)
 from zi_experiments.engines.stream.store import DirectFile, Store
-from zi_experiments.pinned import host_empty
-from zi_experiments.plan import Plan
-from zi_experiments.progress import Progress
-from zi_experiments.weights import PretrainedWeights, RandomWeights
+from zi_experiments.models.architecture import Parameter
+from zi_experiments.models.weights import PretrainedWeights, RandomWeights
+from zi_experiments.runtime import distributed
+from zi_experiments.runtime.pinned_memory import host_empty
+from zi_experiments.runtime.progress import Progress
 
 READERS = 4  # modules of a checkpoint that are read at a time
 AHEAD = 4  # slabs whose pages are being pinned while others are filled

@@ -6,11 +6,22 @@ from functools import cache
 from itertools import groupby
 from math import ceil
 
-from zi_experiments.architecture import Parameter
-from zi_experiments.config import CacheDevice, ConfigError, OffloadDevice, Verify
+from zi_experiments.config.schema import (
+    CacheDevice,
+    ConfigError,
+    OffloadDevice,
+    Verify,
+)
+from zi_experiments.cost_model.inventory import Home, Stored
+from zi_experiments.cost_model.plan import (
+    ELEMENT_BYTES,
+    Overlap,
+    Placement,
+    Plan,
+    Storage,
+)
 from zi_experiments.engines.stream.slab import Layout, lay_out
-from zi_experiments.inventory import Home, Stored
-from zi_experiments.plan import ELEMENT_BYTES, Overlap, Placement, Plan, Storage
+from zi_experiments.models.architecture import Parameter
 
 OVERLAP = Overlap(
     hidden=1.0,

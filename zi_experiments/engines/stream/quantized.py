@@ -6,7 +6,7 @@ round((x − smallest) · scale), and a weight is code / scale + smallest, each 
 
 import torch
 
-from zi_experiments.config import Quant
+from zi_experiments.config.schema import Quant
 from zi_experiments.engines.stream.slab import Layout, Place
 
 BLOCK = 1 << 26  # elements that are packed at a time, so that temporaries stay small

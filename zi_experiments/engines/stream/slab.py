@@ -6,9 +6,9 @@ from functools import cached_property
 from math import lcm, prod
 from typing import Any
 
-from zi_experiments.architecture import Parameter
-from zi_experiments.config import Quant
-from zi_experiments.plan import ELEMENT_BYTES
+from zi_experiments.config.schema import Quant
+from zi_experiments.cost_model.plan import ELEMENT_BYTES
+from zi_experiments.models.architecture import Parameter
 
 ALIGNMENT = 256  # bytes: what CUDA's own allocator gives, and every kernel is happy with
 PAGE = 4096  # bytes: what O_DIRECT reads, and what is pinned

@@ -9,9 +9,9 @@ from itertools import count
 
 import torch
 
+from zi_experiments.cost_model.inventory import Home
 from zi_experiments.engines.stream.placement import CHUNK_BYTES, PARALLEL
 from zi_experiments.engines.stream.slab import PAGE
-from zi_experiments.inventory import Home
 
 
 class DirectFile:

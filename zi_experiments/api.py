@@ -1,0 +1,125 @@
+"""`get_ds_model`: the reference script's function, for use in a process of one's own."""
+
+import uuid
+import weakref
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from zi_experiments import environment
+from zi_experiments.calibration import disk
+from zi_experiments.config.composition import from_choices
+from zi_experiments.config.schema import ConfigError, Run, conf_dir
+from zi_experiments.engines import base
+from zi_experiments.execution import preflight
+from zi_experiments.planner import planning
+from zi_experiments.runtime import (
+    caches,
+    distributed,
+    progress,
+    scratch,
+)
+
+
+def get_ds_model(
+    model_name: str,
+    cpu_offload: bool,
+    disk_offload: bool,
+    offload_dir: str,
+    dummy_weights: str | None,
+    bits: int,
+    group_size: int,
+    *,
+    batch_size: int = 1,
+    pin_memory: bool | None = None,
+    use_gds: bool = False,
+    profile: str = "tuned",
+) -> Any:
+    """A causal language model wrapped by DeepSpeed ZeRO stage 3, in eval mode, ready for `generate`.
+
+    Args:
+        model_name: hub name ("facebook/opt-66b"), folder, or the name of a shipped shape ("opt-66b").
+        cpu_offload: keep the weights in host memory.
+        disk_offload: keep them on disk, in a folder of their own under `offload_dir`; wins over `cpu_offload`.
+        offload_dir: a folder that is there; used with `disk_offload` only. What is written there goes with the model or
+            the process.
+        dummy_weights: None for the checkpoint `model_name`, "random" for random weights of its shape, or the folder
+            of another checkpoint.
+        bits: 16, 8 or 4.
+        group_size: weights that share a scale and a minimum; used below 16 bits.
+        batch_size: sequences that `generate` will be given, over all ranks: a multiple of their number.
+        pin_memory: pin weights in host memory; None pins whenever it has room.
+        use_gds: read from disk by GPUDirect Storage.
+        profile: "tuned", or "reference" for the DeepSpeedExamples script's configuration, key for key.
+
+    Without a launcher this process is the only rank; under torchrun the model is partitioned over its ranks. One model
+    per process: DeepSpeed does not give everything back.
+
+    Raises:
+        ConfigError: what is asked for cannot work or fit on this machine; the message says what can.
+    """
+    if bits not in (16, 8, 4):
+        raise ConfigError(f"bits={bits} is not supported: pass bits=4, 8 or 16")
+    offload = "nvme" if disk_offload else "cpu" if cpu_offload else "none"
+    settings: dict[str, Any] = {
+        "engine.profile": profile,
+        "hardware.num_gpus": distributed.launched_ranks(),
+        "workload.batch_size": batch_size,
+        "offload.use_gds": use_gds,
+        "offload.path": offload_dir if disk_offload else None,
+        "offload.pin_memory": None if offload == "none" else pin_memory,
+    }
+    if bits < 16:
+        settings |= {"quant.group_size": group_size}
+    if dummy_weights != "random":
+        settings |= {"weights.path": dummy_weights or model_name}
+    model = _known_model(model_name)
+    if model == "local":
+        settings |= {"model.path": model_name}
+    choices = {
+        "model": model,
+        "offload": offload,
+        "quant": f"int{bits}" if bits < 16 else "fp16",
+        "weights": "random" if dummy_weights == "random" else "pretrained",
+        "tracking": "none",
+    }
+    return _load(from_choices(choices, settings))
+
+
+def _load(run: Run) -> Any:
+    console = Console(stderr=True)
+    if (line := caches.settle()) and not distributed.launched_rank():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    scratch.check_base("offload_dir", run.offload.path)
+    path = scratch.for_weights(run, Path.cwd(), uuid.uuid4().hex[:12])
+    if path is not None:
+        scratch.remove_abandoned(path.parent)
+    planned = planning.plan_run(run, disk.free_bytes(path.parent) if path else None)
+    preflight.check(planned, path)
+    environment.set_variables(environment.worker_environment(cuda=planned.machine.device == "cuda"))
+    engine = base.get(run.engine.name)
+    config = engine.config(planned, str(path) if path else None)
+    told = progress.silent() if distributed.launched_rank() else progress.shown(console)
+    engine.prepare(planned, told)
+    held = scratch.Scratch(path) if path else None
+    try:
+        session = engine.load(planned, config, told)
+    except BaseException:
+        if held is not None:
+            held.close()
+        raise
+    # its destructor would take the hooks off that bring the weights in
+    session.model.zi_session = session
+    if held is not None:
+        weakref.finalize(session.model, held.close)
+    return session.model
+
+
+def _known_model(name: str) -> str:
+    """The shipped shape of that name or hub name, else `local`."""
+    for path in sorted((conf_dir() / "model").glob("*.yaml")):
+        if path.stem != "local" and name in (path.stem, OmegaConf.load(path).path):
+            return path.stem
+    return "local"

@@ -1,0 +1,120 @@
+"""Measured figures, kept from one run to the next under what identifies the machine or the disk."""
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from zi_experiments import environment
+from zi_experiments.calibration.disk import Disk, existing, mount_of
+from zi_experiments.config.schema import Calibration, Ceilings
+from zi_experiments.system.machines import Machine
+
+FORMAT = 5  # raised when a figure is measured in another way, or the code that it is of becomes faster
+_NAMES = {field.name for field in (*fields(Ceilings), *fields(Calibration))} - {"source"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What is measured at a time."""
+
+    kind: str  # "machine" or "disk"
+    identity: dict[str, Any]  # figures are another's when any of it differs
+    request: dict[str, Any]  # to the process that measures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """What was measured of a subject."""
+
+    measured_on: str  # a date
+    figures: dict[str, Any]  # by the names in `Ceilings` and `Calibration`
+
+
+def folder() -> Path:
+    return environment.cache_folder() / "hardware"
+
+
+def of_machine(machine: Machine) -> Subject:
+    """The device, processor and memory of a machine."""
+    import torch
+
+    around = environment.describe(machine)
+    kept = ("device", "gpu", "driver", "cpu", "cpu_cores", "host_memory_bytes", "python")
+    identity = {key: around[key] for key in kept} | {
+        "format": FORMAT,
+        "dtypes": list(machine.dtypes),
+        "threads": torch.get_num_threads(),
+        **{name: around["packages"][name] for name in ("torch", "transformers")},
+    }
+    request = {"device": machine.device, "dtypes": list(machine.dtypes)}
+    return Subject(kind="machine", identity=identity, request=request)
+
+
+def of_disk(disk: Disk, machine: Machine) -> Subject:
+    """A filesystem of that machine, as it is read with these settings."""
+    around = environment.describe(machine)
+    there = existing(disk.folder)
+    mount = mount_of(there)
+    settings = {"block_bytes": disk.block_bytes, "in_flight": disk.in_flight}
+    identity = {key: around[key] for key in ("cpu", "host_memory_bytes")} | {
+        "format": FORMAT,
+        "disk": mount.device,
+        "mountpoint": mount.mountpoint,
+        **settings,
+    }
+    return Subject(kind="disk", identity=identity, request={"folder": str(there), **settings})
+
+
+def load(subject: Subject) -> Entry | None:
+    """What is kept of a subject; None when that is nothing, or damaged."""
+    try:
+        content = json.loads(_path(subject).read_bytes())
+        if content["identity"] != subject.identity:
+            return None
+        return Entry(measured_on=str(content["measured_on"]), figures=checked(content["figures"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def store(subject: Subject, entry: Entry) -> None:
+    """Write an entry whole or not at all. Raises `OSError` where that cannot be."""
+    path = _path(subject)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"identity": subject.identity, "measured_on": entry.measured_on, "figures": entry.figures}
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def checked(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures as JSON has them, in their own types. Raises `ValueError` or its like for what is none."""
+    if not figures or figures.keys() - _NAMES:
+        raise ValueError(f"figures are not called {', '.join(figures)}")
+    products = {
+        dtype: {int(rows): _rate(rate) for rows, rate in rates.items()}
+        for dtype, rates in figures.get("gemm_flops", {}).items()
+    }
+    moments = {name: [_rate(rate) for rate in rates] for name, rates in figures.get("moments", {}).items()}
+    numbers = {name: value for name, value in figures.items() if name not in ("gemm_flops", "moments")}
+    plain = {name: None if value is None else _rate(value) for name, value in numbers.items()}
+    return plain | {"moments": moments} | ({"gemm_flops": products} if "gemm_flops" in figures else {})
+
+
+def _rate(value: Any) -> float:
+    if not 0 < value < inf:
+        raise ValueError(f"{value} is no measurement")
+    return float(value)
+
+
+def _path(subject: Subject) -> Path:
+    digest = hashlib.sha256(json.dumps(subject.identity, sort_keys=True).encode()).hexdigest()
+    return folder() / f"{subject.kind}-{digest[:16]}.json"

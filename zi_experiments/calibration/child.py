@@ -1,0 +1,108 @@
+"""A process of its own that measures: whatever happens to it, the launcher goes on, and its own memory stays as it was."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from zi_experiments import environment
+from zi_experiments.calibration import disk
+from zi_experiments.runtime import scratch, signals
+
+_LIMIT_S = 180.0  # a GPU that hangs must not keep a run from beginning
+_SET_PARENT_DEATH_SIGNAL = 1  # of prctl
+
+
+class MeasuringError(Exception):
+    """The process did not answer: why, in one line."""
+
+
+def ask(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request, `{"figures": …, "notes": […]}`, from a process that is gone by then.
+
+    Raises `MeasuringError`. A `KeyboardInterrupt` passes through once the process is gone.
+    """
+    try:
+        temporary = scratch.for_temporary_files(uuid.uuid4().hex[:12])
+        held = scratch.Scratch(temporary)
+    except OSError as error:
+        raise MeasuringError(f"no temporary files can be made: {error}") from error
+    inherited = environment.worker_environment(cuda=request.get("device") == "cuda")
+    try:
+        with environment.variables(inherited | {"TMPDIR": str(temporary)}):
+            return _carry_out(request)
+    finally:
+        held.close()
+
+
+def _carry_out(request: dict[str, Any]) -> dict[str, Any]:
+    asked = json.dumps(request | {"parent": os.getpid()})
+    command = [sys.executable, "-m", "zi_experiments.hardware", "--request", asked]
+    pipe = subprocess.PIPE
+    # with a group of its own no key reaches it, and what it has started ends with it
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, process_group=0) as process:
+        try:
+            out, err = process.communicate(timeout=_LIMIT_S)
+        except subprocess.TimeoutExpired as error:
+            raise MeasuringError(f"it took longer than {_LIMIT_S:.0f} s") from error
+        except KeyboardInterrupt:
+            signals.acknowledge()
+            raise
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode < 0:
+        raise MeasuringError(f"ended by {signal.Signals(-process.returncode).name}")
+    if process.returncode:
+        lines = err.decode(errors="replace").strip().splitlines()
+        raise MeasuringError((lines or [f"exit code {process.returncode}"])[-1][:300])
+    try:
+        answered: dict[str, Any] = json.loads(out)
+    except ValueError as error:
+        raise MeasuringError("what it said cannot be read") from error
+    return answered
+
+
+def answer(text: str) -> None:
+    """Measure what a request asks for, and write the answer to standard output: the child's side of `ask`."""
+    request = json.loads(text)
+    _end_with(request["parent"])
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)  # what libraries print is no answer
+        json.dump(_disk(request) if "folder" in request else _machine(request), out)
+
+
+def _end_with(parent: int) -> None:
+    """Whatever ends the launcher ends this process, and when memory runs out this one goes first."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, ctypes.c_ulong(signal.SIGKILL))
+    if os.getppid() != parent:
+        sys.exit("the launcher has ended")
+
+
+def _disk(request: dict[str, Any]) -> dict[str, Any]:
+    where = disk.Disk(
+        folder=Path(request["folder"]), block_bytes=request["block_bytes"], in_flight=request["in_flight"]
+    )
+    try:
+        reads, written = disk.bytes_per_s(where)
+    except OSError as error:
+        sys.exit(str(error))
+    moments = {"disk_bytes_per_s": reads}
+    figures = {"disk_bytes_per_s": max(reads), "disk_write_bytes_per_s": written, "moments": moments}
+    return {"figures": figures, "notes": []}
+
+
+def _machine(request: dict[str, Any]) -> dict[str, Any]:
+    from zi_experiments.calibration import figures  # with torch, which the launcher does without here
+
+    measured, notes = figures.measure(request["device"], request["dtypes"])
+    return {"figures": measured, "notes": notes}

@@ -1,0 +1,138 @@
+"""How fast the disk of a folder writes and reads around the page cache, with as many requests as a run has under way."""
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from zi_experiments.runtime.pinned_memory import Pages
+
+_MOST_BYTES = 1 << 30  # of the file: some filesystems take seconds to free a larger one
+_LEAST_REQUESTS = 4
+_MOMENTS = 4  # of which the best is a ceiling
+_MEMORY = ("tmpfs", "ramfs")  # newer kernels take O_DIRECT there, and copy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disk:
+    """A folder, which may be yet to be made, and how a run reads there."""
+
+    folder: Path
+    block_bytes: int  # of a request
+    in_flight: int  # requests at a time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mount:
+    """The filesystem of a folder."""
+
+    device: str
+    mountpoint: str
+    kind: str
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or else the nearest above it that is there, which is on the same disk."""
+    folder = folder.expanduser().resolve()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def free_bytes(folder: Path) -> int | None:
+    """What is free on the disk of a folder, which may be yet to be made; None where that cannot be known."""
+    with suppress(OSError):
+        return shutil.disk_usage(existing(folder)).free
+    return None
+
+
+def mount_of(folder: Path) -> Mount:
+    """The filesystem of a folder that is there."""
+    import psutil
+
+    above = {str(path) for path in (folder, *folder.parents)}
+    found = [part for part in psutil.disk_partitions(all=True) if part.mountpoint in above]
+    # the last of several at one place hides the others
+    part = max(reversed(found), key=lambda part: len(part.mountpoint), default=None)
+    if part is None:
+        return Mount(device="", mountpoint="/", kind="")  # a container that hides its own
+    return Mount(device=part.device, mountpoint=part.mountpoint, kind=part.fstype)
+
+
+def bytes_per_s(disk: Disk, each_way_s: float = 2.0) -> tuple[list[float], float]:
+    """What the disk reads at several moments, and what it writes.
+
+    It is measured over a file of its own that has no name and so never stays behind.
+    Raises `OSError`, in one line, where there is no room, no permission, or no disk below the filesystem.
+    """
+    folder = existing(disk.folder)
+    if mount_of(folder).kind in _MEMORY:
+        raise OSError(f"{folder} is memory, not a disk: pass offload.path=/a/folder/on/NVMe")
+    blocks = min(_MOST_BYTES, shutil.disk_usage(folder).free // 2) // disk.block_bytes
+    if blocks < _LEAST_REQUESTS:
+        raise OSError(f"{folder} has no room for {2 * _LEAST_REQUESTS} requests of {disk.block_bytes} bytes")
+    in_flight = min(disk.in_flight, blocks)
+    region = blocks // in_flight * disk.block_bytes
+    with ExitStack() as held:
+        descriptor = _nameless(folder)
+        held.callback(os.close, descriptor)
+        with suppress(OSError):  # without it a file grows as it is written
+            os.posix_fallocate(descriptor, 0, in_flight * region)
+        buffers = [held.enter_context(Pages(disk.block_bytes)) for _ in range(in_flight)]
+        random = os.urandom(disk.block_bytes)  # a disk that compresses finds nothing in it
+        for buffer in buffers:
+            buffer.write(random)
+        everything = [region // disk.block_bytes] * in_flight
+        written, write_rate = _carry_out(os.pwritev, descriptor, buffers, region, everything, each_way_s, again=False)
+        os.fdatasync(descriptor)
+        moment_s = each_way_s / _MOMENTS
+        reads = [
+            _carry_out(os.preadv, descriptor, buffers, region, written, moment_s, again=True) for _ in range(_MOMENTS)
+        ]
+        return [rate for _, rate in reads], write_rate
+
+
+def _nameless(folder: Path) -> int:
+    path = folder / f".zi-{uuid.uuid4().hex[:12]}"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
+    except OSError as error:
+        with suppress(OSError):  # where O_DIRECT is refused, the file may have been made all the same
+            path.unlink()
+        raise OSError(f"no file can be made in {folder} with O_DIRECT ({error.strerror})") from error
+    path.unlink()
+    return descriptor
+
+
+def _carry_out(
+    request: Callable[..., int],
+    descriptor: int,
+    buffers: list[Pages],
+    region: int,
+    blocks: list[int],
+    seconds: float,
+    *,
+    again: bool,
+) -> tuple[list[int], float]:
+    """Each buffer's requests, through so many blocks of a region of its own, and from its start `again`, until time is over.
+
+    Engines read so too: a part of a layer by each request, far from the others, which disks of several devices like
+    better than one stretch for all. Returns how many requests each buffer had, and the bytes per second.
+    """
+    began = time.perf_counter()
+
+    def work(number: int) -> int:
+        buffer, most, done = buffers[number], blocks[number], 0
+        while not done or ((again or done < most) and time.perf_counter() - began < seconds):
+            moved = request(descriptor, [buffer], number * region + done % most * len(buffer))
+            if moved != len(buffer):
+                raise OSError(f"{request.__name__} moved {moved} of {len(buffer)} bytes")
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(len(buffers), "disk") as threads:
+        done = list(threads.map(work, range(len(buffers))))
+    return done, sum(done) * len(buffers[0]) / (time.perf_counter() - began)

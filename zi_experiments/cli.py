@@ -1,0 +1,87 @@
+"""Hydra's entry point."""
+
+import gc
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from zi_experiments import environment
+from zi_experiments.config import errors, schema
+from zi_experiments.execution import sweep
+from zi_experiments.runtime import signals, stdio
+
+# What torch and transformers make when they are imported stays: with Python's own 700 a fifth of a command's time goes
+# into looking through it.
+_GC_THRESHOLD = 10_000
+
+
+def main() -> None:
+    """Compose the configuration from the command line and carry it out, once or as a sweep."""
+    gc.set_threshold(_GC_THRESHOLD)
+    stdio.install()
+    if processes := environment.launched_processes():
+        sys.exit(
+            f"refused: a launcher has started {processes} processes of this command, and it starts its own: "
+            f"type {environment.command()} hardware.num_gpus={processes}"
+        )
+    schema.register()
+    signals.install(before=sweep.stop_jobs)
+    environment.set_variables({"HYDRA_FULL_ERROR": "1"})  # it raises what it cannot compose, and prints no traceback
+    if problem := errors.of_flags(sys.argv[1:]):
+        sys.exit(f"refused: {problem}")
+    composed = list[DictConfig]()
+
+    def run(cfg: DictConfig) -> None:
+        composed.append(cfg)
+        _run(cfg)
+
+    entry = hydra.main(version_base="1.3", config_path=str(schema.conf_dir()), config_name="config")(run)
+    try:
+        entry()
+    except KeyboardInterrupt:
+        signals.acknowledge()
+        sys.exit(130)
+    except Exception as error:
+        is_under_way = bool(composed or sweep.told())
+        if is_under_way and not isinstance(error, CompactHydraException | OmegaConfBaseException):
+            raise
+        sys.exit(f"refused: {errors.of_error(error, sys.argv[1:])}")
+    finally:
+        if jobs := sweep.told():
+            _report(jobs)
+        gc.freeze()  # the end of the process has nothing to look for either
+    if sweep.has_failed():
+        sys.exit(1)  # what was wrong with a run has been said
+
+
+def _report(jobs: list[sweep.Job]) -> None:
+    from rich.console import Console
+
+    from zi_experiments.results.sinks.console import show_sweep
+    from zi_experiments.results.sinks.search_table import is_search, show_search
+
+    show_sweep(jobs)
+    if is_search(jobs):
+        show_search(jobs, Console())
+
+
+def _run(cfg: DictConfig) -> None:
+    from zi_experiments.run import RunFailed, run_job  # what --help and --cfg do without
+
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode is RunMode.MULTIRUN:
+        number, overrides = hydra_config.job.num, list(hydra_config.overrides.task)
+        try:
+            run_job(cfg, keep=True, tell=lambda result: sweep.tell(number, overrides, result))
+        except RunFailed:
+            sweep.fail()  # an exception would have Hydra print the overrides, as if something were broken
+        return
+    try:
+        run_job(cfg)
+    except RunFailed:
+        sys.exit(1)  # what was wrong has been said

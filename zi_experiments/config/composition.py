@@ -1,0 +1,104 @@
+"""The door: a Hydra configuration becomes a typed `Run`, and choices are made for one outside Hydra."""
+
+from copy import deepcopy
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zi_experiments.config import errors
+from zi_experiments.config.schema import (
+    ConfigError,
+    Run,
+    conf_dir,
+    register,
+)
+from zi_experiments.config.validation import validate
+
+
+def to_run(cfg: DictConfig) -> Run:
+    """The typed run behind a composed configuration.
+
+    Raises `ConfigError` for a missing value, a key that no schema knows, or choices that cannot go together.
+    """
+    try:
+        if problem := errors.of_missing(cfg):
+            raise ConfigError(problem)
+        _refuse_stray_keys(cfg, Run, "")
+        run: Run = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        message = str(error).splitlines()[0]
+        raise ConfigError(f"{key or 'configuration'}: {message}" + (f": pass {key}=…" if key else "")) from error
+    validate(run)
+    return run
+
+
+def from_choices(choices: dict[str, str], settings: dict[str, Any]) -> Run:
+    """A run outside Hydra: the defaults of `conf/config.yaml`, other choices, then settings by their dotted names."""
+    register()
+    main: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "config.yaml"))
+    defaults = {
+        group: choice for entry in main["defaults"] if isinstance(entry, dict) for group, choice in entry.items()
+    }
+    parts = {
+        str(group): OmegaConf.load(conf_dir() / str(group) / f"{choice}.yaml")
+        for group, choice in (defaults | choices).items()
+        if group in {field.name for field in fields(Run)}
+    }
+    root = {key: main[key] for key in ("name", "search", "launch", "verify", "trust_remote_code", "plan_only", "force")}
+    cfg = OmegaConf.merge(OmegaConf.structured(Run), root, parts)
+    assert isinstance(cfg, DictConfig)
+    for key, value in settings.items():
+        OmegaConf.update(cfg, key, value)
+    return to_run(cfg)
+
+
+def choose(run: Run, group: str, choice: str) -> None:
+    """Change a run as `GROUP=CHOICE` on its command line would: what the user has set in that group stays."""
+    node = getattr(run, group)
+    before, after = _choice(group, getattr(node, "name", None) or node.device.value), _choice(group, choice)
+    for field in fields(node):
+        name = field.name
+        if before is None or getattr(node, name) == getattr(before, name):
+            setattr(node, name, deepcopy(getattr(after, name)))
+
+
+@cache
+def _choice(group: str, choice: str) -> Any:
+    """What the YAML file of a choice holds; None: it is in a folder of the user's."""
+    path = conf_dir() / group / f"{choice}.yaml"
+    schema = get_type_hints(Run)[group]
+    return (
+        OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+        if path.is_file()
+        else None
+    )
+
+
+def _refuse_stray_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
+    hints = get_type_hints(schema)
+    known = {field.name for field in fields(schema)}
+    for key in map(str, cfg):
+        if key not in known:
+            raise ConfigError(
+                f"{prefix}{key} is not a setting (it was added with '+'){_instead(cfg, key, known, prefix)}"
+            )
+        node, kind = cfg._get_node(key), errors.schema_of(hints[key])
+        if not isinstance(node, DictConfig | ListConfig) or OmegaConf.is_missing(cfg, key):
+            continue
+        value = cfg[key]  # an interpolation can stand for anything
+        plain, form = (list, "[…]") if isinstance(node, ListConfig) else (dict, "{…}")
+        found = OmegaConf.get_type(value) if OmegaConf.is_config(value) else type(value)
+        if found is not (kind if is_dataclass(kind) else plain) and not (value is None and node._is_optional()):
+            raise ConfigError(f"{prefix}{key}={value} does not belong there: pass {prefix}{key}={form}")
+        if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, DictConfig):
+            _refuse_stray_keys(value, kind, f"{prefix}{key}.")
+
+
+def _instead(cfg: DictConfig, key: str, known: set[str], prefix: str) -> str:
+    choices = [f"{prefix}{name}" for name in sorted(known)]
+    meant = " or ".join(f"{name}={cfg[key]}" for name in errors.of_stray(f"{prefix}{key}", errors.settings()))
+    return f": pass {meant}" if meant else f". Known here: {', '.join(choices)}"

@@ -1,0 +1,233 @@
+"""What of a run cannot be, or cannot go together, whatever the machine."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from zi_experiments.config.schema import (
+    ConfigError,
+    DeviceType,
+    OffloadDevice,
+    Run,
+    WeightSource,
+)
+
+
+def validate(run: Run) -> None:
+    """Raise `ConfigError` for values that cannot be, or cannot go together."""
+    for check in _CHECKS:
+        if problem := check(run):
+            raise ConfigError(problem)
+
+
+def _settings(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its dotted name."""
+    for field in fields(node):
+        value = getattr(node, field.name)
+        if is_dataclass(value):
+            yield from _settings(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+def _integers(run: Run) -> str | None:
+    for key, value in _settings(run):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return f"{key} does not fit into 64 bits: pass {key}=… of at most 18 digits"
+    return None
+
+
+def _paths(run: Run) -> str | None:
+    for key, value in _settings(run):
+        if not key.endswith((".path", ".text")) or value is None:
+            continue
+        if not value.strip() or "\0" in value:
+            return f"{key}={value!r} is not a path: pass {key}=/a/path, or {key}=null"
+        try:
+            Path(value).expanduser()
+        except RuntimeError:
+            return f"{key}={value} begins with the home of a user who is not known here: pass {key}=/a/path"
+    return None
+
+
+def _workload(run: Run) -> str | None:
+    work, ranks, is_auto = run.workload, run.hardware.num_gpus, run.workload.batch_size == "auto"
+    if not is_auto and (not isinstance(work.batch_size, int) or isinstance(work.batch_size, bool)):
+        return (
+            f"workload.batch_size={work.batch_size} is not a number of sequences: pass workload.batch_size=8, or auto"
+        )
+    for name in ("batch_size", "micro_batches", "prompt_len", "gen_len", "warmup", "repeats")[is_auto:]:
+        least = 0 if name == "warmup" else 1
+        if getattr(work, name) < least:
+            return f"workload.{name} must be at least {least}, not {getattr(work, name)}: pass workload.{name}={least}"
+    if ranks < 1:
+        return f"hardware.num_gpus must be at least 1, not {ranks}: pass hardware.num_gpus=1"
+    if not is_auto and work.batch_size % ranks:
+        below = max(ranks, work.batch_size // ranks * ranks)
+        return (
+            f"workload.batch_size={work.batch_size} cannot be shared by {ranks} ranks: "
+            f"pass workload.batch_size={below} or {below + ranks}"
+        )
+    return None
+
+
+def _text(run: Run) -> str | None:
+    text = run.workload.text
+    if text is not None and run.weights.source is WeightSource.random:
+        return (
+            f"workload.text={text} asks for the perplexity of random weights, which means nothing: "
+            "pass weights=pretrained, or workload.text=null"
+        )
+    if text is not None and run.workload.prompt_len < 2:
+        return "workload.prompt_len=1 leaves nothing of workload.text to predict: pass workload.prompt_len=512"
+    return None
+
+
+def _quant(run: Run) -> str | None:
+    quant = run.quant
+    if quant.bits == 16:
+        if quant.group_size is not None or quant.group_dim is not None:
+            return "quant.group_size and quant.group_dim mean nothing for 16-bit weights: pass quant=int4 or quant=int8"
+        return None
+    if quant.bits not in (4, 8):
+        return f"quant.bits={quant.bits} is not supported: pass quant=int4, quant=int8 or quant=fp16"
+    if quant.group_size is None or quant.group_size < 2:
+        return f"quant.group_size={quant.group_size} is not a group: pass quant.group_size=64"
+    if quant.group_dim not in (0, 1):
+        return f"quant.group_dim={quant.group_dim} is not a dimension of a weight: pass quant.group_dim=1 (or 0)"
+    return None
+
+
+def _offload(run: Run) -> str | None:
+    offload = run.offload
+    if offload.device is not OffloadDevice.nvme:
+        for key in ("path", "buffer_count", "buffer_size"):
+            if getattr(offload, key) is not None:
+                return f"offload.{key} is only used with offload=nvme, not offload={offload.device.value}: pass offload=nvme"
+        if any(value is not None for value in vars(offload.aio).values()):
+            return f"offload.aio is only used with offload=nvme, not offload={offload.device.value}: pass offload=nvme"
+        if offload.use_gds:
+            return "offload.use_gds=true is only used with offload=nvme: pass offload=nvme"
+    share = offload.resident if isinstance(offload.resident, float | int) else -1
+    if offload.resident != "auto" and not 0 <= share <= 1:
+        return (
+            f"offload.resident={offload.resident} is not a share: pass offload.resident=auto, or a number from 0 to 1"
+        )
+    if offload.device is OffloadDevice.none and offload.resident != 0:
+        return "offload.resident means nothing with offload=none, where everything stays on the GPU: pass offload=cpu"
+    if offload.device is OffloadDevice.none and offload.pin_memory is not None:
+        return "offload.pin_memory means nothing with offload=none: pass offload=cpu"
+    if offload.use_gds and run.hardware.device is DeviceType.cpu:
+        return "offload.use_gds=true needs a CUDA GPU: pass offload.use_gds=false"
+    for key in ("block_size", "queue_depth", "intra_op_parallelism"):
+        value = getattr(offload.aio, key)
+        if value is not None and value < 1:
+            return f"offload.aio.{key} must be at least 1, not {value}: pass offload.aio.{key}=null for the profile's"
+    if offload.aio.block_size is not None and offload.aio.block_size % 4096:
+        return f"offload.aio.block_size={offload.aio.block_size} is not a multiple of 4096 bytes: pass 1048576"
+    for key in ("buffer_count", "buffer_size"):
+        value = getattr(offload, key)
+        if value is not None and value < 1:
+            return f"offload.{key} must be at least 1, not {value}: pass offload.{key}=null to have it computed"
+    return None
+
+
+def _model(run: Run) -> str | None:
+    model = run.model
+    if model.architecture is None and model.path is None:
+        return "model.path is required with model=local: pass model.path=/models/my-model, or a hub name"
+    if model.architecture is not None and not isinstance(model.architecture.get("model_type"), str):
+        return "model.architecture.model_type is required: pass +model.architecture.model_type=opt, for example"
+    if run.weights.source is WeightSource.pretrained and run.weights.path is None:
+        return "weights.path is required with weights=pretrained: pass weights.path=/models/my-model, or a hub name"
+    if run.weights.source is WeightSource.random and run.weights.path is not None:
+        return "weights.path is only used with weights=pretrained: pass weights=pretrained"
+    return None
+
+
+def _hardware(run: Run) -> str | None:
+    hardware = run.hardware
+    for key in ("memory_gib", "host_memory_gib"):
+        value = getattr(hardware, key)
+        if value is not None and not 0 < value * 2**30 < inf:
+            return (
+                f"hardware.{key} must be positive and finite, not {value}: pass hardware.{key}=null for what is there"
+            )
+    for key, value in _settings(hardware):
+        least = 1 if key.endswith(("_per_s", "flops")) else 0
+        if "." in key and isinstance(value, float) and not least <= value < inf:
+            return f"hardware.{key} must be at least {least} and finite, not {value}: pass hardware.{key}=null"
+    for dtype, rates in (hardware.calibration.gemm_flops if hardware.calibration else {}).items():
+        for rows, rate in rates.items():
+            if rows < 1 or not 1 <= rate < inf:
+                return (
+                    f"hardware.calibration.gemm_flops.{dtype}.{rows}={rate} is not a rate of a product of that many rows: "
+                    "pass hardware.calibration=null"
+                )
+    if hardware.dtypes == []:
+        return "hardware.dtypes=[] leaves no type to compute in: pass hardware.dtypes=null for those of the device"
+    for dtype in hardware.dtypes or []:
+        if dtype not in ("float16", "bfloat16"):
+            return f"hardware.dtypes={hardware.dtypes}: {dtype} is not a 16-bit type: pass [float16] or [bfloat16]"
+    return None
+
+
+def _search(run: Run) -> str | None:
+    if run.search.rank is not None and run.search.rank < 0:
+        return f"search.rank={run.search.rank} is not a rank: pass search.rank=0 for the best by plan, or null"
+    return None
+
+
+def _launch(run: Run) -> str | None:
+    if not 0 < run.launch.timeout_s < inf:
+        return f"launch.timeout_s must be positive and finite, not {run.launch.timeout_s}: pass launch.timeout_s=1800"
+    return None
+
+
+def _engine(run: Run) -> str | None:
+    if not run.engine.name.isidentifier():
+        return f"engine.name={run.engine.name} is not an engine: pass engine=deepspeed, stream, accelerate or fsdp"
+    if run.engine.name == "deepspeed":
+        if run.engine.profile is None:
+            return "engine.profile=null is not a profile of engine=deepspeed: pass engine.profile=tuned, or reference"
+    elif run.engine.profile is not None:
+        return f"engine.profile is only used with engine=deepspeed, not engine={run.engine.name}: pass engine=deepspeed"
+    return None
+
+
+def _streaming(run: Run) -> str | None:
+    """What only the engine that moves whole layers can do."""
+    if run.engine.name == "stream":
+        for key in ("buffer_count", "buffer_size"):
+            if getattr(run.offload, key) is not None:
+                return (
+                    f"offload.{key} is only used with engine=deepspeed: pass offload.{key}=null, which has it computed"
+                )
+        if run.offload.use_gds:
+            return "offload.use_gds=true is only used with engine=deepspeed: pass offload.use_gds=false"
+        return None
+    if run.offload.resident != 0:
+        return f"offload.resident is only used with engine=stream, not engine={run.engine.name}: pass engine=stream"
+    if run.workload.micro_batches > 1:
+        return (
+            f"workload.micro_batches is only used with engine=stream, not engine={run.engine.name}: pass engine=stream"
+        )
+    return None
+
+
+_CHECKS = (
+    _integers,
+    _paths,
+    _model,
+    _workload,
+    _text,
+    _quant,
+    _offload,
+    _hardware,
+    _search,
+    _launch,
+    _engine,
+    _streaming,
+)

@@ -1,0 +1,110 @@
+"""What a plan takes of each kind of memory, and whether it fits. Pure figures."""
+
+from dataclasses import dataclass
+
+from zi_experiments.config.schema import CacheDevice, Verify
+from zi_experiments.cost_model.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Use:
+    """What a plan takes of one kind of memory, in bytes: of each GPU's, of the host's, or of the disk's."""
+
+    where: str  # "GPU", "host" or "disk"
+    weights: int
+    buffers: int  # weights on their way, or expanded
+    kv_cache: int
+    workspace: int  # activations and logits
+    processes: int  # CUDA's context and libraries, or the worker processes
+    available: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.buffers + self.kv_cache + self.workspace + self.processes
+
+
+def uses(plan: Plan) -> tuple[Use, ...]:
+    """Of the GPU's memory, if there is one, of the host's, and of the disk's, if anything goes there."""
+    free, weights = plan.machine.disk_free_bytes, plan.placement.nvme_bytes
+    if not weights or free is None:
+        return _memory(plan)
+    nothing = {"buffers": 0, "kv_cache": 0, "workspace": 0, "processes": 0}
+    return *_memory(plan), Use(where="disk", weights=weights, available=free, **nothing)
+
+
+def _memory(plan: Plan) -> tuple[Use, ...]:
+    memory, stored, ranks = plan.machine.gpu_memory_bytes, plan.storage, plan.run.hardware.num_gpus
+    if memory is None:
+        kv_cache, workspace = plan.kv_cache_bytes, ranks * plan.workspace_bytes
+        return (_host(plan, copies=stored.copied_bytes, kv_cache=kv_cache, workspace=workspace),)
+    in_host = plan.run.kv_cache.device is CacheDevice.cpu
+    gpu = Use(
+        where="GPU",
+        weights=(plan.placement.gpu_bytes + stored.copied_bytes) // ranks,
+        buffers=stored.gpu_buffer_bytes,
+        kv_cache=(plan.kv_slot_bytes if in_host else plan.kv_cache_bytes) // ranks,
+        workspace=plan.workspace_bytes,
+        processes=plan.context_bytes,
+        available=memory,
+    )
+    return gpu, _host(plan, copies=0, kv_cache=plan.kv_cache_bytes if in_host else 0, workspace=0)
+
+
+def _host(plan: Plan, *, copies: int, kv_cache: int, workspace: int) -> Use:
+    return Use(
+        where="host",
+        weights=plan.placement.cpu_bytes + copies,
+        buffers=plan.storage.host_buffer_bytes,
+        kv_cache=kv_cache,
+        workspace=workspace,
+        processes=plan.process_bytes,
+        available=plan.machine.host_memory_bytes,
+    )
+
+
+def problem(plan: Plan) -> str | None:
+    """What does not fit, with the numbers; None: everything does."""
+    for use in uses(plan):
+        if use.total > use.available:
+            return f"{plan.run.model.name} needs {_described(use)}"
+    return _verification_problem(plan) if plan.run.verify is Verify.on else None
+
+
+def _verification_problem(plan: Plan) -> str | None:
+    """The same of the reference, which runs once the model has, and before what is measured."""
+    use, parked = uses(plan)[0], plan.storage.parked_bytes
+    beside = use.weights - parked + use.buffers + use.processes
+    if beside + plan.reference_bytes > use.available:
+        return (
+            f"verification needs {_gb(plan.reference_bytes)} for one layer, embeddings and head in 16 bits, beside "
+            f"{_gb(beside)}, and there are {_gb(use.available)}"
+        )
+    host = next(each for each in uses(plan) if each.where == "host")
+    if host.total + parked > host.available:
+        return (
+            f"verification moves {_gb(parked)} of the GPU's weights to host memory meanwhile, beside {_gb(host.total)}, "
+            f"and there are {_gb(host.available)}"
+        )
+    return None
+
+
+def _described(use: Use) -> str:
+    """The amount and its parts, largest first, against what there is."""
+    named = {
+        "weights": use.weights,
+        "buffers": use.buffers,
+        "keys and values": use.kv_cache,
+        "activations": use.workspace,
+        "CUDA" if use.where == "GPU" else "processes": use.processes,
+    }
+    largest = sorted((amount, name) for name, amount in named.items() if amount >= 0.01 * use.total)[::-1]
+    parts = ", ".join(f"{_gb(amount)} {name}" for amount, name in largest)
+    if use.where == "disk":
+        return f"{_gb(use.total)} on disk and {_gb(use.available)} are free there"
+    if use.where == "GPU":
+        return f"{_gb(use.total)} on each GPU ({parts}) and each has {_gb(use.available)}"
+    return f"{_gb(use.total)} of host memory ({parts}) and {_gb(use.available)} are available"
+
+
+def _gb(amount: int) -> str:
+    return f"{amount / 1e9:.1f} GB" if amount >= 1e8 else f"{amount / 1e6:.0f} MB"

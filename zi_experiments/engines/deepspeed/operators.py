@@ -1,0 +1,90 @@
+"""DeepSpeed compiles its operators on first use: here that happens before anything is loaded or timed."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zi_experiments.config.schema import OffloadDevice
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.runtime.progress import Progress
+from zi_experiments.system import toolchain
+
+_INTERVAL_S = 0.5
+_PATIENCE_S = 1.0
+
+
+def operators(plan: Plan) -> list[str]:
+    """DeepSpeed's builders of the operators that a plan uses, each after those that it needs itself."""
+    names = []
+    if plan.machine.device == "cpu":
+        names.append("ShareMemCommBuilder")
+    if plan.run.offload.device is OffloadDevice.nvme:
+        names += ["PinMemoryBuilder", "GDSBuilder" if plan.run.offload.use_gds else "AsyncIOBuilder"]
+    if plan.uses_cuda_quantizer:
+        names.append("QuantizerBuilder")
+    return names
+
+
+def build_ops(plan: Plan, progress: Progress) -> None:
+    """Compile the operators that this run uses and that are not in torch's extensions cache yet."""
+    from deepspeed.accelerator import get_accelerator
+
+    for name in operators(plan):
+        builder = get_accelerator().create_op_builder(name)
+        wait_for_lock(toolchain.extensions_folder() / builder.name, progress)
+        with _told_when_it_takes_long(f"build {builder.name}", progress):
+            builder.load(verbose=False)
+
+
+@contextmanager
+def _told_when_it_takes_long(phase: str, progress: Progress) -> Iterator[None]:
+    """torch alone knows whether an operator in its cache has to be compiled again, for a new version of its sources, say."""
+    timer = threading.Timer(_PATIENCE_S, progress.begin, (phase, 1, "operator, first use: a minute or more"))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        progress.end()
+
+
+def wait_for_lock(folder: Path, progress: Progress) -> None:
+    """Wait until nobody else builds the operator in this folder, and remove the lock of a build that was interrupted.
+
+    torch waits without a word, and for ever when the process that made the lock is gone. A process that builds keeps its
+    lock open, so a lock that nobody has open has no owner. It closes the lock just before it removes it: hence the second
+    look. Both looks are at the same lock, since another rank may have removed it and made its own.
+    """
+    lock = folder / "lock"
+    waits_for = None
+    while (seen := _identity(lock)) is not None:
+        owner = toolchain.lock_owner(lock)
+        time.sleep(_INTERVAL_S)
+        if _identity(lock) != seen or toolchain.lock_owner(lock) != owner:
+            continue
+        if owner is None:
+            _remove(lock, seen, progress)
+        elif owner != waits_for:
+            waits_for = owner
+            progress.begin(f"wait for process {owner}, which builds {folder.name}", 1, "operator")
+        else:
+            progress.advance(0)
+    progress.end()
+
+
+def _remove(lock: Path, seen: tuple[int, int], progress: Progress) -> None:
+    if _identity(lock) == seen:
+        lock.unlink(missing_ok=True)
+        progress.begin(f"removed the lock of an interrupted build of {lock.parent.name}", 1, "lock")
+
+
+def _identity(lock: Path) -> tuple[int, int] | None:
+    """What tells a lock from the next one at the same place; None: there is none."""
+    try:
+        status = lock.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_ctime_ns

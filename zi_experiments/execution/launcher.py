@@ -1,0 +1,143 @@
+"""Start the worker processes, wait, and say what became of them."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from zi_experiments import environment
+from zi_experiments.cost_model import inventory
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.execution import failures
+from zi_experiments.runtime import signals
+from zi_experiments.runtime.progress import Display
+
+if TYPE_CHECKING:
+    from zi_experiments.execution.worker import Measurement  # it imports torch
+
+
+_INTERVAL_S = 0.1
+_GRACE_S = 2.0  # for a worker to end by itself, or to say where it is
+_LONGEST_LOOK_S = 1.0  # that counts: in a longer one this process did not run
+
+
+def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, console: Console) -> "Measurement":
+    """Run the workers of a plan, one process per GPU, and return what rank 0 measured.
+
+    Its GPU peak is the largest of all ranks, and what is stored that of all together.
+
+    Their output goes to files under `logs`, and their temporary files to the folder `temporary`. Raises
+    `failures.WorkerError` when one fails, is killed, or gives no sign of progress for `launch.timeout_s`. A
+    `KeyboardInterrupt` passes through once the workers are gone.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from zi_experiments.execution import worker
+
+    # they report each failure with its own traceback, which the record has too
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logs.mkdir(parents=True, exist_ok=True)
+    launch_config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=plan.run.hardware.num_gpus,
+        run_id=datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f"),  # begins the name of the folder of logs
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",  # a free port
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        start_method="spawn",
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
+    )
+    reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    kills_before = failures.oom_kills()
+    inherited = environment.worker_environment(cuda=plan.machine.device == "cuda")
+    with (
+        _temporary_files_in(temporary),
+        environment.variables(inherited | {"TMPDIR": str(temporary)}),
+        Display(reader, console) as display,
+        ThreadPoolExecutor(1, "launch") as threads,
+    ):
+        # in a thread it leaves signals to us, who look at the workers meanwhile
+        running = threads.submit(elastic_launch(launch_config, worker.main), plan, config, writer)
+        try:
+            timed_out = _watch(running, display, plan.run.launch.timeout_s)
+            results = running.result()
+        except ChildFailedError as error:
+            when = failures.when(display.last)
+            if timed_out:
+                raise failures.of_silence(plan.run.launch.timeout_s, when, logs) from None
+            raise failures.of_worker(error, plan, when, failures.oom_kills() > kills_before, logs) from None
+        except KeyboardInterrupt:
+            signals.acknowledge()
+            _stop(running)
+            raise
+    peak = max(result.gpu_peak_bytes for result in results.values())
+    stored = inventory.total([result.stored for result in results.values()])
+    measurement: Measurement = results[0]
+    return replace(measurement, gpu_peak_bytes=peak, stored=stored)
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Those of this process too: torch leaves a file behind for each worker."""
+    before = tempfile.tempdir
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+def _watch(running: Future[Any], display: Display, timeout_s: float) -> bool:
+    """Wait until the workers have ended; whether they had to be killed since they gave no sign of progress.
+
+    Ctrl-Z stops them and this process together: time that passes then is no silence.
+    """
+    silent_s, looked_at = 0.0, time.monotonic()
+    while not _ended(running, _INTERVAL_S):
+        now = time.monotonic()
+        silent_s = 0.0 if display.heard_at > looked_at else silent_s + min(now - looked_at, _LONGEST_LOOK_S)
+        looked_at = now
+        if silent_s > timeout_s:
+            for process in multiprocessing.active_children():
+                _signal(process, signal.SIGUSR1)  # it writes down where it is
+            _ended(running, _GRACE_S)
+            _stop(running, signal.SIGKILL)
+            return True
+    return False
+
+
+def _stop(running: Future[Any], first: signal.Signals = signal.SIGTERM) -> None:
+    """End the workers, with SIGKILL those that a softer signal has not ended in time; also those that are yet to start."""
+    number, asked_at = first, time.monotonic()
+    while True:
+        for process in multiprocessing.active_children():
+            _signal(process, number)
+        if _ended(running, _INTERVAL_S):
+            return
+        if time.monotonic() - asked_at > _GRACE_S:
+            number = signal.SIGKILL
+
+
+def _signal(process: Any, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, number)
+
+
+def _ended(running: Future[Any], timeout_s: float) -> bool:
+    return bool(wait([running], timeout_s).done)

@@ -1,0 +1,157 @@
+"""The runs of one `-m` command: in its own process or, with another of Hydra's launchers, in several."""
+
+import atexit
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from zi_experiments import environment
+from zi_experiments.config.schema import register
+from zi_experiments.runtime import scratch, signals
+from zi_experiments.runtime.locks import FolderLock
+
+Job = tuple[list[str], dict[str, Any]]  # the overrides of a run, and its record
+
+_LOOK_S = 1.0
+_TURN_S = 0.2
+_GRACE_S = 10.0
+
+
+class Sweep(Callback):
+    """A callback of Hydra's: the command's process holds the lock of the sweep, and hands a folder down to its jobs.
+
+    A launcher that starts processes for them sends each a copy of this.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Ends the process when another one runs the sweep of that folder."""
+        lock = FolderLock(Path(config.hydra.sweep.dir))  # ours until this process ends
+        try:
+            is_ours = lock.acquire()
+        except OSError:
+            is_ours = True  # a filesystem without locks
+        if not is_ours:
+            sys.exit("refused: another process runs this sweep: wait for it, or pass hydra.sweep.dir=/another/folder")
+        folder = scratch.for_temporary_files(uuid.uuid4().hex[:12])
+        atexit.register(scratch.Scratch(folder).close)
+        environment.set_sweep(folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"command_line": sys.argv}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What Hydra needs to compose a job in a process that has not been through `main`."""
+        sys.argv = state["command_line"]
+        register()
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if environment.runs_a_job_elsewhere():
+            signals.install()
+            multiprocessing.set_start_method("spawn", force=True)  # joblib's own is unknown to workers
+            _mark().parent.mkdir(exist_ok=True)
+            _mark().touch()
+            threading.Thread(target=_end_with_the_command, name="sweep", daemon=True).start()
+
+
+def _end_with_the_command() -> None:
+    """A job whose command has ended is stopped as the command would have been."""
+    folder = environment.sweep()
+    while folder is not None and scratch.is_held(folder):
+        time.sleep(_LOOK_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def tell(number: int, overrides: list[str], result: dict[str, Any]) -> None:
+    """Let the command know of a job: its number, its overrides, and its record."""
+    folder = environment.sweep()
+    assert folder is not None
+    with suppress(FileNotFoundError):  # the command has ended
+        (folder / f"{number}.json").write_text(json.dumps([overrides, result]))
+    _mark().unlink(missing_ok=True)
+
+
+def fail() -> None:
+    """Let the command know that a job is not ok."""
+    if folder := environment.sweep():
+        (folder / "failed").touch()
+
+
+def has_failed() -> bool:
+    """Whether a job of this command is not ok."""
+    folder = environment.sweep()
+    return folder is not None and (folder / "failed").exists()
+
+
+def told() -> list[Job]:
+    """The overrides and the record of each job of this command so far, in the order of their numbers."""
+    folder = environment.sweep()
+    files = sorted(folder.glob("*.json"), key=lambda path: int(path.stem)) if folder else []
+    return [tuple(json.loads(path.read_text())) for path in files]
+
+
+def stop_jobs() -> None:
+    """Stop those in other processes and wait until each has left its record: their launcher would kill them."""
+    folder, until = environment.sweep(), time.monotonic() + _GRACE_S
+    marks = list(folder.glob("jobs/*")) if folder else []
+    for mark in marks:
+        with suppress(ProcessLookupError):
+            os.kill(int(mark.name), signal.SIGTERM)
+    while any(mark.exists() for mark in marks) and time.monotonic() < until:
+        time.sleep(_TURN_S)
+
+
+def _mark() -> Path:
+    """The file that stands for the job of this process."""
+    folder = environment.sweep()
+    assert folder is not None
+    return folder / "jobs" / str(os.getpid())
+
+
+@contextmanager
+def turn(devices: list[str], count: int, say: Callable[[str], None]) -> Iterator[list[str]]:
+    """So many of the devices, which no other job of the sweep has meanwhile: their times would mix.
+
+    Waits for them, and says so. All of them where jobs run one after another, in the process of the command.
+    """
+    folder = environment.sweep()
+    if folder is None or not environment.runs_a_job_elsewhere():
+        yield devices
+        return
+    with ExitStack() as held:
+        told = False
+        while len(taken := _free(folder, devices, count, held)) < count:
+            held.close()
+            if not told:
+                say(
+                    f"waiting for {'the processor' if devices == ['cpu'] else 'a GPU'}: other runs of this sweep have it"
+                )
+                told = True
+            time.sleep(_TURN_S)
+        yield taken
+
+
+def _free(folder: Path, devices: list[str], count: int, held: ExitStack) -> list[str]:
+    """The first devices that nobody has, no more than asked for; they are held from now on."""
+    taken: list[str] = []
+    for device in devices:
+        place = folder / "devices" / device
+        place.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(place)
+        if len(taken) < count and lock.acquire():
+            held.callback(lock.release)
+            taken.append(device)
+        else:
+            lock.release()
+    return taken

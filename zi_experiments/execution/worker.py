@@ -1,0 +1,158 @@
+"""What one worker process does: load, warm up, measure. The only part of a run that touches devices."""
+
+import faulthandler
+import gc
+import logging
+import signal
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from zi_experiments.config.schema import Verify
+from zi_experiments.cost_model import inventory
+from zi_experiments.cost_model.inventory import Held
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.engines import base
+from zi_experiments.measurement import generated, perplexity, prompts
+from zi_experiments.measurement.generated import Generated
+from zi_experiments.measurement.timing import Samples, measure_passes
+from zi_experiments.measurement.verification import Verification, verify
+from zi_experiments.runtime import distributed
+from zi_experiments.runtime.progress import Progress, silent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """What a worker brings back."""
+
+    stored: Held  # the weights of this rank
+    samples: Samples | None  # None when what was loaded failed its verification
+    verification: Verification | None  # None with verify=off
+    perplexity: float | None  # None without workload.text
+    generated: Generated | None = None  # None when nothing was measured
+    gpu_peak_bytes: int  # of this rank's GPU while measuring; 0 without one
+
+
+@record
+def main(plan: Plan, config: dict[str, Any], channel: Connection) -> Measurement:
+    """Entry point of a worker process, started by torch's elastic launcher with its variables set."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    _belong_to_the_launcher()
+    first = distributed.launched_rank() == 0
+    progress = Progress(channel.send) if first else silent()
+    _limit_gpu_memory(plan)
+    engine = base.get(plan.run.engine.name)
+    with ExitStack() as held:
+        held.callback(gc.freeze)  # what was imported goes with the process: to look through it takes most of a second
+        held.push(distributed.leave)
+        engine.prepare(plan, progress)
+        began = time.perf_counter()
+        session = engine.load(plan, config, progress)
+        held.callback(session.close)
+        load_s = time.perf_counter() - began
+        stored = check_stored(plan, engine, session)
+        verification = verify(session, plan, progress) if plan.run.verify is Verify.on else None
+        if verification is not None and not verification.passed:
+            return Measurement(
+                stored=stored, samples=None, verification=verification, perplexity=None, gpu_peak_bytes=0
+            )
+        return _measure(plan, session, load_s, stored, verification, progress)
+
+
+def check_stored(plan: Plan, engine: base.Engine, session: base.Session) -> Held:
+    """What this rank holds. Raises `RuntimeError` when that is not what the plan says, and figures would mislead."""
+    found = session.inventory()
+    if problem := inventory.difference(engine.stored(plan), found.parameters):
+        raise RuntimeError(problem)
+    return found.held
+
+
+def _belong_to_the_launcher() -> None:
+    """Whatever happens to this machine or the launcher, this process is the one to go."""
+    from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
+
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher asks where a process hangs
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the launcher alone decides
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
+
+
+def _measure(
+    plan: Plan,
+    session: base.Session,
+    load_s: float,
+    stored: Held,
+    verification: Verification | None,
+    progress: Progress,
+) -> Measurement:
+    work = plan.run.workload
+    ids = prompts.prompts(
+        batch_size=work.sequences,
+        prompt_len=work.prompt_len,
+        vocab_size=plan.architecture.config.get_text_config().vocab_size,
+        seed=work.seed,
+        rank=distributed.rank(),
+        ranks=plan.run.hardware.num_gpus,
+    )
+    perplexity_of_text = _perplexity(plan, session, progress)
+    tokens: list[Any] = []
+    run = partial(
+        measure_passes,
+        session,
+        ids,
+        work.gen_len,
+        progress=progress,
+        before_each=distributed.barrier,
+        keep=tokens.append,
+    )
+    warmup = run(count=work.warmup, phase="warm-up")
+    _reset_gpu_peak(plan)
+    measured = run(count=work.repeats, phase="measure")
+    samples = Samples(load_s=load_s, warmup=warmup, measured=measured)
+    gpu_peak_bytes = _gpu_peak(plan)
+    return Measurement(
+        stored=stored,
+        samples=samples,
+        verification=verification,
+        perplexity=perplexity_of_text,
+        generated=generated.describe(plan, ids, tokens),
+        gpu_peak_bytes=gpu_peak_bytes,
+    )
+
+
+def _perplexity(plan: Plan, session: base.Session, progress: Progress) -> float | None:
+    work = plan.run.workload
+    if work.text is None:
+        return None
+    windows = perplexity.windows(plan).to(plan.machine.device)
+    return perplexity.perplexity(session.model, windows, work.batch_size, progress)
+
+
+def _limit_gpu_memory(plan: Plan) -> None:
+    import torch
+
+    machine = plan.machine
+    if machine.gpu_memory_is_capped and machine.gpu_memory_bytes is not None:
+        device = distributed.launched_local_rank()
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, machine.gpu_memory_bytes / total), device)
+
+
+def _reset_gpu_peak(plan: Plan) -> None:
+    import torch
+
+    if plan.machine.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _gpu_peak(plan: Plan) -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if plan.machine.device == "cuda" else 0

@@ -1,0 +1,68 @@
+"""`python -m zi_experiments.hardware`: measure this machine anew, show what it can do, and write it as a `hardware` choice."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from zi_experiments.calibration import child, export, suite
+from zi_experiments.config.composition import from_choices
+from zi_experiments.config.schema import ConfigError, conf_dir
+from zi_experiments.engines import disk_access
+from zi_experiments.runtime import caches, signals, stdio
+from zi_experiments.system.machines import detect
+
+
+def main() -> int:
+    """Returns 0, 1 when the machine could not be measured, or 130 when stopped. Bad arguments end with a line that says so."""
+    stdio.install()
+    parser = argparse.ArgumentParser(prog="python -m zi_experiments.hardware", description=__doc__)
+    parser.add_argument("--path", type=Path, metavar="FOLDER", help="measure the disk of this folder too")
+    parser.add_argument("--name", help="of the choice; default: the GPU's or the processor's")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: NAME.yaml among the choices of hardware")
+    parser.add_argument("--request", help=argparse.SUPPRESS)  # of a launcher, which reads the answer
+    asked = parser.parse_args()
+    if asked.request is not None:
+        child.answer(asked.request)
+        return 0
+    signals.install()
+    try:
+        return _measure(asked.path, asked.name, asked.output)
+    except ConfigError as error:
+        sys.exit(f"refused: {error}")
+    except KeyboardInterrupt:
+        signals.acknowledge()
+        return 130
+
+
+def _measure(folder: Path | None, name: str | None, output: Path | None) -> int:
+    if folder is not None and not folder.expanduser().is_dir():
+        raise ConfigError(f"--path {folder} is no folder: mkdir -p {folder}, or pass --path /another/folder")
+    if line := caches.settle():
+        _say(line)
+    run = from_choices({"hardware": "auto", "engine": "stream"}, {})
+    there = disk_access.disk_of(run, folder) if folder is not None else None
+    machine = detect(run.hardware)
+    shipped = conf_dir() / "hardware"
+    name = name or (output.stem if output is not None else export.default_name(machine))
+    path = export.destination(name, output, shipped)
+    measured = suite.measure(run.hardware, machine, there, _say)
+    if measured.calibration is None or measured.calibration.host_bytes_per_s is None:
+        return 1  # why has been said
+    Console().print(export.table(measured))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(export.text(measured, name))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): pass another --output") from error
+    print(f"written to {path}\n{export.usage(path, shipped)}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

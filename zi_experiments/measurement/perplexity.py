@@ -1,0 +1,122 @@
+"""How well the loaded weights predict a text: perplexity, which shows what quantization costs."""
+
+from math import exp, isfinite
+from pathlib import Path
+from stat import S_ISREG
+from typing import Any
+
+from zi_experiments.config.schema import ConfigError
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.models.architecture import is_refused_code, local_or_hub, refused_code
+from zi_experiments.runtime.progress import Progress
+
+
+def windows(plan: Plan) -> Any:
+    """The tokens of `workload.text`, cut into windows of `workload.prompt_len`; the rest is dropped.
+
+    Where the tokenizer begins a sequence with a token of its own, so does each window; there are no other special ones.
+    Returns an int64 tensor of shape (windows, prompt_len). Raises `ConfigError` when the text cannot be read or fills no
+    window, and when the checkpoint has no tokenizer for it.
+    """
+    import torch
+
+    name, length = plan.run.workload.text, plan.run.workload.prompt_len
+    assert name is not None
+    encode = tokenizer(plan)
+    begin = _beginning(encode)
+    ids = encode(_read(name), add_special_tokens=False, verbose=False).input_ids
+    taken = length - len(begin)
+    if len(ids) < taken:
+        most = len(ids) + len(begin)
+        raise ConfigError(
+            f"workload.text={name} has {len(ids)} tokens and a window takes {taken}: pass a longer text"
+            + (f", or workload.prompt_len={most}" if most > 1 else "")
+        )
+    vocabulary = plan.architecture.config.get_text_config().vocab_size
+    if max(ids) >= vocabulary:
+        raise ConfigError(
+            f"the tokenizer of {plan.run.weights.path} gives token {max(ids)} and the model knows {vocabulary}: "
+            "pass weights.path=… with the tokenizer of this model"
+        )
+    count = len(ids) // taken
+    cut = torch.tensor(ids[: count * taken]).view(count, taken)
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), cut], 1)
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer begins every sequence with, or none."""
+    first: list[int] = tokenizer("a").input_ids[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def check_text(name: str | None) -> None:
+    """Raise `ConfigError` when `workload.text` is no file with a text in it."""
+    if name is not None:
+        _read(name)
+
+
+def _read(name: str) -> str:
+    path = Path(name).expanduser()
+    try:
+        if not S_ISREG(path.stat().st_mode):
+            raise ConfigError(f"workload.text={name} is not a file: pass a text file")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"workload.text={name} cannot be read ({error.strerror}): pass a text file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"workload.text={name} is not UTF-8: pass a text file in UTF-8") from error
+    if not text.strip():
+        raise ConfigError(f"workload.text={name} is empty: pass a text file")
+    return text
+
+
+def tokenizer(plan: Plan) -> Any:
+    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    path, trusted = plan.run.weights.path, plan.run.trust_remote_code
+    assert path is not None
+    source = local_or_hub(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+    except Exception as error:  # a broken file can raise any
+        if is_refused_code(error, trusted):
+            raise ConfigError(refused_code(path, get_tokenizer_config(source)["auto_map"])) from error
+        raise ConfigError(_no_tokenizer(path)) from error
+    # without its files, transformers makes some families an empty one
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ConfigError(_no_tokenizer(path))
+    return tokenizer
+
+
+def _no_tokenizer(path: str) -> str:
+    return (
+        f"workload.text needs the model's tokenizer and {path} has none that loads: save it there (tokenizer.json), or pass "
+        "workload.text=null"
+    )
+
+
+def perplexity(model: Any, windows: Any, batch_size: int, progress: Progress) -> float:
+    """exp of the mean negative log likelihood of every token but the first of each window, given those before it.
+
+    `windows` is int64 of shape (windows, length), on the model's device; `batch_size` of them go through the model at a
+    time. The 16-bit logits are normalised in 32 bits, a window at a time, since a vocabulary's worth of them for each
+    token is large. Every rank calls this with all windows, since each holds a part of the weights.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    progress.begin("perplexity", len(windows), "windows")
+    total = 0.0
+    with torch.inference_mode():
+        for batch in windows.split(batch_size):
+            logits = model(batch, attention_mask=torch.ones_like(batch), use_cache=False).logits
+            for window, scores in zip(batch, logits, strict=True):
+                losses = cross_entropy(scores[:-1].float(), window[1:], reduction="none")
+                total += float(losses.double().sum())
+            progress.advance(len(batch))
+    progress.end()
+    mean = total / windows[:, 1:].numel()
+    if not isfinite(mean):
+        raise ValueError("the model's logits are not finite, so the text has no perplexity")
+    return exp(mean)

@@ -1,0 +1,199 @@
+"""What the model should compute: plain transformers, whole or one decoder layer at a time, and the quantization format."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from typing import Any, Protocol
+
+from zi_experiments.config.schema import Quant
+from zi_experiments.cost_model.plan import ELEMENT_BYTES, Plan
+from zi_experiments.models import weights
+from zi_experiments.models.architecture import (
+    Parameter,
+    decoder_layers,
+    is_quantizable,
+    local_or_hub,
+)
+
+Layer = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+def round_trip(weight: Any, quant: Quant) -> Any:
+    """A matrix (rows, columns), or a stack of them, quantized groupwise and expanded again, in its own dtype.
+
+    Asymmetric: with `n` = 2^bits − 1 and the smallest and largest value of a group, scale = n / (largest − smallest),
+    code = round((x − smallest) · scale), and what is computed with is code / scale + smallest. Written from this
+    definition, which is that of DeepSpeed's ZeRO-Inference, and from none of its code.
+    """
+    import torch
+
+    if weight.dim() > 2:
+        expanded = torch.empty_like(weight)
+        for matrix, place in zip(weight, expanded, strict=True):
+            place.copy_(round_trip(matrix, quant))
+        return expanded
+    assert quant.group_dim is not None
+    groups = weight.unflatten(quant.group_dim, (-1, quant.group_size))
+    within = quant.group_dim + 1
+    low, high = groups.amin(within, keepdim=True), groups.amax(within, keepdim=True)
+    largest = 2**quant.bits - 1
+    scale = largest / (high - low)
+    # where all values of a group are equal the scale is infinite, and the code zero
+    codes = ((groups - low) * scale).nan_to_num(0.0).round().clamp(0, largest)
+    return (codes / scale + low).flatten(quant.group_dim, within)
+
+
+class Reference(Protocol):
+    """The planned model in plain transformers."""
+
+    kind: str  # how it came to be
+    layers_name: str
+
+    def run(self, tokens: Any, layer: Layer) -> Any:
+        """Logits of shape (sequences, length, vocabulary) for `tokens` of shape (sequences, length).
+
+        `layer(index, forward, args, kwargs)` stands for each decoder layer and returns what it does; `forward` is the
+        layer's own, and its weights are there while it runs.
+        """
+
+    def close(self) -> None: ...
+
+
+def of(plan: Plan, device: Any, host_memory_bytes: int) -> Reference:
+    """The reference of a loaded plan: whole where a checkpoint fits the host's memory, else layer by layer."""
+    fits = ELEMENT_BYTES * plan.architecture.num_parameters < 0.9 * host_memory_bytes
+    if plan.run.weights.path is not None and fits:
+        with suppress(ImportError):  # of a package that the configuration asks for, and the plan does without
+            return Whole(plan, device)
+    return LayerByLayer(plan, device)
+
+
+class Whole:
+    """A checkpoint as `AutoModelForCausalLM` loads it by itself: it shares neither loader nor configuration with engines.
+
+    Its weights are in host memory, and on a GPU one module at a time.
+    """
+
+    kind = "AutoModelForCausalLM"
+
+    def __init__(self, plan: Plan, device: Any) -> None:
+        from accelerate import cpu_offload
+
+        self._model = _plain(plan)
+        if plan.run.quant.bits < 16:
+            _quantize(self._model, plan.run.quant, device)
+        if device.type != "cpu":
+            cpu_offload(self._model, execution_device=device)
+        self.layers_name, self._layers = decoder_layers(self._model)
+        self._forwards = [layer.forward for layer in self._layers]
+
+    def run(self, tokens: Any, layer: Layer) -> Any:
+        return _logits(self._model, self._layers, self._forwards, tokens, layer)
+
+    def close(self) -> None:
+        vars(self).clear()
+        gc.collect()  # modules and what is called in place of them refer to each other, and would keep all weights
+
+
+def _plain(plan: Plan) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers import AutoQuantizationConfig
+
+    run = plan.run
+    assert run.weights.path is not None
+    path = local_or_hub(run.weights.path)
+    how = {"trust_remote_code": run.trust_remote_code}
+    if getattr(plan.architecture.config, "quantization_config", None) is not None:
+        how["quantization_config"] = AutoQuantizationConfig.from_pretrained(path, dequantize=True, **how)
+    with weights.without_zero3():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, plan.dtype), return_dict=True, **how)
+
+
+def _quantize(model: Any, quant: Quant, device: Any) -> None:
+    """Quantize and expand a model's matrices in place, on a device; a tied one is one parameter."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_quantizable(model, name):
+                parameter.copy_(round_trip(parameter.to(device), quant))
+
+
+def _logits(model: Any, layers: Any, forwards: list[Callable[..., Any]], tokens: Any, layer: Layer) -> Any:
+    """What a model computes with `layer` in place of its decoder layers, which are `forwards`."""
+    import torch
+
+    for index, (module, forward) in enumerate(zip(layers, forwards, strict=True)):
+        module.forward = _called(layer, index, forward)
+    with torch.inference_mode():
+        return model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+
+
+def _called(layer: Layer, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: layer(index, forward, args, kwargs)
+
+
+class LayerByLayer:
+    """A model of any size, or with random weights: on the meta device, but for the decoder layer that runs."""
+
+    kind = "layer by layer"
+
+    def __init__(self, plan: Plan, device: Any) -> None:
+        import torch
+
+        self._plan, self._device = plan, device
+        self._dtype = getattr(torch, plan.dtype)
+        self._parameters = {p.name: p for p in plan.architecture.parameters}
+        config = deepcopy(plan.architecture.config)
+        self._weights = weights.of(plan.run.weights, config, self._dtype)
+        self._model = weights.empty_model(self._weights, config, self._dtype, device)
+        self.layers_name, self._layers = decoder_layers(self._model)
+        self._forwards = [self._bound(index, layer.forward) for index, layer in enumerate(self._layers)]
+
+    def close(self) -> None:
+        self._weights.close()
+
+    def run(self, tokens: Any, layer: Layer) -> Any:
+        with self._present([name for name, p in self._parameters.items() if p.layer is None]):
+            return _logits(self._model, self._layers, self._forwards, tokens, layer)
+
+    def _bound(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        names = [name for name, p in self._parameters.items() if p.layer == index]
+
+        def present(*args: Any, **kwargs: Any) -> Any:
+            with self._present(names):
+                return forward(*args, **kwargs)
+
+        return present
+
+    @contextmanager
+    def _present(self, names: list[str]) -> Iterator[None]:
+        """Give parameters their values while it is entered; tied ones are one parameter in several modules."""
+        from torch import nn
+
+        wanted = {id(self._model.get_parameter(name)): name for name in names}
+        values: dict[int, Any] = {}
+        places = []
+        for module in self._model.modules():
+            for key, parameter in module._parameters.items():
+                if id(parameter) in wanted:
+                    if id(parameter) not in values:
+                        value = self._value(self._parameters[wanted[id(parameter)]])
+                        values[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                    places.append((module, key, parameter))
+        for module, key, parameter in places:
+            module._parameters[key] = values[id(parameter)]
+        try:
+            yield
+        finally:
+            for module, key, parameter in places:
+                module._parameters[key] = parameter
+
+    def _value(self, parameter: Parameter) -> Any:
+        import torch
+
+        tensor = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
+        self._weights.fill(parameter.name, tensor)
+        return round_trip(tensor, self._plan.run.quant) if self._plan.is_quantized(parameter) else tensor

@@ -1,0 +1,109 @@
+"""Run a workload on a session and keep raw, synchronised times. Nothing is derived here."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from zi_experiments.engines.base import Session
+from zi_experiments.runtime.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """Times of one `generate` call, in seconds on the host clock."""
+
+    ttft_s: float  # from the call to the first token being known on the host
+    total_s: float  # from the call to the last token being known on the host
+    step_s: list[float]  # from one token to the next: G − 1 values
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """Everything that was measured in one run."""
+
+    load_s: float
+    warmup: list[Pass]
+    measured: list[Pass]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "load_s": self.load_s,
+            "ttft_s": [one.ttft_s for one in self.measured],
+            "total_s": [one.total_s for one in self.measured],
+            "step_s": [one.step_s for one in self.measured],
+            "warmup": [asdict(one) for one in self.warmup],
+        }
+
+
+class _Clock:
+    """A streamer that notes when each token of a batch is known on the host.
+
+    `generate` copies each token to the host on the stream that computes, and only that stream is waited for: a
+    device-wide synchronisation would stall the copies of weights that run ahead.
+    """
+
+    def __init__(self, on_token: Callable[[], None]) -> None:
+        self.times: list[float] = []
+        self._on_token = on_token
+        self._prompt_seen = False
+
+    def put(self, value: Any) -> None:
+        now = time.perf_counter()
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self.times.append(now)
+        self._on_token()
+
+    def end(self) -> None:
+        pass
+
+
+def measure_pass(
+    session: Session,
+    input_ids: Any,
+    gen_len: int,
+    progress: Progress,
+    keep: Callable[[Any], None] = lambda tokens: None,
+) -> Pass:
+    """Time one `generate` of `gen_len` tokens on `input_ids` of shape (sequences, prompt_len); `keep` gets the tokens.
+
+    These are on the host, of shape (sequences, gen_len).
+    """
+    clock = _Clock(progress.advance)
+    began = time.perf_counter()
+    tokens = session.generate(input_ids, gen_len, clock)
+    assert tuple(tokens.shape) == (input_ids.shape[0], input_ids.shape[1] + gen_len), tokens.shape
+    assert len(clock.times) == gen_len, len(clock.times)
+    keep(tokens[:, input_ids.shape[1] :].cpu())
+    times = clock.times
+    return Pass(
+        ttft_s=times[0] - began,
+        total_s=times[-1] - began,
+        step_s=[after - before for before, after in pairwise(times)],
+    )
+
+
+def measure_passes(
+    session: Session,
+    input_ids: Any,
+    gen_len: int,
+    *,
+    count: int,
+    phase: str,
+    progress: Progress,
+    before_each: Callable[[], None],
+    keep: Callable[[Any], None],
+) -> list[Pass]:
+    """Time `count` passes, calling `before_each` (a barrier) ahead of every one, and `keep` with the tokens of each."""
+    if not count:
+        return []
+    progress.begin(phase, count * gen_len, "tokens")
+    passes = []
+    for _ in range(count):
+        before_each()
+        passes.append(measure_pass(session, input_ids, gen_len, progress, keep))
+    progress.end()
+    return passes

@@ -1,0 +1,195 @@
+"""Whether the loaded model computes what it should: a short prompt, against plain transformers with the same weights.
+
+From end to end, and layer by layer on the engine's own input to each, which tells where the two first differ.
+"""
+
+from dataclasses import dataclass, field
+from math import isfinite
+from time import perf_counter
+from typing import Any
+
+from zi_experiments.cost_model.plan import VERIFIED_SEQUENCES, VERIFIED_TOKENS, Plan
+from zi_experiments.engines.base import Session
+from zi_experiments.measurement import prompts
+from zi_experiments.measurement import reference as references
+from zi_experiments.models.architecture import decoder_layers
+from zi_experiments.runtime import distributed
+from zi_experiments.runtime.progress import Progress
+from zi_experiments.system.machines import host_memory_available
+
+# Short, since from disk every pass takes its time: a prompt, a token after it, and one that reads the first one's keys
+# and values back, then one forward pass to compare.
+SEQUENCES, GEN_LEN = VERIFIED_SEQUENCES, 3
+PROMPT_LEN = VERIFIED_TOKENS - GEN_LEN
+# An engine that runs the library's own modules on the same device is equal bit for bit. Another kernel, or a bias added
+# after the product, costs a few roundings in each layer, and about ten of them from end to end.
+LAYER_TOLERANCE = {"float16": 0.002, "bfloat16": 0.01}
+TOLERANCE = {"float16": 0.01, "bfloat16": 0.05}
+# A token decoded alone is rounded in other ways than among others, on a GPU by a percent of the largest logit now and then.
+# A token that has nothing to do with the prompt is nowhere near: of 50,000, a handful are within a tenth of the largest.
+TIE = 0.1
+# Such a rounding may also route it to another expert.
+TOKENS_EQUAL_IF_ROUTED = 0.75
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """What was compared, and whether it is equal within the tolerance of the dtype."""
+
+    passed: bool
+    problem: str | None  # what differs first
+    reference: str  # what it was compared with: "AutoModelForCausalLM", or its layers one by one
+    tolerance: float
+    layer_tolerance: float
+    # ‖engine − reference‖ / ‖reference‖ of a token's logits, from end to end: the largest; None: not finite
+    max_rel_error: float | None
+    max_layer_rel_error: float | None  # the same for the output of one part, given the engine's own input to it
+    tokens_equal: bool
+    tokens_equal_fraction: float  # of generated tokens, those that have the reference's largest logit, or tie with it
+    verify_s: float
+
+
+@dataclass
+class _Observed:
+    """What went into and came out of the engine's decoder layers and model, in one forward pass."""
+
+    tokens: Any = None  # (sequences, prompt and generated tokens)
+    logits: Any = None
+    inputs: list[Any] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+
+
+def verify(session: Session, plan: Plan, progress: Progress) -> Verification:
+    """Verify a loaded model; every rank calls it, since each holds a part of the weights, and the first one compares.
+
+    Greedy tokens come from `generate`, so that the cache of keys and values is part of what is verified.
+    """
+    began = perf_counter()
+    progress.begin("verify", plan.architecture.num_layers, "layers")
+    longest = plan.architecture.max_positions or PROMPT_LEN + GEN_LEN
+    gen_len = min(GEN_LEN, longest // 2)
+    ids = prompts.prompts(
+        batch_size=SEQUENCES,
+        prompt_len=min(PROMPT_LEN, longest - gen_len),
+        vocab_size=plan.architecture.config.get_text_config().vocab_size,
+        seed=0,
+    )
+    seen = _observe(session.model, session.generate(ids, gen_len, None))
+    compared = None
+    if distributed.rank() == 0:
+        with session.parked():
+            compared = _compare(plan, seen, ids.shape[1], progress)
+    progress.end()
+    return Verification(**distributed.from_first_rank(compared), verify_s=perf_counter() - began)
+
+
+def _observe(model: Any, tokens: Any) -> _Observed:
+    import torch
+
+    seen = _Observed(tokens=tokens)
+    hooks = []
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.inputs.append(_hidden_in(args, kwargs))
+
+    def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        seen.outputs.append(output)
+
+    for layer in decoder_layers(model)[1]:
+        hooks += [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
+    try:
+        with torch.inference_mode():
+            seen.logits = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _compare(plan: Plan, seen: _Observed, prompt_len: int, progress: Progress) -> dict[str, Any]:
+    import torch
+
+    reference = references.of(plan, seen.tokens.device, host_memory_available())
+    parts: dict[str, float] = {}  # relative error of each part of the model on the engine's own input to it
+
+    def layer(index: int, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mine, theirs = _hidden_in(args, kwargs), seen.inputs[index]
+        if index == 0:
+            parts["the embedding"] = rel_error(theirs, mine)
+        output = local = forward(*args, **kwargs)
+        if not torch.equal(mine, theirs):
+            given = {name: theirs if value is mine else value for name, value in kwargs.items()}
+            local = forward(*(theirs if value is mine else value for value in args), **given)
+        parts[f"{reference.layers_name}.{index}"] = rel_error(_hidden_out(seen.outputs[index]), _hidden_out(local))
+        progress.advance()
+        return output
+
+    try:
+        logits = reference.run(seen.tokens, layer)
+        head = reference.run(seen.tokens, lambda index, forward, args, kwargs: seen.outputs[index])
+    finally:
+        reference.close()
+    parts["the final norm and head"] = rel_error(seen.logits, head)
+    error = rel_error(seen.logits, logits)
+    greedy = greedy_fraction(seen.tokens[:, prompt_len:], logits[:, prompt_len - 1 : -1], TIE)
+    problem = _problem(plan, seen, parts, error, greedy)
+    return {
+        "passed": problem is None,
+        "problem": problem,
+        "reference": reference.kind,
+        "tolerance": TOLERANCE[plan.dtype],
+        "layer_tolerance": LAYER_TOLERANCE[plan.dtype],
+        "max_rel_error": error if isfinite(error) else None,
+        "max_layer_rel_error": max(parts.values()) if all(map(isfinite, parts.values())) else None,
+        "tokens_equal": greedy == 1,
+        "tokens_equal_fraction": greedy,
+    }
+
+
+def _problem(plan: Plan, seen: _Observed, parts: dict[str, float], error: float, greedy: float) -> str | None:
+    tolerance, layer_tolerance = TOLERANCE[plan.dtype], LAYER_TOLERANCE[plan.dtype]
+    for part, part_error in parts.items():
+        if not part_error <= layer_tolerance:
+            off = _off(part_error, layer_tolerance)
+            return f"{part} is the first part of the model that differs from plain transformers: {off}"
+    if not error <= tolerance:
+        return f"the logits differ from plain transformers: {_off(error, tolerance)}"
+    if (seen.logits[0] == seen.logits[1]).all():
+        return "different prompts give the same logits"
+    if greedy < (TOKENS_EQUAL_IF_ROUTED if plan.architecture.is_routed else 1):
+        return (
+            f"a forward pass computes what plain transformers does, but only {100 * greedy:.0f} % of the tokens that "
+            "generate gives are its greedy ones: the cache of keys and values is not right"
+        )
+    return None
+
+
+def _off(error: float, tolerance: float) -> str:
+    return f"relative error {error:.2g}, tolerance {tolerance:g}" if isfinite(error) else "not finite"
+
+
+def rel_error(actual: Any, expected: Any) -> float:
+    """The largest ‖actual − expected‖ / ‖expected‖ over all tokens; the last dimension is that of a token's vector."""
+    expected = expected.float()
+    difference = (actual.float() - expected).norm(dim=-1)
+    return float((difference / expected.norm(dim=-1).clamp_min(1e-12)).max())
+
+
+def greedy_fraction(tokens: Any, logits: Any, tie: float) -> float:
+    """Share of the tokens (sequences, length) that have the largest of their logits (sequences, length, vocabulary).
+
+    A logit that falls short of the largest by no more than that share of it ties: rounding decides.
+    """
+    logits = logits.float()
+    largest = logits.amax(-1)
+    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return float((largest - chosen <= tie * logits.abs().amax(-1)).float().mean())
+
+
+def _hidden_in(args: Any, kwargs: Any) -> Any:
+    """The hidden states that a decoder layer is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _hidden_out(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output

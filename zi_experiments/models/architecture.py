@@ -1,0 +1,444 @@
+"""Facts about a model, read off its Hugging Face configuration; no weights are made or read.
+
+The model is built on torch's meta device, so every family that transformers knows is described by its own code.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from zi_experiments.config.schema import (
+    ConfigError,
+    Model,
+    Run,
+    WeightSource,
+)
+from zi_experiments.models import hub
+
+_LONGEST_QUOTE = 300  # characters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameter:
+    """One parameter tensor of the model; tied ones appear once."""
+
+    name: str
+    shape: tuple[int, ...]
+    quantizable: bool
+    layer: int | None  # index of the decoder layer it belongs to; None outside of them
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether it is a stack of matrices, of which a router picks some for each token."""
+        return self.quantizable and len(self.shape) == 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVLayer:
+    """What the cache of one attention layer holds of one sequence."""
+
+    elements_per_token: int  # of keys and values together
+    max_tokens: int | None  # a layer with a sliding window forgets older ones
+
+    def elements(self, tokens: int) -> int:
+        """Elements that it holds of one sequence of so many tokens."""
+        return self.elements_per_token * (tokens if self.max_tokens is None else min(tokens, self.max_tokens))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """What a plan needs to know of a model."""
+
+    config: Any = field(repr=False)  # the transformers configuration
+    model_type: str
+    dtype: str | None  # the type the configuration names
+    hidden_size: int
+    num_layers: int
+    max_positions: int | None
+    layer_classes: tuple[str, ...]  # dotted paths of the decoder layers' classes: hybrids have several
+    is_text_part: bool  # of a multimodal checkpoint, whose towers are dropped
+    notes: tuple[str, ...]  # what is not done as the configuration says
+    parameters: tuple[Parameter, ...] = field(repr=False)
+    kv_layers: tuple[KVLayer, ...] = field(repr=False)
+    # of the checkpoint, which the model leaves out on purpose
+    ignored_tensors: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether a token meets only some of the weights: those of the experts to which a router sends it."""
+        return any(parameter.is_experts for parameter in self.parameters)
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, tied ones counted once."""
+        return sum(parameter.numel for parameter in self.parameters)
+
+    def kv_elements(self, tokens: int) -> int:
+        """Elements of the keys and values that the cache holds of one sequence of so many tokens, over all layers."""
+        return sum(layer.elements(tokens) for layer in self.kv_layers)
+
+
+def load(run: Run) -> Architecture:
+    """The architecture behind `model=…`. Raises `ConfigError` when it is not a causal language model."""
+    return describe(read_config(run), run.model.name)
+
+
+def read_config(run: Run) -> Any:
+    """The transformers configuration of a run's model: the numbers in its YAML, or those of `model.path`.
+
+    With `weights=pretrained` and a path of its own, the checkpoint's configuration counts.
+    """
+    source = run.weights.path if run.weights.source is WeightSource.pretrained else None
+    if source is not None or run.model.architecture is None:
+        return _from_path(source or run.model.path or "", run.trust_remote_code)
+    return _from_numbers(run.model)
+
+
+def _from_numbers(model: Model) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    numbers = dict(model.architecture or {})
+    model_type = numbers.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(f"model.architecture.model_type={model_type} is not a model that transformers knows")
+    config_class = CONFIG_MAPPING[model_type]
+    try:
+        return config_class(**numbers)
+    except Exception as error:
+        raise ConfigError(f"model={model.name}: {model_type} refuses these numbers: {error}") from error
+
+
+def _from_path(path: str, trusted: bool) -> Any:
+    from transformers import AutoConfig, PreTrainedConfig
+
+    source = local_or_hub(path)
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ConfigError(f"{source} has no config.json, so it is not a Hugging Face model folder")
+    if not Path(source).is_dir():
+        hub.settle()
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trusted)  # None would ask on the terminal
+    except Exception as error:
+        if is_refused_code(error, trusted):
+            auto_map = PreTrainedConfig.get_config_dict(source)[0]["auto_map"]
+            raise ConfigError(refused_code(path, auto_map)) from error
+        raise ConfigError(
+            f"{path} is neither a Hugging Face model folder nor a hub name that can be read here ({reason(error)}): "
+            "pass model.path=/path/to/a/folder, or the shape of a shipped model with random weights: model=opt-125m"
+        ) from error
+
+
+def is_refused_code(error: Exception, trusted: bool) -> bool:
+    """Whether transformers says that it cannot do without the Python files of a checkpoint, which it has not run."""
+    return not trusted and isinstance(error, ValueError) and "trust_remote_code" in str(error)
+
+
+def refused_code(path: str, auto_map: Any) -> str:
+    """What to say of such a checkpoint; its `auto_map` names a class, or a list of them, for each purpose."""
+    values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    references = [one for value in values for one in (value if isinstance(value, list) else [value]) if one]
+    files = ", ".join(sorted({_python_file(str(one)) for one in references}))
+    return (
+        f"{path} wants to run {printable(files)}, and nothing of that was run: "
+        f"pass trust_remote_code=true if you trust {path}"
+    )
+
+
+def _python_file(reference: str) -> str:
+    """The file of `module.Class`, or of `owner/repository--module.Class`, which is on the hub."""
+    repository, _, name = reference.rpartition("--")
+    return f"{repository}/{name.partition('.')[0]}.py".lstrip("/")
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, printable: it may quote a checkpoint."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def printable(text: str) -> str:
+    """Text by others, without what breaks a line or steers a terminal, and with an end."""
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}…"
+
+
+def local_or_hub(path: str) -> str:
+    """The folder that a path names, with its `~` resolved, or else the path itself: a name on the hub."""
+    folder = Path(path).expanduser()
+    return str(folder) if folder.is_dir() else path
+
+
+def model_class(config: Any) -> Any:
+    """The causal-LM class of a configuration: transformers' own, or that of the checkpoint whose code made `config`.
+
+    Code is loaded for a configuration of such a class only: it exists because the checkpoint is trusted. Raises
+    `ConfigError` when there is no causal-LM class.
+    """
+    from transformers import AutoModelForCausalLM
+
+    name = AutoModelForCausalLM.__name__
+    if _is_remote(config) and name in (getattr(config, "auto_map", None) or {}):
+        return _remote_class(config, config.auto_map[name])
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        raise ConfigError(
+            f"model type {config.model_type} is not a causal language model: "
+            "pass model=opt-125m, or model=local model.path=… of one (for example opt, bloom, llama, mixtral)"
+        )
+    return mapping[type(config)]
+
+
+def _is_remote(config: Any) -> bool:
+    from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+    return type(config).__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
+
+
+def _remote_class(config: Any, reference: str) -> Any:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    try:
+        return _generating(get_class_from_dynamic_module(reference, config.name_or_path))
+    except Exception as error:
+        file = printable(_python_file(reference))
+        raise ConfigError(f"{config.name_or_path}: its {file} cannot be loaded ({reason(error)})") from error
+
+
+@cache  # one class for all callers: transformers derives a new one at each call
+def _generating(remote: Any) -> Any:
+    """A model class of a checkpoint as `AutoModelForCausalLM` prepares it."""
+    from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+
+    remote.register_for_auto_class("AutoModelForCausalLM")
+    return add_generation_mixin_to_remote_model(remote)
+
+
+def describe(config: Any, name: str) -> Architecture:
+    """The architecture of a transformers configuration; `name` is what errors call it.
+
+    Raises `ConfigError` when it is not a causal language model, or when its numbers do not make one.
+    """
+    given, config = config, text_part(config)
+    _refuse_encoder(config, name)
+    model = _empty(_without_data(config), name)
+    attention = _unavailable_attention(config)
+    if attention is not None:
+        config = deepcopy(config)
+        config._attn_implementation = None  # the best there is
+    if not config.return_dict:
+        config = deepcopy(config)
+        config.return_dict = True  # a model's output is asked for its logits by name
+    text = config.get_text_config(decoder=True)
+    if not hasattr(text, "hidden_size"):
+        raise ConfigError(f"model={name}: {config.model_type} has no one width (hidden_size): pass model=opt-125m")
+    layers_name, layers = decoder_layers(model)
+    return Architecture(
+        config=config,
+        model_type=given.model_type,
+        dtype=str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
+        hidden_size=text.hidden_size,
+        num_layers=len(layers),
+        max_positions=getattr(text, "max_position_embeddings", None),
+        layer_classes=tuple(dict.fromkeys(f"{type(one).__module__}.{type(one).__qualname__}" for one in layers)),
+        is_text_part=config.model_type != given.model_type,
+        notes=tuple(_notes(given, config, attention)),
+        parameters=tuple(_parameters(model, layers_name)),
+        kv_layers=_kv_layers(model, len(layers)),
+    )
+
+
+def text_part(config: Any) -> Any:
+    """The configuration that a causal-LM class is made from: of some multimodal models the text part, or else itself.
+
+    This is how `AutoModelForCausalLM` chooses; the text class leaves out what a checkpoint has for other modalities.
+    """
+    if getattr(model_class(config), "config_class", None) is not config.sub_configs.get("text_config"):
+        return config
+    text = deepcopy(config.get_text_config())
+    for inherited in ("dtype", "quantization_config", "_commit_hash"):
+        if (value := getattr(config, inherited, None)) is not None:
+            setattr(text, inherited, value)
+    return text
+
+
+def _empty(config: Any, name: str) -> Any:
+    """The model on the meta device."""
+    import torch
+
+    config_class = model_class(config)
+    try:
+        with torch.device("meta"), quietly():
+            model = config_class(config)
+            model.tie_weights()
+    except Exception as error:
+        problem = f"{config.model_type} cannot be built from these numbers: {reason(error)}"
+        raise ConfigError(f"model={name}: {problem}") from error
+    return model
+
+
+def _refuse_encoder(config: Any, name: str) -> None:
+    """Refuse a model in which tokens see those after them, although its family can be told to decode."""
+    from transformers import AutoModelForMaskedLM
+
+    kind = None
+    if config.is_encoder_decoder:
+        kind = "an encoder with a decoder"
+    elif type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False):
+        kind = "an encoder (is_decoder is not true)"
+    if kind is not None:
+        raise ConfigError(
+            f"model={name}: {config.model_type} is {kind} and no causal language model: "
+            "pass model=opt-125m, or model=local model.path=… of one (for example opt, bloom, llama, mixtral)"
+        )
+
+
+def _unavailable_attention(config: Any) -> str | None:
+    """The implementation of attention that a configuration wants and that cannot be had here, or None."""
+    import torch
+
+    wanted = config._attn_implementation
+    if wanted is None:
+        return None
+    try:
+        with torch.device("meta"), quietly():
+            model_class(config)(deepcopy(config))
+    except (ImportError, ValueError):
+        return printable(str(wanted))
+    return None
+
+
+def _notes(given: Any, config: Any, attention: str | None) -> Iterator[str]:
+    if config.model_type != given.model_type:
+        yield f"only the text part of {given.model_type} is loaded: what it has for images or sound is dropped"
+    if attention is not None:
+        yield f"{attention}, which the configuration asks for, is not available here: attention is transformers' default"
+
+
+def _parameters(model: Any, layers_name: str) -> Iterator[Parameter]:
+    """Each parameter by the first of its names. One that several layers share belongs to none of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, parameter in model.named_parameters():
+        layers = {_layer_index(one, layers_name) for one in names[id(parameter)]}
+        yield Parameter(
+            name=name,
+            shape=tuple(parameter.shape),
+            quantizable=is_quantizable(model, name),
+            layer=layers.pop() if len(layers) == 1 else None,
+        )
+
+
+def _layer_index(name: str, layers_name: str) -> int | None:
+    within = name.removeprefix(f"{layers_name}.")
+    return None if within == name else int(within.partition(".")[0])
+
+
+def _without_data(config: Any) -> Any:
+    """The same model, computed by operations whose shapes do not depend on data, so that it runs on the meta device."""
+    config = deepcopy(config)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "batched_mm"
+    return config
+
+
+def _kv_layers(model: Any, num_layers: int) -> tuple[KVLayer, ...]:
+    """The cache that one token leaves behind it in a model on the meta device.
+
+    A configuration does not say it: with latent attention some families cache the latents and others whole heads, which
+    has also changed from one version of transformers to the next. What does not grow with a sequence is not counted.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    try:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad(), torch.device("meta"), quietly():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    except Exception:  # an estimate, for the few families whose routing to experts needs data: JetMoE, LongCat
+        text = model.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return (KVLayer(elements_per_token=2 * heads * head_dim, max_tokens=None),) * num_layers
+    growing = ("keys", "values", "indexer_keys")  # sparse attention has the last
+    return tuple(
+        KVLayer(
+            elements_per_token=sum(
+                tensor.numel() for name in growing if (tensor := getattr(layer, name, None)) is not None
+            ),
+            max_tokens=layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None,
+        )
+        for layer in cache.layers
+    )
+
+
+def is_quantizable(model: Any, name: str) -> bool:
+    """Whether a parameter is a matrix that quantization is meant for.
+
+    These are the weights of linear layers and embeddings, subclasses included, of GPT-2's `Conv1D`, and experts that are
+    stacked in one 3-D tensor. Norms, biases and convolutions stay as they are, and so does OPT's table of positions, which
+    every token reads and whose number of rows no group divides, and the small step projections of state space models, which
+    the module around them multiplies with.
+    """
+    from torch import nn
+    from torch.nn.modules.conv import _ConvNd
+    from transformers.pytorch_utils import Conv1D
+
+    owner, _, attribute = name.rpartition(".")
+    module, dim = model.get_submodule(owner), model.get_parameter(name).dim()
+    if dim == 3:
+        return not isinstance(module, _ConvNd)
+    if "Positional" in type(module).__name__ or owner.endswith(".dt_proj"):
+        return False
+    return dim == 2 and attribute == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+
+
+def decoder_layers(model: Any) -> tuple[str, Any]:
+    """Name and `nn.ModuleList` of a model's decoder layers.
+
+    Of the lists in its decoder, which leaves out a vision tower, it is one of as many modules as the text configuration
+    has layers, and of those the one that holds the most parameters: a layer may have lists too.
+    """
+    from torch import nn
+
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    lists = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    ]
+    if not lists:
+        raise ConfigError(
+            f"{type(model).__name__} has no list of decoder layers: it cannot be offloaded layer by layer"
+        )
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    within = [item for item in lists if id(item[1]) in decoder] or lists
+
+    def rank(item: tuple[str, Any]) -> tuple[bool, int]:
+        return len(item[1]) == count, sum(parameter.numel() for parameter in item[1].parameters())
+
+    return max(within, key=rank)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Let transformers build or load a model without initial values, and say nothing of it."""
+    from transformers.initialization import no_init_weights
+    from transformers.utils import logging
+
+    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with no_init_weights():
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bar:
+            logging.enable_progress_bar()

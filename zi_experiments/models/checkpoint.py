@@ -1,0 +1,172 @@
+"""A checkpoint in a local folder, before it is loaded: the files it is made of, and whether they are sound.
+
+It was written by others. No code of it is run here, and no tensor is read.
+"""
+
+import json
+import os
+import pickle
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zi_experiments.config.schema import ConfigError
+from zi_experiments.models.architecture import local_or_hub, printable, reason
+
+# what transformers looks for, in this order
+_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_DISTRIBUTED = "shard-[0-9]*-model-*.safetensors"
+_LARGEST_HEADER = 100_000_000  # bytes of JSON that safetensors reads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """What transformers reads of a model folder."""
+
+    folder: Path
+    weights: tuple[Path, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that say what the model computes."""
+        return (self.folder / "config.json", *self.weights)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+
+def find(path: str) -> Checkpoint | None:
+    """The checkpoint in a folder; None for a name on the hub, of which there is nothing to look at yet.
+
+    Raises `ConfigError` when it has no weights, or an index that lacks files or names others than its own.
+    """
+    folder = Path(local_or_hub(path))
+    if not folder.is_dir():
+        return None
+    if distributed := next(folder.glob(_DISTRIBUTED), None):  # newer versions of transformers prefer it
+        raise ConfigError(
+            f"{folder} is a distributed checkpoint ({printable(distributed.name)}): save it whole with save_pretrained, "
+            "and pass weights.path=… of that"
+        )
+    names = _named_in_config(folder / "config.json") or _NAMES
+    found = next((folder / name for name in names if os.path.isfile(folder / name)), None)
+    if found is None:
+        raise ConfigError(
+            f"{folder} has no weights ({', '.join(names)}): pass weights.path=… of a folder with some, or weights=random"
+        )
+    weights = _named_in_index(found) if found.suffix == ".json" else (found,)
+    return Checkpoint(folder=folder, weights=weights)
+
+
+def _named_in_config(config: Path) -> tuple[str, ...]:
+    """The one name that transformers looks for when `config.json` has it."""
+    try:
+        name = json.loads(config.read_bytes()).get("transformers_weights")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return ()  # whoever reads the model's numbers says what is wrong
+    return () if name is None else (_beside(config, name),)
+
+
+def _named_in_index(index: Path) -> tuple[Path, ...]:
+    try:
+        content = json.loads(index.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{index} is not JSON ({reason(error)}): copy or download it again") from error
+    for key in ("weight_map", "metadata"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), dict) or not content["weight_map"]:
+            raise ConfigError(f"{index} has no {key}: download it again, or save the model again with save_pretrained")
+    names = sorted({_beside(index, name) for name in content["weight_map"].values()})
+    if missing := [name for name in names if not os.path.isfile(index.parent / name)]:
+        raise ConfigError(
+            f"{index.parent} lacks {len(missing)} of the {len(names)} files that {index.name} names "
+            f"({printable(', '.join(missing[:4]))}{' …' if len(missing) > 4 else ''}): copy or download them again"
+        )
+    return tuple(index.parent / name for name in names)
+
+
+def _beside(file: Path, name: Any) -> str:
+    """A name that `file` gives a file in its own folder."""
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+        raise ConfigError(
+            f"{file} names '{printable(str(name))}', which is no file in its own folder and is not read: "
+            "pass weights.path=… of a checkpoint that you trust"
+        )
+    return name
+
+
+def check(path: str) -> None:
+    """Refuse a checkpoint that cannot be loaded whole, or only by running code that comes with it.
+
+    Looks at what describes the tensors and not at them. Raises `ConfigError`.
+    """
+    found = find(path)
+    for file in found.weights if found is not None else ():
+        try:
+            with file.open("rb") as opened:
+                head = opened.read(40)
+            if head.startswith(b"version https://git-lfs"):
+                raise ConfigError(f"{file} is a pointer that Git LFS has left in its place: git lfs pull")
+            _check_safetensors(file) if file.suffix == ".safetensors" else _check_pickle(file)
+        except OSError as error:
+            raise ConfigError(
+                f"{file} cannot be read ({error.strerror}): pass weights.path=… of one that can"
+            ) from error
+
+
+def _check_safetensors(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):  # torch would map it as if to write, which takes free memory
+            pass
+    except SafetensorError as error:
+        size, needed = file.stat().st_size, _described_bytes(file)
+        if needed is not None and needed != size:
+            state = "truncated" if size < needed else "too long"
+            problem = f"{state}: it has {size} bytes, and {needed} by its own header"
+        elif size < 8:
+            problem = f"truncated: it has {size} bytes"
+        else:
+            problem = f"no safetensors file of {size} bytes ({reason(error)})"
+        raise ConfigError(f"{file} is {problem}: copy or download it again") from error
+
+
+def _described_bytes(file: Path) -> int | None:
+    """How long a safetensors file says it is: 8 bytes with the length of a JSON header, the header, and the tensors."""
+    with file.open("rb") as opened:
+        header = int.from_bytes(opened.read(8), "little")
+        if header > _LARGEST_HEADER:
+            return None
+        text = opened.read(header)
+    if len(text) < header:
+        return 8 + header
+    try:
+        tensors = [value for name, value in json.loads(text).items() if name != "__metadata__"]
+        return 8 + header + max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
+    except Exception:  # anything can stand there
+        return None
+
+
+def _check_pickle(file: Path) -> None:
+    import torch
+
+    try:
+        # of files from before torch 1.6, meta alone would read the tensors
+        with torch.serialization.skip_data(), warnings.catch_warnings(action="ignore"):
+            torch.load(file, weights_only=True, map_location="meta")
+    except OSError:
+        raise
+    except pickle.UnpicklingError as error:
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"code ({printable(called[1])})" if called else "code, or other things than tensors"
+        raise ConfigError(
+            f"{file} holds {what}, which is not run: convert it to safetensors where that may be done"
+        ) from error
+    except Exception as error:  # a damaged pickle can raise any
+        raise ConfigError(
+            f"{file} is not a file that torch.save has written, or is damaged ({reason(error)}): "
+            "copy or download it again"
+        ) from error

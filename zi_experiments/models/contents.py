@@ -1,0 +1,222 @@
+"""The tensors of a checkpoint, held against the model that they are for before anything is loaded.
+
+Only the headers of its files are read, and of the tensors two at most: those that the configuration says are one.
+"""
+
+import re
+from collections.abc import Collection
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from zi_experiments.config.schema import ConfigError, Run
+from zi_experiments.models import architecture, checkpoint, weights
+from zi_experiments.models.architecture import (
+    Architecture,
+    local_or_hub,
+    model_class,
+    printable,
+    quietly,
+    reason,
+)
+from zi_experiments.models.checkpoint import Checkpoint
+
+# what transformers expands to 16 bits while it loads, and is verified to here
+EXPANDED = ("fp8", "mxfp4")
+# older versions of transformers stored them, of families that it says nothing about
+_MASKS = re.compile(r"\.attn\.((attention\.)?(masked_)?bias|causal_mask)$")
+_MOST_NAMES = 4  # of tensors, in one line
+Tensors = dict[str, Any]  # by their names in a file
+
+
+def load(run: Run) -> Architecture:
+    """The architecture of a run's model; with `weights=pretrained`, as the tensors of its checkpoint have it.
+
+    Raises `ConfigError` for tensors that the model has no place for, that it lacks, or that have other shapes.
+    """
+    found = architecture.load(run)
+    path = run.weights.path
+    if path is None:
+        _forget_quantization(found.config)
+        return found
+    checkpoint.check(path)
+    _expand_quantization(found.config, path)
+    stored = _stored(path, found.config)
+    return found if stored is None else _held(found, stored, path, run.model.name)
+
+
+def quantization(config: Any) -> str | None:
+    """How the weights of a checkpoint are quantized already; None: they are not."""
+    stored = getattr(config, "quantization_config", None)
+    return str(stored.get("quant_method", "an unnamed method")) if stored is not None else None
+
+
+def _forget_quantization(config: Any) -> None:
+    """Of random weights there is nothing to expand."""
+    if quantization(config) is not None:
+        del config.quantization_config
+
+
+def _expand_quantization(config: Any, path: str) -> None:
+    method = quantization(config)
+    if method is None:
+        return
+    if method not in EXPANDED:
+        raise ConfigError(
+            f"{path} holds weights that are quantized by {printable(method)}, which cannot be expanded to 16 bits here: "
+            "pass weights.path=… of a 16-bit checkpoint of the model, or weights=random"
+        )
+    # on some GPUs transformers would compute with them as they are
+    config.quantization_config |= {"dequantize": True}
+
+
+def _stored(path: str, config: Any) -> Checkpoint | None:
+    """The checkpoint in a folder, or that of a hub name as far as the hub's cache has it whole."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(local_or_hub(path)).is_dir():
+        return checkpoint.find(path)
+    cached = try_to_load_from_cache(path, "config.json", revision=getattr(config, "_commit_hash", None))
+    with suppress(ConfigError):  # transformers gets the rest, or says that it cannot
+        return checkpoint.find(str(Path(cached).parent)) if isinstance(cached, str) else None
+    return None
+
+
+def _held(found: Architecture, stored: Checkpoint, path: str, name: str) -> Architecture:
+    headers = {file: _headers(file) for file in stored.weights}
+    model, report, ignored = _loaded_without_data(found.config, headers, path)
+    _refuse(path, report)
+    if any(not _are_equal(headers, *names) for names in _tied_twice(model, headers)):
+        config = deepcopy(found.config)
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        found = architecture.describe(config, name)
+    return replace(found, ignored_tensors=tuple(sorted(ignored)))
+
+
+def _headers(file: Path) -> Tensors:
+    """The tensors of a file on the meta device."""
+    import torch
+    from safetensors import safe_open
+    from transformers.modeling_utils import load_state_dict
+
+    if file.suffix != ".safetensors":
+        with torch.serialization.skip_data():  # of files from before torch 1.6, meta alone would read the tensors
+            pickled: Tensors = load_state_dict(file, map_location="meta")
+        return pickled
+    with safe_open(file, framework="numpy") as opened:  # torch would map it as if to write, which takes free memory
+        names = opened.keys()
+        return {name: _without_data(opened.get_slice(name)) for name in names}
+
+
+def _without_data(part: Any) -> Any:
+    import torch
+    from transformers.modeling_utils import str_to_torch_dtype
+
+    dtype = str_to_torch_dtype.get(part.get_dtype(), torch.uint8)  # of one that torch lacks, the shape alone counts
+    return torch.empty(part.get_shape(), dtype=dtype, device="meta")
+
+
+def _loaded_without_data(config: Any, headers: dict[Path, Tensors], path: str) -> tuple[Any, dict[str, Any], set[str]]:
+    """The model on the meta device, what transformers reports of loading it, and the tensors that it ignores on purpose."""
+    import torch
+
+    plain = model_class(config)
+    ignored: set[str] = set()
+
+    def adjust(self: Any, loading_info: Any) -> None:
+        before = set(loading_info.unexpected_keys)
+        plain._adjust_missing_and_unexpected_keys(self, loading_info)
+        loading_info.unexpected_keys -= {name for name in loading_info.unexpected_keys if _MASKS.search(name)}
+        ignored.update(before - loading_info.unexpected_keys)
+
+    # under the name that transformers finds its conversions by
+    observed: Any = type(
+        plain.__name__, (plain,), {"_adjust_missing_and_unexpected_keys": adjust, "__module__": plain.__module__}
+    )
+    try:
+        with weights.without_zero3(), quietly():
+            model, report = observed.from_pretrained(
+                None,
+                config=config,
+                state_dict={name: meta for tensors in headers.values() for name, meta in tensors.items()},
+                dtype=torch.bfloat16,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise ConfigError(
+            f"{path} cannot be loaded as {plain.__name__} ({reason(error)}): "
+            "pass weights.path=… of another checkpoint, or weights=random"
+        ) from error
+    return model, report, ignored
+
+
+def _refuse(path: str, report: dict[str, Any]) -> None:
+    """Raise `ConfigError` when transformers would make up weights, or leave some out."""
+    if lacking := report["missing_keys"]:
+        raise ConfigError(
+            f"{path} lacks tensors that its config.json asks for ({_listed(lacking)}): "
+            "pass weights.path=… of a checkpoint that has them, or weights=random"
+        )
+    if different := report["mismatched_keys"]:
+        shapes = [f"{name} {list(is_)} where the model has {list(asked)}" for name, is_, asked in different]
+        raise ConfigError(
+            f"{path} has tensors of other shapes than its config.json asks for ({_listed(shapes)}): "
+            "pass weights.path=… of a checkpoint with its own config.json, or weights=random"
+        )
+    if unused := report["unexpected_keys"]:
+        raise ConfigError(
+            f"{path} has tensors that a model of its config.json would leave out ({_listed(unused)}): "
+            "pass weights.path=… of a checkpoint with its own config.json, or weights=random"
+        )
+
+
+def _listed(texts: Collection[str]) -> str:
+    first = printable(", ".join(sorted(texts)[:_MOST_NAMES]))
+    return f"{first} and {len(texts) - _MOST_NAMES} more" if len(texts) > _MOST_NAMES else first
+
+
+def _tied_twice(model: Any, headers: dict[Path, Tensors]) -> list[tuple[str, str]]:
+    """Names in the files of tensors that are one parameter by the configuration, and are there both.
+
+    Of two that hold no data transformers cannot say whether they are equal, and does not tie them.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    pairs = [
+        (target, source)
+        for target, source in model.all_tied_weights_keys.items()
+        if model.get_parameter(target) is not model.get_parameter(source)
+    ]
+    if not pairs:
+        return []
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    stored = {
+        rename_source_key(name, renamings, [], prefix, state)[0]: name
+        for tensors in headers.values()
+        for name in tensors
+    }
+    return [(stored[target], stored[source]) for target, source in pairs]
+
+
+def _are_equal(headers: dict[Path, Tensors], *names: str) -> bool:
+    """Whether tensors of these names have the same values; their files are mapped into memory."""
+    import torch
+
+    one, other = (_tensor(next(file for file, tensors in headers.items() if name in tensors), name) for name in names)
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def _tensor(file: Path, name: str) -> Any:
+    from safetensors import safe_open
+    from transformers.modeling_utils import load_state_dict
+
+    if file.suffix != ".safetensors":
+        return load_state_dict(file)[name]
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)

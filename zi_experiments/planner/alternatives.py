@@ -1,0 +1,58 @@
+"""Other runs near a run: each differs by what one would add to its command line."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial, reduce
+
+from zi_experiments.config.composition import choose
+from zi_experiments.config.schema import ConfigError, Run
+from zi_experiments.config.validation import validate
+
+# from what changes a run least to what changes it most
+CHOICES = (
+    ("kv_cache", "cpu"),
+    ("kv_cache", "gpu"),
+    ("offload", "cpu"),
+    ("quant", "int4"),
+    ("offload", "nvme"),
+    ("offload", "none"),
+    ("engine", "stream"),
+)
+GPUS = (2, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """Overrides, and the run with them."""
+
+    text: str
+    run: Run
+
+
+def one(run: Run, gpus_visible: int) -> Iterator[Change]:
+    """The run with one choice made differently, wherever the configuration allows that."""
+    for group, choice in CHOICES:
+        yield from _changed(run, f"{group}={choice}", partial(choose, group=group, choice=choice))
+    for count in GPUS:
+        if run.hardware.num_gpus < count <= gpus_visible:
+            yield from with_setting(run, "hardware.num_gpus", count)
+
+
+def with_setting(run: Run, key: str, value: object) -> Iterator[Change]:
+    """The run with a setting by its dotted name, if the configuration allows it."""
+    *groups, name = key.split(".")
+    text = value.value if isinstance(value, Enum) else str(value).lower()
+    yield from _changed(run, f"{key}={text}", lambda copy: setattr(reduce(getattr, groups, copy), name, value))
+
+
+def _changed(run: Run, text: str, apply: Callable[[Run], None]) -> Iterator[Change]:
+    copy = deepcopy(run)
+    try:
+        apply(copy)
+        validate(copy)
+    except ConfigError:
+        return
+    if copy != run:
+        yield Change(text=text, run=copy)

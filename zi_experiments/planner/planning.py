@@ -1,0 +1,186 @@
+"""`Run + Architecture + Machine → Plan`: chooses what the user left open, and refuses what cannot work or fit. Pure."""
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+
+from zi_experiments.config.schema import (
+    ConfigError,
+    OffloadDevice,
+    Profile,
+    Run,
+    Verify,
+)
+from zi_experiments.cost_model import memory_fit
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.engines import base
+from zi_experiments.models import contents
+from zi_experiments.models.architecture import Architecture, Parameter
+from zi_experiments.planner import alternatives
+from zi_experiments.planner.alternatives import Change
+from zi_experiments.system import machines
+from zi_experiments.system.machines import Machine
+
+MOST_WAYS = 3  # that a refusal names
+MOST_SEQUENCES = 1 << 20  # that a search for the largest batch considers
+
+
+def plan_run(run: Run, disk_free_bytes: int | None = None) -> Plan:
+    """`build` for a run's own model on this machine."""
+    machine = replace(machines.detect(run.hardware), disk_free_bytes=disk_free_bytes)
+    return build(run, contents.load(run), machine)
+
+
+def build(run: Run, arch: Architecture, machine: Machine) -> Plan:
+    """The plan of a run. Raises `ConfigError`, with numbers and a way out, when it cannot work or fit."""
+    plan = _draft(run, arch, machine)
+    if problem := memory_fit.problem(plan):
+        ways = list(islice(_ways_out(plan), MOST_WAYS))
+        raise ConfigError(f"{problem}: pass {', or '.join(ways) or 'model=… of a smaller one'}")
+    return plan
+
+
+def _draft(run: Run, arch: Architecture, machine: Machine) -> Plan:
+    """The plan, whether it fits or not."""
+    _check_lengths(run, arch)
+    _check_groups(run, arch)
+    if machine.device == "cpu":
+        _check_choices(run)
+    if run.workload.batch_size == "auto":
+        run = _with_largest_batch(run, arch, machine)
+    plan = Plan(run=run, architecture=arch, machine=machine, dtype=choose_dtype(arch, machine))
+    plan = replace(plan, stored=base.get(run.engine.name).storage(plan))
+    return replace(plan, pin_memory=_pin(plan))
+
+
+def attempt(run: Run, arch: Architecture, machine: Machine) -> Plan | None:
+    """The plan of a run; None where it cannot work or does not fit."""
+    try:
+        plan = _draft(run, arch, machine)
+    except ConfigError:
+        return None
+    return plan if memory_fit.problem(plan) is None else None
+
+
+def _with_largest_batch(run: Run, arch: Architecture, machine: Machine) -> Run:
+    """The run with the largest batch that fits, or with the smallest there is if none does."""
+    return _with_batch(run, max(1, largest_batch(run, arch, machine) // run.hardware.num_gpus) * run.hardware.num_gpus)
+
+
+def _with_batch(run: Run, batch_size: int) -> Run:
+    return replace(run, workload=replace(run.workload, batch_size=batch_size))
+
+
+def largest_batch(run: Run, arch: Architecture, machine: Machine) -> int:
+    """The most sequences of one micro-batch that fit, over all ranks; 0: not one for each rank."""
+    ranks = run.hardware.num_gpus
+    candidates = range(1, MOST_SEQUENCES // ranks)
+    most = bisect_left(candidates, True, key=lambda n: not attempt(_with_batch(run, n * ranks), arch, machine))
+    return most * ranks
+
+
+def _longest_prompt(run: Run, arch: Architecture, machine: Machine) -> int:
+    """The most prompt tokens that fit; 0: not one."""
+
+    def is_too_long(tokens: int) -> bool:
+        return not attempt(replace(run, workload=replace(run.workload, prompt_len=tokens)), arch, machine)
+
+    return bisect_left(range(1, run.workload.prompt_len), True, key=is_too_long)
+
+
+def _ways_out(plan: Plan) -> Iterator[str]:
+    """What to add to the command line so that the run fits: one change that does, else two, from the nearest on."""
+    run, arch, machine = plan.run, plan.architecture, plan.machine
+    if batch := largest_batch(run, arch, machine):
+        yield f"workload.batch_size={batch}"
+    near = [*alternatives.with_setting(run, "verify", Verify.off), *alternatives.one(run, machine.gpus_visible)]
+    found = [each for each in near if attempt(each.run, arch, machine)]
+    yield from (each.text for each in found)
+    if batch or found:
+        return
+    if length := _longest_prompt(_with_batch(run, run.hardware.num_gpus), arch, machine):
+        yield f"workload.prompt_len={length} workload.batch_size={run.hardware.num_gpus}"
+    for first in near:
+        for second in _further(first, plan):
+            if attempt(second.run, arch, machine):
+                yield f"{first.text} {second.text}"
+
+
+def _further(first: Change, plan: Plan) -> Iterator[Change]:
+    """One change more, a smaller batch among them."""
+    run, arch, machine = first.run, plan.architecture, plan.machine
+    if batch := largest_batch(run, arch, machine):
+        yield from alternatives.with_setting(run, "workload.batch_size", batch)
+    yield from alternatives.one(run, machine.gpus_visible)
+
+
+def choose_dtype(arch: Architecture, machine: Machine) -> str:
+    """The configuration's 16-bit type where the device computes it, else the device's best."""
+    return arch.dtype if arch.dtype in machine.dtypes else machine.dtypes[0]
+
+
+def _pin(plan: Plan) -> bool:
+    """Whether weights in host memory are pinned: as asked, or (tuned) when they leave a tenth of it free."""
+    offload = plan.run.offload
+    if plan.machine.device != "cuda" or offload.device is OffloadDevice.none or not plan.storage.pinnable:
+        return False
+    if offload.pin_memory is not None:
+        return offload.pin_memory
+    if plan.run.engine.profile is Profile.reference:
+        return False
+    return plan.placement.cpu_bytes + plan.storage.host_buffer_bytes < 0.9 * plan.machine.host_memory_bytes
+
+
+def _check_lengths(run: Run, arch: Architecture) -> None:
+    work, longest = run.workload, arch.max_positions
+    if longest is not None and work.prompt_len + work.gen_len > longest:
+        fits = f"workload.prompt_len={longest - work.gen_len}"
+        if work.gen_len >= longest:
+            fits = f"workload.gen_len={max(1, longest // 2)} workload.prompt_len={longest - longest // 2 - 1}"
+        raise ConfigError(
+            f"workload.prompt_len={work.prompt_len} and workload.gen_len={work.gen_len} exceed the {longest} positions of "
+            f"{run.model.name}: pass {fits} or less"
+        )
+
+
+def _check_groups(run: Run, arch: Architecture) -> None:
+    quant = run.quant
+    if quant.bits == 16:
+        return
+    assert quant.group_size is not None
+    assert quant.group_dim is not None
+    quantizable = [p for p in arch.parameters if p.quantizable]
+    dim = quant.group_dim
+
+    def works(group_size: int, group_dim: int) -> bool:
+        return all(_can_group(p, quant.bits, group_dim, group_size) for p in quantizable)
+
+    for p in quantizable:
+        if not _can_group(p, quant.bits, dim, quant.group_size):
+            choices = [f"quant.group_size={size}" for size in (32, 64, 128) if works(size, dim)]
+            if not choices and any(works(size, 1 - dim) for size in (32, 64, 128)):
+                choices = [f"quant.group_dim={1 - dim}"]
+            problem = (
+                f"quant.group_size={quant.group_size} does not divide the {p.shape[dim - 2]} {('rows', 'columns')[dim]}"
+            )
+            if p.shape[dim - 2] % quant.group_size == 0:
+                problem = f"quant.bits={quant.bits} does not fill 16-bit elements with the {p.shape[-1]} columns"
+            raise ConfigError(f"{problem} of {p.name} {list(p.shape)}: pass {' or '.join(choices or ['quant=fp16'])}")
+
+
+def _can_group(parameter: Parameter, bits: int, group_dim: int, group_size: int) -> bool:
+    """Whether groups divide a matrix, or each of the matrices stacked in it, and integers fill 16-bit elements in a row."""
+    return parameter.shape[group_dim - 2] % group_size == 0 and parameter.shape[-1] % (16 // bits) == 0
+
+
+def _check_choices(run: Run) -> None:
+    if run.offload.use_gds:
+        raise ConfigError(
+            "offload.use_gds=true needs a CUDA GPU and this run is on the CPU: pass offload.use_gds=false"
+        )
+    if run.hardware.memory_gib is not None:
+        raise ConfigError(
+            "hardware.memory_gib is the memory of a GPU and this run is on the CPU: pass hardware.memory_gib=null, "
+            f"or hardware.host_memory_gib={run.hardware.memory_gib} for the host's"
+        )

@@ -1,0 +1,197 @@
+"""Which of the runs near a run are fast, by plan: the change that helps most, and the candidates that a search measures."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import count, dropwhile, product, takewhile
+from math import log
+from typing import Any
+
+from zi_experiments.config.schema import (
+    CacheDevice,
+    ConfigError,
+    OffloadDevice,
+    Profile,
+    Run,
+)
+from zi_experiments.cost_model.plan import Bound, Plan
+from zi_experiments.cost_model.prediction import Prediction, predict, total_tok_per_s
+from zi_experiments.models.architecture import Architecture
+from zi_experiments.planner import alternatives, planning
+from zi_experiments.planner.alternatives import Change
+from zi_experiments.system.machines import Machine
+
+SETTINGS: tuple[tuple[str, Any], ...] = (
+    ("offload.resident", "auto"),
+    ("engine.profile", Profile.tuned),
+    ("offload.pin_memory", True),
+)
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+NOTICEABLE = 1.03  # a gain below this is within what predictions and measurements scatter
+HOST_SHARE = 0.9  # of the host memory that is available, candidates are planned for
+MOST_TIMES = 16  # as many sequences as asked, that a larger batch is advised up to: answers take longer with each
+NEIGHBOURS = 4  # other batch sizes that a search measures before other choices
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How fast a run should be."""
+
+    ttft_s: float
+    tpot_s: float
+    tok_per_s: float  # generated tokens over prefill and decode
+    is_predicted: bool  # or else all of it is the bound, of a machine that was not measured
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A run that fits, and how fast it should be."""
+
+    text: str  # what to add to the command line
+    run: Run
+    pace: Pace
+
+    @property
+    def tok_per_s(self) -> float:
+        return self.pace.tok_per_s
+
+    @property
+    def sequences(self) -> int:
+        return self.run.workload.sequences
+
+
+def paced(plan: Plan) -> Pace | None:
+    """How fast a plan should be, by prediction; by the bound where nothing was measured. None: it is not known."""
+    known = plan.machine.calibration is not None
+    times: Prediction | Bound = predict(plan) if known else plan.bound
+    tok_per_s = total_tok_per_s(plan, times.prefill_s, times.decode_step_s)
+    if times.prefill_s is None or times.decode_step_s is None or tok_per_s is None:
+        return None
+    return Pace(ttft_s=times.prefill_s, tpot_s=times.decode_step_s, tok_per_s=tok_per_s, is_predicted=known)
+
+
+def improvements(plan: Plan) -> list[Candidate]:
+    """Runs that differ by one change and are faster by plan, the fastest first."""
+    run, arch, machine = plan.run, plan.architecture, plan.machine
+    now = paced(plan)
+    if now is None:
+        return []
+    near = (*alternatives.one(run, machine.gpus_visible), *_settings(run))
+    found = [rated for each in near if (rated := _rated(each, arch, machine))]
+    if larger := _larger_batches(run, arch, machine):
+        found.append(_best(larger))
+    return sorted(
+        (each for each in found if each.tok_per_s > NOTICEABLE * now.tok_per_s), key=lambda one: -one.tok_per_s
+    )
+
+
+def _larger_batches(run: Run, arch: Architecture, machine: Machine) -> list[Candidate]:
+    """Candidates of the powers of two above the batch of a run that fit, up to `MOST_TIMES` as many sequences."""
+    ranks, batch_size = run.hardware.num_gpus, run.workload.batch_size
+    sizes = (ranks << n for n in range(planning.MOST_SEQUENCES.bit_length()))
+    larger = takewhile(lambda size: size <= MOST_TIMES * batch_size, dropwhile(lambda size: size <= batch_size, sizes))
+    found = (_rated(_with_batch(Change(text="", run=run), size), arch, machine) for size in larger)
+    return [each for each in found if each is not None]
+
+
+def _settings(run: Run) -> Iterator[Change]:
+    for key, value in SETTINGS:
+        yield from alternatives.with_setting(run, key, value)
+
+
+def settle(run: Run, arch: Architecture, machine: Machine) -> Run | None:
+    """The run itself, or with `search.rank` the candidate of that rank; None: there are not so many."""
+    rank = run.search.rank
+    if rank is None:
+        return run
+    found = candidates(run, arch, machine)
+    return found[rank].run if rank < len(found) else None
+
+
+def candidates(run: Run, arch: Architecture, machine: Machine) -> list[Candidate]:
+    """What a search over batch size, residency, place of keys and values, and micro-batches should measure, best first.
+
+    The best by plan; the same with other batch sizes, for the curve; then the best with other choices. Raises
+    `ConfigError` when none fits.
+    """
+    plain = replace(run, search=replace(run.search, rank=None))
+    # what is available changes from one run of a sweep to the next
+    roomy = replace(machine, host_memory_bytes=int(HOST_SHARE * machine.host_memory_bytes))
+    return _candidates(_Identity(run=plain, arch=arch, machine=roomy))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Identity:
+    """What a ranking depends on; the runs of a sweep share one."""
+
+    run: Run
+    arch: Architecture
+    machine: Machine
+
+    def __hash__(self) -> int:
+        return hash(repr(self.run))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and (self.run, self._lasting) == (other.run, other._lasting)
+
+    @property
+    def _lasting(self) -> Machine:
+        """The machine without what differs from one run of a sweep to the next."""
+        return replace(self.machine, host_memory_bytes=0, disk_free_bytes=None)
+
+
+@lru_cache(maxsize=1)
+def _candidates(asked: _Identity) -> list[Candidate]:
+    arch, machine = asked.arch, asked.machine
+    curves = [_curve(kind, arch, machine) for kind in _kinds(asked.run, machine)]
+    ranked = sorted((curve for curve in curves if curve), key=lambda curve: -_best(curve).tok_per_s)
+    if not ranked:
+        planning.build(asked.run, arch, machine)  # says what does not fit
+        raise ConfigError("nothing is known of this machine that a search could begin with: pass hardware=auto")
+    best, *others = [_best(curve) for curve in ranked]
+    sizes = sorted(ranked[0], key=lambda each: abs(log(each.sequences / best.sequences)))[1:]
+    return [best, *sizes[:NEIGHBOURS], *others, *sizes[NEIGHBOURS:]]
+
+
+def _kinds(run: Run, machine: Machine) -> Iterator[Change]:
+    """The run with every combination of what a search varies beside the batch size."""
+    streams = run.engine.name == "stream"
+    places = tuple(CacheDevice) if machine.device == "cuda" else (run.kv_cache.device,)
+    residents = ("auto", 0) if streams and run.offload.device is not OffloadDevice.none else (run.offload.resident,)
+    for micro_batches, place, resident in product(MICRO_BATCHES if streams else (1,), places, residents):
+        copy = replace(
+            run,
+            workload=replace(run.workload, micro_batches=micro_batches),
+            kv_cache=replace(run.kv_cache, device=place),
+            offload=replace(run.offload, resident=resident),
+        )
+        text = f" kv_cache={place.value}" if len(places) > 1 else ""
+        text += f" offload.resident={resident}" if len(residents) > 1 else ""
+        text += f" workload.micro_batches={micro_batches}" if streams else ""
+        yield Change(text=text, run=copy)
+
+
+def _curve(kind: Change, arch: Architecture, machine: Machine) -> list[Candidate]:
+    """Candidates of the batch sizes that fit: powers of two on each rank, and the largest."""
+    ranks, largest = kind.run.hardware.num_gpus, planning.largest_batch(kind.run, arch, machine)
+    doublings = takewhile(lambda size: size < largest, (ranks << n for n in count()))
+    found = (_rated(_with_batch(kind, size), arch, machine) for size in (*doublings, largest) if largest)
+    return [each for each in found if each is not None]
+
+
+def _with_batch(kind: Change, batch_size: int) -> Change:
+    run = replace(kind.run, workload=replace(kind.run.workload, batch_size=batch_size))
+    return Change(text=f"workload.batch_size={batch_size}{kind.text}", run=run)
+
+
+def _best(curve: list[Candidate]) -> Candidate:
+    """The smallest batch that is about as fast as the fastest."""
+    fastest = max(each.tok_per_s for each in curve)
+    return next(each for each in curve if each.tok_per_s * NOTICEABLE >= fastest)
+
+
+def _rated(change: Change, arch: Architecture, machine: Machine) -> Candidate | None:
+    """How fast a run should be; None where it does not fit, or nothing is known."""
+    plan = planning.attempt(change.run, arch, machine)
+    pace = paced(plan) if plan else None
+    return Candidate(text=change.text, run=plan.run, pace=pace) if plan and pace else None

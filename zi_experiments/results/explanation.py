@@ -1,0 +1,77 @@
+"""Why a run was as fast as it was, in a sentence."""
+
+from zi_experiments.calibration.suite import MEASURED
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.cost_model.prediction import predict
+from zi_experiments.results.metrics import Metrics, Passed
+from zi_experiments.units import scaled, seconds
+
+_VERBS = {
+    "link": "decode streams {amount} per step over a {rate} link",
+    "disk": "decode reads {amount} per step from a {rate} disk",
+    "hbm": "decode reads {amount} per step from {rate} memory",
+    "gemm": "decode multiplies for {amount} per step at {rate}",
+}
+LIMITS = {
+    "link": "the link",
+    "disk": "the disk",
+    "hbm": "the memory of the device",
+    "gemm": "matrix products",
+    "launch": "the launch of kernels",
+}
+VENDORS = " (vendor's rates)"
+
+
+def unknown(plan: Plan) -> str | None:
+    """What to type for a bound to be known; None where it is."""
+    missing = plan.bound.unknown
+    if not missing:
+        return None
+    keys = " ".join(f"hardware.ceilings.{name}=…" for name in missing)
+    path = " --path FOLDER" if "disk_bytes_per_s" in missing else ""
+    return (
+        f"neither bound nor prediction, since {', '.join(missing)} of this machine {'is' if len(missing) == 1 else 'are'} "
+        f"not known: pass {keys}, or measure it with python -m zi_experiments.hardware{path}"
+    )
+
+
+def least(plan: Plan, value_s: float, limit: str | None) -> str:
+    """A bound as people read it, which says so if it is from a data sheet."""
+    return seconds(value_s) + (VENDORS if plan.is_published(limit) else "")
+
+
+def passed(beyond: Passed, plan: Plan, metrics: Metrics) -> str:
+    """That a run was faster than its bound, and what came of it."""
+    chosen = plan.run.hardware.name
+    now = {"prefill": metrics.prefill_fraction_of_bound, "decode": metrics.fraction_of_bound}
+    fractions = " and ".join(f"{name} at {100 * fraction:.0f} %" for name, fraction in beyond.items())
+    then = "the machine was measured again" if chosen in MEASURED else f"rates of hardware={chosen} are too low"
+    text = f"the run passed its bound, {fractions} of it, so {then}: "
+    return text + " and ".join(
+        f"{name} is at {100 * fraction:.0f} %" if (fraction := now[name]) else f"no bound is known of its {name}"
+        for name in beyond
+    )
+
+
+def sentence(plan: Plan, metrics: Metrics) -> str | None:
+    """What a decode step had to do at least, and what it took; None where no ceiling is known."""
+    bound, measured_s = plan.bound, metrics.tpot_p50_s
+    if bound.decode_step_s is None or bound.limited_by is None or measured_s is None:
+        return None
+    if metrics.fraction_of_bound is None:  # the run has passed it
+        return None
+    text = f"{_work(plan, bound.limited_by, bound.decode_step_s)}: at least {seconds(bound.decode_step_s)}"
+    text += f"; measured {seconds(measured_s)} ({100 * bound.decode_step_s / measured_s:.0f} %)"
+    predicted = predict(plan)
+    # products of few rows read weights as well: those that the bound counts as memory
+    same = {bound.limited_by} if bound.limited_by != "hbm" else {"hbm", "gemm"}
+    if predicted.limited_by is None or predicted.limited_by in same:
+        return text
+    return f"{text}. By plan most of it is taken by {LIMITS[predicted.limited_by]}"
+
+
+def _work(plan: Plan, limit: str, bound_s: float) -> str:
+    rate = plan.rate(limit)
+    assert rate is not None
+    unit = "FLOP" if limit == "gemm" else "B"
+    return _VERBS[limit].format(amount=scaled(bound_s * rate, unit), rate=scaled(rate, f"{unit}/s"))

@@ -1,0 +1,80 @@
+"""What was asked, as the record of a run begins with it, whether it makes sense or not."""
+
+import uuid
+from datetime import UTC, datetime
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zi_experiments import environment
+from zi_experiments.config.schema import Run
+from zi_experiments.results.record import Failure, Record, RunInfo
+
+
+def record(cfg: DictConfig) -> Record:
+    """The record of a run of which nothing is known yet but what was asked."""
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    group = setting(cfg, "tracking.group")
+    if group is None and hydra.mode is RunMode.MULTIRUN:
+        sweep = Path(hydra.sweep.dir)
+        group = sweep.name
+    return Record(
+        status="killed",
+        error=Failure(type="Unfinished", message="the run is under way, or was killed together with its launcher"),
+        run=RunInfo(
+            id=uuid.uuid4().hex[:12],
+            name=str(setting(cfg, "name") or folder.name),
+            group=group,
+            started_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            finished_at=None,
+            command=environment.command(),
+            git_revision=environment.git_revision(),
+        ),
+        folder=str(folder),
+        choices={group: choice for group, choice in hydra.runtime.choices.items() if not group.startswith("hydra/")},
+        config=_plain(cfg),
+    )
+
+
+def setting(cfg: DictConfig, key: str) -> Any:
+    """A setting; None where it is missing or cannot be resolved, which the door will refuse."""
+    try:
+        return OmegaConf.select(cfg, key)
+    except OmegaConfBaseException:
+        return None
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as JSON has it; unresolved where it cannot be resolved, since the record must exist all the same."""
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    except OmegaConfBaseException:
+        plain = OmegaConf.to_container(cfg, enum_to_str=True)
+    jsonable: dict[str, Any] = _jsonable(plain)
+    return jsonable
+
+
+def _jsonable(value: Any) -> Any:
+    """The same with the text of what JSON has no word for: what is no number, and bytes."""
+    if isinstance(value, dict):
+        return {key: _jsonable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(each) for each in value]
+    odd = isinstance(value, bytes) or (isinstance(value, float) and not isfinite(value))
+    return str(value) if odd else value
+
+
+def settled(config: dict[str, Any], run: Run) -> dict[str, Any]:
+    """The configuration with what was left open as it was decided; the command has what was typed."""
+    work = {"batch_size": run.workload.batch_size, "micro_batches": run.workload.micro_batches}
+    return config | {
+        "workload": config["workload"] | work,
+        "kv_cache": config["kv_cache"] | {"device": run.kv_cache.device.value},
+        "offload": config["offload"] | {"resident": run.offload.resident},
+    }

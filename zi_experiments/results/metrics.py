@@ -1,0 +1,99 @@
+"""`Samples + Plan → Metrics`: a pure function; every figure has its definition here."""
+
+from dataclasses import dataclass, replace
+from statistics import median, quantiles
+
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.cost_model.prediction import predict
+from zi_experiments.measurement.timing import Samples
+
+NOISE = 1.03  # a fraction of a bound below this is within what measurements scatter
+Passed = dict[str, float]  # by "prefill" and "decode": the fraction of a bound that was none
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metrics:
+    """Figures of a run: medians over its measured passes. B sequences, P prompt tokens, G generated tokens each."""
+
+    prefill_tok_per_s: float  # B·P / ttft_s
+    decode_tok_per_s: float | None  # B·(G−1) / (total_s − ttft_s); None when G is 1
+    total_tok_per_s: float  # B·G / total_s
+    ttft_s: float  # from the call of generate to the first token being known on the host
+    tpot_p50_s: float | None  # from one token to the next, over the steps of all passes
+    tpot_p90_s: float | None
+    tpot_p99_s: float | None
+    load_s: float
+    gpu_peak_bytes: int  # allocated on one GPU while measuring, the largest over ranks
+    host_peak_bytes: int  # resident in all processes of the run, at any time
+    disk_peak_bytes: int  # in the run's folder on offload.path, at any time
+    link_bytes_per_s: float | None  # bytes that had to cross the link in one pass / median decode step
+    fraction_of_bound: float | None  # lower bound of a decode step / median decode step
+    prefill_fraction_of_bound: float | None
+    prefill_prediction_error: float | None  # predicted / measured − 1, of ttft_s
+    decode_prediction_error: float | None  # the same of the median decode step
+    perplexity: float | None  # of the weights on workload.text; None without one
+    spread: dict[str, tuple[float, float]]  # smallest and largest pass of each rate
+
+
+def derive(
+    samples: Samples,
+    plan: Plan,
+    *,
+    perplexity: float | None,
+    gpu_peak_bytes: int,
+    host_peak_bytes: int,
+    disk_peak_bytes: int,
+) -> Metrics:
+    """The metrics of a run."""
+    work, passes = plan.run.workload, samples.measured
+    batch, bound, predicted = work.sequences, plan.bound, predict(plan)
+    prefill = [batch * work.prompt_len / one.ttft_s for one in passes]
+    total = [batch * work.gen_len / one.total_s for one in passes]
+    decode = [batch * len(one.step_s) / sum(one.step_s) for one in passes if one.step_s]
+    steps = [step for one in passes for step in one.step_s]
+    step = median(steps) if steps else None
+    ttft = median(one.ttft_s for one in passes)
+    rates = {"prefill_tok_per_s": prefill, "decode_tok_per_s": decode, "total_tok_per_s": total}
+    return Metrics(
+        prefill_tok_per_s=median(prefill),
+        decode_tok_per_s=median(decode) if decode else None,
+        total_tok_per_s=median(total),
+        ttft_s=ttft,
+        tpot_p50_s=step,
+        tpot_p90_s=_percentile(steps, 90),
+        tpot_p99_s=_percentile(steps, 99),
+        load_s=samples.load_s,
+        gpu_peak_bytes=gpu_peak_bytes,
+        host_peak_bytes=host_peak_bytes,
+        disk_peak_bytes=disk_peak_bytes,
+        link_bytes_per_s=plan.link_bytes_per_pass / step if step else None,
+        fraction_of_bound=bound.decode_step_s / step if step and bound.decode_step_s else None,
+        prefill_fraction_of_bound=bound.prefill_s / ttft if bound.prefill_s else None,
+        prefill_prediction_error=predicted.prefill_s / ttft - 1 if predicted.prefill_s else None,
+        decode_prediction_error=predicted.decode_step_s / step - 1 if step and predicted.decode_step_s else None,
+        perplexity=perplexity,
+        spread={name: (min(values), max(values)) for name, values in rates.items() if values},
+    )
+
+
+def passed(figures: Metrics) -> Passed | None:
+    """The fractions of a run that was faster than its bound by more than noise, which is none then; None: it was not."""
+    fractions = {"prefill": figures.prefill_fraction_of_bound, "decode": figures.fraction_of_bound}
+    beyond = {name: value for name, value in fractions.items() if value is not None and value > NOISE}
+    return beyond or None
+
+
+def without_passed(figures: Metrics) -> Metrics:
+    """The same without the fractions of bounds that the run has passed."""
+    beyond = passed(figures) or {}
+    return replace(
+        figures,
+        fraction_of_bound=None if "decode" in beyond else figures.fraction_of_bound,
+        prefill_fraction_of_bound=None if "prefill" in beyond else figures.prefill_fraction_of_bound,
+    )
+
+
+def _percentile(values: list[float], percent: int) -> float | None:
+    if len(values) < 2:
+        return values[0] if values else None
+    return quantiles(values, n=100, method="inclusive")[percent - 1]

@@ -1,0 +1,122 @@
+"""The record of a run: what was asked, what was planned, what was measured or what went wrong. One JSON form."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from zi_experiments.cost_model import memory_fit
+from zi_experiments.cost_model.inventory import Held
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.cost_model.prediction import predict
+from zi_experiments.measurement.generated import Generated
+from zi_experiments.measurement.timing import Samples
+from zi_experiments.measurement.verification import Verification
+from zi_experiments.results.metrics import Metrics, Passed
+
+SCHEMA_VERSION = 1
+
+Status = Literal["ok", "refused", "oom", "killed", "error"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """Why a run did not end well."""
+
+    type: str
+    message: str
+    hint: str | None = None
+    traceback: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunInfo:
+    id: str
+    name: str
+    group: str | None
+    started_at: str  # ISO 8601, UTC
+    finished_at: str | None
+    command: str
+    git_revision: str | None
+    fingerprint: str | None = None  # of settings, code, machine and weights: equal ones give comparable results
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One run. Frozen: a later stage makes a new one with `dataclasses.replace`."""
+
+    run: RunInfo
+    folder: str
+    choices: dict[str, str | None]
+    config: dict[str, Any]
+    status: Status = "error"
+    error: Failure | None = None
+    ds_config: dict[str, Any] | None = None  # of engine=deepspeed
+    engine_config: dict[str, Any] | None = None  # of another engine
+    plan: Plan | None = None
+    environment: dict[str, Any] | None = None
+    checkpoint: dict[str, Any] | None = None  # what was loaded, by its hashes; None: random weights
+    stored: Held | None = None  # what was loaded, over all ranks
+    samples: Samples | None = None
+    generated: Generated | None = None
+    metrics: Metrics | None = None
+    bound_passed: Passed | None = (
+        None  # by the rates as they were before the machine was measured again; None: it was not
+    )
+    verification: Verification | None = None  # None: verify=off, or the run did not get as far
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: `result.json`, schema version 1. Bytes are bytes and seconds are seconds; nothing is rounded."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "status": self.status,
+            "error": asdict(self.error) if self.error else None,
+            "run": asdict(self.run),
+            "choices": self.choices,
+            "config": self.config,
+            "ds_config": self.ds_config,
+            "engine_config": self.engine_config,
+            "plan": describe_plan(self.plan) if self.plan else None,
+            "environment": self.environment,
+            "checkpoint": self.checkpoint,
+            "stored": asdict(self.stored) if self.stored else None,
+            "samples": self.samples.to_dict() if self.samples else None,
+            "generated": asdict(self.generated) if self.generated else None,
+            "metrics": asdict(self.metrics) if self.metrics and self.status == "ok" else None,
+            "bound_passed": self.bound_passed,
+            "verification": asdict(self.verification) if self.verification else None,
+        }
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """The JSON form of a plan."""
+    arch, work = plan.architecture, plan.run.workload
+    return {
+        "batch_size": work.batch_size,  # of workload.batch_size=auto too
+        "sequences": work.sequences,
+        "device": plan.machine.device,
+        "dtype": plan.dtype,
+        "pin_memory": plan.pin_memory,
+        "num_parameters": arch.num_parameters,
+        "num_layers": arch.num_layers,
+        "layer_class": ", ".join(arch.layer_classes),
+        "notes": list(arch.notes),
+        "quantized_fraction": plan.quantized_fraction,
+        "packed_fraction": plan.packed_fraction,
+        "bits_per_weight": plan.bits_per_weight,
+        "weight_bytes": plan.weight_bytes,
+        "kv_cache_bytes": plan.kv_cache_bytes,
+        "placement": asdict(plan.placement),
+        "copied_bytes": plan.storage.copied_bytes,
+        "parked_bytes": plan.storage.parked_bytes,
+        "streamed_bytes_per_pass": plan.streamed_bytes_per_pass,
+        "kv_link_bytes_per_pass": plan.kv_link_bytes_per_pass,
+        "memory": [asdict(use) | {"total": use.total} for use in memory_fit.uses(plan)],
+        "bound": asdict(plan.bound) | {"source": plan.machine.ceilings.source},
+        "prediction": asdict(predict(plan)),
+        "rates": _rates(plan),
+    }
+
+
+def _rates(plan: Plan) -> dict[str, Any]:
+    """What bound and prediction were computed from."""
+    machine = plan.machine
+    return asdict(machine.ceilings) | {"calibration": asdict(machine.calibration) if machine.calibration else None}

@@ -1,0 +1,181 @@
+"""What people read: the plan before a run, and a table after it."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.cost_model.prediction import predict
+from zi_experiments.measurement.generated import Generated
+from zi_experiments.results import explanation
+from zi_experiments.results.explanation import LIMITS
+from zi_experiments.results.record import Record
+from zi_experiments.units import gigabytes, seconds
+
+
+class ConsoleSink:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def open(self, record: Record) -> None:
+        assert record.plan is not None
+        show_plan(record.run.name, record.plan, self._console)
+
+    def write(self, record: Record) -> None:
+        if record.status == "ok":
+            self._table(record)
+        elif record.error is not None:
+            self._console.print(f"[bold red]{record.status}[/]", end=" ")
+            self._console.print(
+                f"{record.run.name}: {record.error.message}", markup=False, highlight=False, soft_wrap=True
+            )
+            if record.error.traceback and record.status == "error":
+                trace = record.error.traceback.rstrip()
+                self._console.print(trace, style="dim", markup=False, highlight=False, soft_wrap=True)
+            if record.error.hint:
+                self._console.print(record.error.hint, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+    def _table(self, record: Record) -> None:
+        metrics, plan = record.metrics, record.plan
+        assert metrics is not None
+        assert plan is not None
+        work = plan.run.workload
+        blocks = f"{work.micro_batches} × " if work.micro_batches > 1 else ""
+        shape = f"{blocks}{work.batch_size} × ({work.prompt_len} + {work.gen_len}) tokens"
+        table = Table(title=f"{escape(record.run.name)}: {shape}, {plan.dtype} on {plan.machine.gpu_name or 'CPU'}")
+        table.add_column("")
+        table.add_column("value", justify="right")
+        table.add_column("smallest to largest pass", justify="right")
+        for label, name in (("prefill", "prefill_tok_per_s"), ("decode", "decode_tok_per_s")):
+            value = getattr(metrics, name)
+            if value is not None:
+                low, high = metrics.spread[name]
+                table.add_row(label, f"{value:,.2f} tok/s", f"{low:,.2f} to {high:,.2f}")
+        table.add_row("time to first token", seconds(metrics.ttft_s))
+        if metrics.tpot_p50_s is not None and metrics.tpot_p99_s is not None:
+            table.add_row("time per token, p50 / p99", f"{seconds(metrics.tpot_p50_s)} / {seconds(metrics.tpot_p99_s)}")
+        if metrics.link_bytes_per_s:
+            table.add_row("over the link", f"{metrics.link_bytes_per_s / 1e9:.1f} GB/s")
+        for label, name in (("prefill", "prefill_prediction_error"), ("decode", "decode_prediction_error")):
+            error = getattr(metrics, name)
+            if error is not None:
+                table.add_row(f"{label} time as predicted", f"{100 * error:+.0f} %")
+        if metrics.perplexity is not None:
+            table.add_row("perplexity", f"{metrics.perplexity:.4f}")
+        for label, peak in (
+            ("GPU peak", metrics.gpu_peak_bytes),
+            ("host peak", metrics.host_peak_bytes),
+            ("disk peak", metrics.disk_peak_bytes),
+        ):
+            if peak:
+                table.add_row(label, gigabytes(peak))
+        table.add_row("loaded in", seconds(metrics.load_s))
+        checked = record.verification
+        table.add_row("verified in", seconds(checked.verify_s) if checked else "not verified")
+        self._console.print(table)
+        if record.generated is not None:
+            self._generated(record.generated)
+        if record.bound_passed:
+            self._console.print(explanation.passed(record.bound_passed, plan, metrics), highlight=False, soft_wrap=True)
+        if why := explanation.sentence(plan, metrics):
+            self._console.print(why, highlight=False, soft_wrap=True)
+
+    def _generated(self, generated: Generated) -> None:
+        if generated.first_text is not None:
+            text = f"the first sequence goes on: {generated.first_text}"
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if not generated.passes_equal:
+            self._console.print(
+                "[yellow]warning: not all passes gave the same tokens[/]", highlight=False, soft_wrap=True
+            )
+
+
+def show_plan(name: str, plan: Plan, console: Console) -> None:
+    """Say in a few lines what a run is about to do."""
+    arch, place = plan.architecture, plan.placement
+    where = [("GPU", place.gpu_bytes), ("host", place.cpu_bytes), ("disk", place.nvme_bytes)]
+    split = ", ".join(f"{gigabytes(amount)} {label}" for label, amount in where if amount)
+    pinned = " (pinned)" if plan.pin_memory else ""
+    layers = " and ".join(one.rpartition(".")[2] for one in arch.layer_classes)
+    lines = [
+        f"[bold]{escape(name)}[/]: {_count(arch.num_parameters)} parameters, {arch.num_layers} layers of "
+        f"{layers}, {plan.dtype} on {plan.machine.gpu_name or plan.machine.device}",
+        f"weights {gigabytes(plan.weight_bytes)} ({split}{pinned}){_copies(plan)}, "
+        f"keys and values {gigabytes(plan.kv_cache_bytes)}",
+    ]
+    if plan.run.quant.bits < 16:
+        lines.append(_quantized(plan))
+    if plan.bound.decode_step_s and plan.bound.limited_by:
+        least = explanation.least(plan, plan.bound.decode_step_s, plan.bound.limited_by)
+        step_s = predict(plan).decode_step_s
+        predicted = f"; predicted {seconds(step_s)}" if step_s else ""
+        lines.append(f"a decode step takes at least {least}, limited by {LIMITS[plan.bound.limited_by]}{predicted}")
+    elif why := explanation.unknown(plan):
+        lines.append(why)
+    lines += [f"[yellow]note: {escape(note)}[/]" for note in arch.notes]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _copies(plan: Plan) -> str:
+    """Which of the weights are there more than once."""
+    ranks = plan.run.hardware.num_gpus
+    if not plan.storage.copied_bytes:
+        return ""
+    where = "on each GPU" if plan.machine.device == "cuda" else f"in each of {ranks} processes"
+    return f", {gigabytes(plan.storage.copied_bytes / (ranks - 1))} of them {where}"
+
+
+def _quantized(plan: Plan) -> str:
+    """How much of the model is quantized, what that makes of its size, and why it is not more."""
+    share = f"{100 * plan.quantized_fraction:.0f} % of the parameters quantized to {plan.run.quant.bits} bits"
+    if kept := plan.quantized_fraction - plan.packed_fraction:
+        share += f", {100 * kept:.0f} % (embeddings and head) kept expanded to 16 by engine={plan.run.engine.name}"
+    text = f"{share}; {plan.bits_per_weight:.2f} bits a parameter as stored"
+    return f"[yellow]warning: only {text}[/]" if plan.quantized_fraction < 0.9 else text
+
+
+def show_sweep(jobs: list[tuple[list[str], dict[str, Any]]]) -> None:
+    """The records of a sweep in one table, in the order of its runs, each with the overrides that make it differ."""
+    shared = set.intersection(*(set(overrides) for overrides, _ in jobs))
+    figures = {
+        label: [_figure(record, name, form) for _, record in jobs]
+        for label, name, form in (
+            ("prefill tok/s", "prefill_tok_per_s", "{:,.2f}"),
+            ("decode tok/s", "decode_tok_per_s", "{:,.2f}"),
+            ("of the bound", "fraction_of_bound", "{:.0%}"),
+            ("perplexity", "perplexity", "{:.4f}"),
+        )
+    }
+    known = {label: cells for label, cells in figures.items() if any(cells)}
+    table = Table(title=f"{len(jobs)} runs")
+    for label in ("run", "status", *known):
+        table.add_column(label, justify="right" if label in known else "left", overflow="fold")
+    for (overrides, record), *cells in zip(jobs, *known.values(), strict=True):
+        status = record["status"] if record["status"] in ("ok", "kept", "skipped") else f"[bold red]{record['status']}"
+        differs = " ".join(o for o in overrides if o not in shared) or str(record["run"]["name"])
+        table.add_row(escape(differs), status, *cells)
+    Console().print(table)
+
+
+def _figure(record: dict[str, Any], name: str, form: str) -> str:
+    value = (record["metrics"] or {}).get(name)
+    return "" if value is None else form.format(value)
+
+
+def display_path(path: Path) -> str:
+    """A path as one would type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _count(amount: int) -> str:
+    return f"{amount / 1e9:.2f} B" if amount >= 1e9 else f"{amount / 1e6:.1f} M"

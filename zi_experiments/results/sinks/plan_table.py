@@ -1,0 +1,84 @@
+"""What `plan_only=true` shows: what goes where, how long it should take, and what would help."""
+
+from rich.console import Console
+from rich.table import Table
+
+from zi_experiments.cost_model import memory_fit
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.cost_model.prediction import predict
+from zi_experiments.planner.search import Candidate, Pace, paced
+from zi_experiments.results import explanation
+from zi_experiments.results.explanation import LIMITS
+from zi_experiments.units import gigabytes, seconds
+
+_MOST_SHOWN = 3  # improvements
+_PARTS = {
+    "weights": "weights",
+    "weights on their way, or expanded": "buffers",
+    "keys and values": "kv_cache",
+    "activations and logits": "workspace",
+    "processes and libraries": "processes",
+    "in all": "total",
+    "of": "available",
+}
+
+
+def show(plan: Plan, better: list[Candidate], console: Console) -> None:
+    """The plan in tables, and of the runs of `search.improvements` the best."""
+    console.print(_memory(plan))
+    now = paced(plan)
+    if plan.bound.unknown or now is None:
+        return  # which rates are missing has been said
+    console.print(_times(plan))
+    for each in better[:_MOST_SHOWN]:
+        console.print(_gain(each, now), highlight=False, soft_wrap=True)
+
+
+def _gain(better: Candidate, now: Pace) -> str:
+    """What a change brings, and what it costs one who waits for an answer."""
+    by = "" if better.pace.is_predicted else ", going by the bounds"
+    return (
+        f"faster{by}: {better.text}, {better.tok_per_s / now.tok_per_s:.2f} × the tokens per second; "
+        f"first token after {seconds(now.ttft_s)} → {seconds(better.pace.ttft_s)}, "
+        f"then one each {seconds(now.tpot_s)} → {seconds(better.pace.tpot_s)}"
+    )
+
+
+def _memory(plan: Plan) -> Table:
+    columns = {"each GPU" if use.where == "GPU" else use.where: use for use in memory_fit.uses(plan)}
+    table = Table(title="what goes where")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for label, part in _PARTS.items():
+        amounts = [getattr(use, part) for use in columns.values()]
+        if any(amounts):
+            table.add_row(label, *(gigabytes(amount) if amount else "" for amount in amounts))
+    return table
+
+
+def _times(plan: Plan) -> Table:
+    bound, predicted, work = plan.bound, predict(plan), plan.run.workload
+    table = Table(title=f"how long it takes; rates: {plan.machine.ceilings.source or 'as given'}")
+    table.add_column("")
+    columns = ("at least", "limited by", "predicted", "mostly")
+    for name in columns if predicted.decode_step_s else columns[:2]:
+        table.add_column(name, justify="right" if name in ("at least", "predicted") else "left")
+    rows: tuple[tuple[str, float | None, str | None, float | None, str | None], ...] = (
+        ("load", None, None, predicted.load_s, None),
+        ("prefill", bound.prefill_s, bound.prefill_limited_by, predicted.prefill_s, predicted.prefill_limited_by),
+        ("decode step", bound.decode_step_s, bound.limited_by, predicted.decode_step_s, predicted.limited_by),
+    )
+    for label, least_s, limit, probable_s, most in rows:
+        at_least = explanation.least(plan, least_s, limit) if least_s else ""
+        cells = (at_least, LIMITS.get(limit or "", ""), _text(probable_s), LIMITS.get(most or "", ""))
+        if any(cells):
+            table.add_row(label, *cells[: len(table.columns) - 1])
+    if predicted.decode_step_s and predicted.total_tok_per_s:
+        table.add_row("decode", "", "", f"{work.sequences / predicted.decode_step_s:,.2f} tok/s", "")
+        table.add_row("prefill and decode", "", "", f"{predicted.total_tok_per_s:,.2f} tok/s", "")
+    return table
+
+
+def _text(value: float | None) -> str:
+    return seconds(value) if value else ""

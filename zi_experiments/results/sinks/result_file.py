@@ -1,0 +1,53 @@
+"""`result.json` in the run's output folder."""
+
+import json
+import os
+from pathlib import Path
+
+from zi_experiments.config import folders
+from zi_experiments.results.record import Record
+
+NAME = "result.json"
+
+
+class ResultFile:
+    def open(self, record: Record) -> None:
+        self.write(record)
+
+    def write(self, record: Record) -> None:
+        """Write the record whole or not at all: to a temporary name, then renamed. One of another run is kept beside it."""
+        folder = Path(record.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary, text = folder / f".{NAME}.tmp", to_json(record)
+        try:
+            with temporary.open("w") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        _set_aside(folder / NAME, record.run.id)
+        temporary.replace(folder / NAME)
+
+    def withdraw(self, record: Record) -> None:
+        """Remove what was written: there is nothing to run."""
+        (Path(record.folder) / NAME).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        pass
+
+
+def to_json(record: Record) -> str:
+    """The text of `result.json`."""
+    return json.dumps(record.to_dict(), indent=2, allow_nan=False)
+
+
+def _set_aside(path: Path, run_id: str) -> None:
+    """Rename the record of another run, which a sweep has left here before, after that run."""
+    try:
+        other = json.loads(path.read_text())["run"]["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if other != run_id:
+        path.rename(path.with_name(f"result-{folders.slug(str(other))}.json"))

@@ -1,0 +1,324 @@
+"""One run from its composed configuration to its record: the flow, from left to right."""
+
+import json
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+
+from zi_experiments import environment, plan_only
+from zi_experiments.calibration import this_machine
+from zi_experiments.config.composition import to_run
+from zi_experiments.config.schema import ConfigError, Run, TrackingMode
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.engines import base
+from zi_experiments.execution import (
+    failures,
+    launcher,
+    preflight,
+    sweep,
+)
+from zi_experiments.measurement import perplexity
+from zi_experiments.models import (
+    architecture,
+    checkpoint,
+    contents,
+    hashes,
+)
+from zi_experiments.models.architecture import Architecture
+from zi_experiments.planner import planning, search
+from zi_experiments.results import fingerprints, initial, metrics
+from zi_experiments.results.record import Failure, Status
+from zi_experiments.results.sinks.base import Guarded, Sink
+from zi_experiments.results.sinks.console import ConsoleSink, display_path
+from zi_experiments.results.sinks.result_file import NAME, ResultFile, to_json
+from zi_experiments.runtime import (
+    caches,
+    peak_memory,
+    progress,
+    scratch,
+    signals,
+)
+from zi_experiments.system import machines
+from zi_experiments.units import gigabytes
+
+if TYPE_CHECKING:
+    from zi_experiments.execution.worker import Measurement  # it imports torch
+
+
+_SECONDS_TO_HASH = 10**9  # bytes that take long enough to be told
+
+
+class RunFailed(CompactHydraException):
+    """A run ended with a status other than ok, or its record could not be written; what was wrong has been said."""
+
+
+def run_job(
+    cfg: DictConfig, *, keep: bool = False, tell: Callable[[dict[str, Any]], None] = lambda result: None
+) -> None:
+    """Carry out one composed run and leave exactly one `result.json`, whatever happens; `plan_only` leaves none.
+
+    With `keep` a run whose folder has an ok record of the same fingerprint is not carried out again. `tell` is called
+    with the record in its JSON form, before anything is raised; the status of one that is kept reads `kept`.
+
+    Raises `RunFailed` when the run is not ok, so that a sweep goes on and the exit code is not 0, and
+    `KeyboardInterrupt`, after the record is written, when the user stops it.
+    """
+    console = Console()
+    if initial.setting(cfg, "plan_only") is True:
+        try:
+            _settle_caches(console)
+            plan_only.show(cfg, console)
+        except ConfigError as error:
+            _say(console, f"refused {error}")
+            raise RunFailed(str(error)) from error
+        return
+    job = _Job(cfg, console)
+    try:
+        kept = job.carry_out(cfg, keep)
+    except KeyboardInterrupt:
+        tell(job.record.to_dict())
+        raise
+    tell(kept or job.record.to_dict())
+    if kept is None and not (job.record.status == "ok" and job.is_stored):
+        raise RunFailed(f"{job.record.run.name}: {job.record.status}")
+
+
+class _Job:
+    """A run under way: its record as far as it has got, and the sinks that will have it."""
+
+    def __init__(self, cfg: DictConfig, console: Console) -> None:
+        self.record = initial.record(cfg)
+        self.is_stored = False
+        self._is_begun = False
+        self._console = console
+        self._file = ResultFile()
+        self._sinks: list[Sink] = [Guarded(ConsoleSink(console))]
+        self._folder = Path(self.record.folder)
+
+    def carry_out(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
+        """The record of before when it is kept; None: the run has been carried out."""
+        try:
+            try:
+                if before := self._attempt(cfg, keep):
+                    return before
+            except Exception as error:
+                signals.check()  # a library may have made this error of an interrupt
+                self._fail(*_explain(error))
+        except KeyboardInterrupt as interrupt:
+            signals.acknowledge()
+            self._fail("killed", Failure(type="Interrupted", message=f"stopped by {interrupt}"))
+            self._finish()
+            raise
+        self._finish()
+        return None
+
+    def _attempt(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
+        run = to_run(cfg)
+        perplexity.check_text(run.workload.text)
+        _settle_caches(self._console)
+        machine = machines.detect(run.hardware)
+        self._update(environment=environment.describe(machine))
+        may_keep = keep and not run.force and (self._folder / NAME).exists()
+        arch = None if may_keep else contents.load(run)  # what is wrong with a checkpoint is said before it is hashed
+        self._identify(run)
+        if may_keep and (before := self._finished_before()):
+            return before
+        self._is_begun = True
+        self._file.write(self.record)  # of a run that is killed, launcher and all, this is what remains
+        with self._turn(run, machine):
+            return self._planned(run, arch or contents.load(run))
+
+    def _planned(self, run: Run, arch: Architecture) -> dict[str, Any] | None:
+        machine = self._machine(run)
+        if run.search.rank is not None:
+            machine = self._measured(run, machine)
+        settled = search.settle(run, arch, machine)
+        if settled is None:
+            self._file.withdraw(self.record)
+            _say(
+                self._console, f"skipped {self.record.run.name}: the search has no candidate of rank {run.search.rank}"
+            )
+            return self.record.to_dict() | {"status": "skipped"}
+        self._run(planning.build(settled, arch, machine))
+        return None
+
+    @contextmanager
+    def _turn(self, run: Run, machine: machines.Machine) -> Iterator[None]:
+        """With devices of its own, while other jobs of its sweep run in other processes."""
+        on_gpus = machine.device == "cuda" and machine.gpus_visible > 0
+        devices = environment.visible_gpus(machine.gpus_visible) if on_gpus else ["cpu"]
+        count = min(run.hardware.num_gpus, len(devices))
+        with sweep.turn(devices, count, partial(_say, self._console)) as taken:
+            if taken == devices:
+                yield
+                return
+            visible = ",".join(taken)
+            self._update(environment={**(self.record.environment or {}), "cuda_visible_devices": visible})
+            with environment.variables({"CUDA_VISIBLE_DEVICES": visible}):
+                yield
+
+    def _identify(self, run: Run) -> None:
+        """Note what a result depends on: settings, code, machine, and the weights by their hashes."""
+        self._update(checkpoint=self._checkpoint(run.weights.path))
+        fingerprint = fingerprints.fingerprint(self.record)
+        self._update(run=replace(self.record.run, fingerprint=fingerprint))
+
+    def _checkpoint(self, path: str | None) -> dict[str, Any] | None:
+        if path is None:
+            return None
+        found = checkpoint.find(path)
+        if found is None:
+            return {"path": path}  # a name on the hub
+        told = progress.shown(self._console) if found.num_bytes > _SECONDS_TO_HASH else progress.silent()
+        told.begin("hash", found.num_bytes, "bytes")
+        hashed = hashes.of(found, environment.cache_folder(), told.advance)
+        told.end()
+        return hashed
+
+    def _finished_before(self) -> dict[str, Any] | None:
+        path, fingerprint = self._folder / NAME, self.record.run.fingerprint
+        assert fingerprint is not None
+        result = fingerprints.finished(path, fingerprint)
+        if result is None:
+            return None
+        _say(self._console, f"kept {self.record.run.name}: {display_path(path)} is ok (force=true runs it again)")
+        return result | {"status": "kept"}
+
+    def _machine(self, run: Run) -> machines.Machine:
+        """This machine with what is known of it, and with what is free once nothing abandoned is left."""
+        folder = self._disk_folder(run)
+        temporary = scratch.for_temporary_files(self.record.run.id)
+        for path in scratch.remove_abandoned(temporary.parent, folder):
+            _say(self._console, f"removed {display_path(path)}: the run that made it was killed")
+        return this_machine.known(run, folder)
+
+    def _measured(self, run: Run, machine: machines.Machine) -> machines.Machine:
+        """The machine with its rates, measured now if they are not known."""
+        return this_machine.measured(run, machine, self._disk_folder(run), partial(_say, self._console))
+
+    def _disk_folder(self, run: Run) -> Path:
+        return scratch.base_for_weights(run, self._folder / "offload")
+
+    def _run(self, plan: Plan) -> None:
+        run = plan.run
+        self._update(plan=plan, config=initial.settled(self.record.config, run))
+        if self.record.checkpoint:
+            self._update(checkpoint=self.record.checkpoint | _as_read(plan.architecture))
+        path = scratch.for_weights(run, self._folder / "offload", self.record.run.id)
+        temporary = scratch.for_temporary_files(self.record.run.id)
+        preflight.check(plan, path)
+        plan = replace(plan, machine=self._measured(run, plan.machine))
+        self._update(plan=plan)
+        config = base.get(run.engine.name).config(plan, str(path) if path else None)
+        kind = "ds_config" if run.engine.name == "deepspeed" else "engine_config"
+        (self._folder / f"{kind}.json").write_text(json.dumps(config, indent=2) + "\n")
+        self._update(**{kind: config})
+        self._file.open(self.record)
+        if run.tracking.mode is not TrackingMode.disabled:
+            self._sinks.append(_wandb(run, self._console))
+        for sink in self._sinks:
+            sink.open(self.record)
+        with ExitStack() as held:
+            held.callback(scratch.Scratch(temporary).close)
+            if path is not None:
+                held.callback(scratch.Scratch(path).close)
+                _say(self._console, f"disk: needs {gigabytes(plan.placement.nvme_bytes)} in {display_path(path)}")
+            peaks = held.enter_context(peak_memory.Monitor(path))
+            measured = launcher.launch(plan, config, self._folder / "logs", temporary, self._console)
+        self._conclude(plan, measured, peaks)
+
+    def _conclude(self, plan: Plan, measured: "Measurement", peaks: peak_memory.Monitor) -> None:
+        self._update(stored=measured.stored, verification=measured.verification)
+        if measured.samples is None:
+            assert measured.verification is not None
+            message = f"verification failed: {measured.verification.problem}"
+            self._fail("error", Failure(type="VerificationFailed", message=message, hint="nothing was measured"))
+            return
+        derived = partial(
+            metrics.derive,
+            measured.samples,
+            perplexity=measured.perplexity,
+            gpu_peak_bytes=measured.gpu_peak_bytes,
+            host_peak_bytes=peaks.host_peak_bytes,
+            disk_peak_bytes=peaks.disk_peak_bytes,
+        )
+        figures = derived(plan)
+        self._update(status="ok", error=None, samples=measured.samples, generated=measured.generated, metrics=figures)
+        if beyond := metrics.passed(figures):
+            machine = this_machine.measured_again(
+                plan.run, plan.machine, self._disk_folder(plan.run), partial(_say, self._console)
+            )
+            figures = metrics.without_passed(derived(replace(plan, machine=machine)))
+            self._update(plan=replace(plan, machine=machine), metrics=figures, bound_passed=beyond)
+
+    def _update(self, **changes: Any) -> None:
+        self.record = replace(self.record, **changes)
+
+    def _fail(self, status: Status, failure: Failure) -> None:
+        self._update(status=status, error=failure)
+
+    def _finish(self) -> None:
+        self._update(run=replace(self.record.run, finished_at=_now()))
+        path = self._folder / NAME
+        if self.record.status == "killed" and not self._is_begun and path.exists():
+            return  # of a run before, which may be kept by the next
+        try:
+            self._file.write(self.record)
+            self.is_stored = True
+        except OSError as error:
+            reason = error.strerror
+        for sink in self._sinks:
+            sink.write(self.record)
+        if self.is_stored:
+            _say(self._console, f"record: {display_path(path)}")
+        else:
+            _say(self._console, f"{display_path(path)} cannot be written ({reason}), so the record follows")
+            _say(self._console, to_json(self.record))
+        for sink in self._sinks:
+            sink.close()
+
+
+def _as_read(arch: architecture.Architecture) -> dict[str, Any]:
+    """What is known of a checkpoint once its model is: the commit of a name on the hub, and what is not loaded."""
+    commit = getattr(arch.config, "_commit_hash", None)
+    return ({"commit": commit} if commit else {}) | {"ignored_tensors": list(arch.ignored_tensors)}
+
+
+def _explain(error: Exception) -> tuple[Status, Failure]:
+    if isinstance(error, ConfigError):
+        return "refused", Failure(type="ConfigError", message=str(error))
+    if isinstance(error, failures.WorkerError):
+        return error.status, error.failure
+    trace = "".join(traceback.format_exception(error))
+    return "error", Failure(type=type(error).__name__, message=str(error), traceback=trace)
+
+
+def _settle_caches(console: Console) -> None:
+    if line := caches.settle():
+        _say(console, line)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _wandb(run: Run, console: Console) -> Sink:
+    environment.prepare_for_wandb(run.tracking.mode.value)
+    from zi_experiments.results.sinks.wandb import WandbSink
+
+    return Guarded(WandbSink(run.tracking, console, in_sweep=HydraConfig.get().mode is RunMode.MULTIRUN))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

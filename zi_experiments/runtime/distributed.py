@@ -1,0 +1,110 @@
+"""Start torch.distributed, inside a worker or in a process of the user's own."""
+
+import socket
+from typing import Any
+
+from zi_experiments import environment
+from zi_experiments.config.schema import ConfigError
+from zi_experiments.system import toolchain
+
+
+def init(device: str) -> None:
+    """Initialise the back end: NCCL on CUDA, gloo otherwise, and never by way of MPI.
+
+    Outside a launcher (none of RANK, WORLD_SIZE, … set) this process becomes the only rank, on a free port.
+    Raises `ConfigError` when a launcher has set only some of the variables, or named a port that is taken.
+    """
+    launcher = toolchain.launcher_variables()
+    if launcher.fix is not None:
+        raise ConfigError(f"{launcher.found}: {launcher.fix}")
+    if not environment.distributed_variables():
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        environment.set_variables(alone | {"MASTER_PORT": str(_free_port())})
+    import torch
+
+    if device == "cuda":
+        torch.cuda.set_device(launched_local_rank())
+    if not torch.distributed.is_initialized():
+        try:
+            torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        except torch.distributed.DistNetworkError as error:
+            if "EADDRINUSE" in str(error):
+                raise ConfigError(_taken()) from error
+            raise
+
+
+def _taken() -> str:
+    launched = environment.distributed_variables()
+    address = f"{launched['MASTER_ADDR']}:{launched['MASTER_PORT']}"
+    return (
+        f"MASTER_ADDR:MASTER_PORT is {address}, where another program listens: set MASTER_PORT={_free_port()} (free now), "
+        "the same for every rank"
+    )
+
+
+def leave(kind: type[BaseException] | None, *_: Any) -> None:
+    """End the back end, which NCCL asks for; to be pushed on an `ExitStack`.
+
+    A rank that has failed does not wait for others, who may be waiting for it.
+    """
+    import torch.distributed
+
+    if torch.distributed.is_initialized() and (kind is None or torch.distributed.get_world_size() == 1):
+        torch.distributed.destroy_process_group()
+
+
+def rank() -> int:
+    import torch.distributed
+
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def ranks() -> int:
+    import torch.distributed
+
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def barrier() -> None:
+    import torch.distributed
+
+    torch.distributed.barrier()
+
+
+def from_first_rank(value: Any) -> Any:
+    """What the first rank passes, on every rank."""
+    import torch.distributed
+
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """What each rank passes, in their order, on every rank."""
+    import torch.distributed
+
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launched_rank() -> int:
+    """The rank that the launcher gave this process, before the back end is up."""
+    return int(environment.distributed_variables().get("RANK", "0"))
+
+
+def launched_ranks() -> int:
+    """How many ranks the launcher started; 1 without a launcher."""
+    return int(environment.distributed_variables().get("WORLD_SIZE", "1"))
+
+
+def launched_local_rank() -> int:
+    """The rank on this machine that the launcher gave this process."""
+    return int(environment.distributed_variables().get("LOCAL_RANK", "0"))
