@@ -213,12 +213,13 @@ class Gpu:
         from published import compose
 
         from zi_experiments.calibration.disk import bytes_per_s
-        from zi_experiments.engines.disk_access import disk_of
+        from zi_experiments.engines import base
 
         if not one.on_disk:
             return None
         try:
-            return max(bytes_per_s(disk_of(compose(one.overrides), disk), DISK_S)[0])
+            run = compose(one.overrides)
+            return max(bytes_per_s(base.get(run.engine.name).disk_access(run, disk), DISK_S)[0])
         except OSError as error:
             print(f"  the disk could not be measured: {error.strerror or error}", flush=True)
             return None
@@ -254,11 +255,11 @@ def _machine(one: Case, disk: Path | None) -> "Machine":
     from published import compose
 
     from zi_experiments.calibration import suite
-    from zi_experiments.engines.disk_access import disk_of
+    from zi_experiments.engines import base
     from zi_experiments.system import machines
 
     run = compose(one.overrides)
-    there = disk_of(run, disk) if disk is not None else None
+    there = base.get(run.engine.name).disk_access(run, disk) if disk is not None else None
     return suite.measure(run.hardware, machines.detect(run.hardware), there, _say)
 
 

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from zi_experiments.config import schema
 from zi_experiments.config.composition import from_choices, to_run
 from zi_experiments.config.schema import Hardware, Run
+from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.models import architecture
 from zi_experiments.models.architecture import Architecture
@@ -159,7 +160,7 @@ def bound_tok_per_s(sequences: int, gen_len: int, prefill_s: float, step_s: floa
 
 def bound_of(row: Row, plan: Plan) -> float | None:
     """The bound of a row's plan in its publication's terms; None where the rate of its disk is not known."""
-    bound, work = plan.bound, plan.run.workload
+    bound, work = lower_bound(plan), plan.run.workload
     if bound.prefill_s is None or bound.decode_step_s is None:
         assert bound.unknown == ("disk_bytes_per_s",)
         return None
@@ -182,7 +183,7 @@ def _section(table: Table) -> str:
 
 
 def _line(row: Row, plan: Plan) -> str:
-    run, bound, most = plan.run, plan.bound, bound_of(row, plan)
+    run, bound, most = plan.run, lower_bound(plan), bound_of(row, plan)
     held = {"none": "GPU", "cpu": "host", "nvme": "NVMe"}[run.offload.device.value]
     bits = "16 bits" if run.quant.bits == 16 else f"INT{run.quant.bits}"
     limits = [LIMITS[bound.limited_by]]

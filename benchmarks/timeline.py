@@ -28,13 +28,13 @@ def record(quant: str) -> dict[str, Any]:
     from zi_experiments import environment
     from zi_experiments.config.composition import from_choices
     from zi_experiments.engines import base
-    from zi_experiments.planner import planning
+    from zi_experiments.execution.preparation import prepare
     from zi_experiments.runtime import progress
 
     choices = {"model": "opt-13b", "offload": "cpu", "quant": quant, "engine": "stream"}
     choices |= {"workload": "zero-inference", "tracking": "none"}
     settings = {"model.architecture.num_hidden_layers": LAYERS, "workload.gen_len": TOKENS, "engine.profile": None}
-    plan = planning.plan_run(from_choices(choices, settings))
+    plan = prepare(from_choices(choices, settings), ROOT)
     if plan.machine.device != "cuda":
         raise SystemExit("no GPU is visible: --draw works without one")
     environment.set_variables(environment.worker_environment(cuda=True))

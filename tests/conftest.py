@@ -16,6 +16,7 @@ from reliability import Page
 from zi_experiments.config import schema
 from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import Calibration, Ceilings, ConfigError
+from zi_experiments.engines import base
 from zi_experiments.models import contents
 from zi_experiments.planner import planning
 from zi_experiments.system.machines import Machine
@@ -125,7 +126,13 @@ def compose():
 def compose_run(compose):
     """`compose_run(*overrides)` → the typed Run; a new one at each call."""
     composed = cache(compose)
-    return lambda *overrides: to_run(composed(*overrides))
+
+    def compose_run(*overrides):
+        run = to_run(composed(*overrides))
+        base.check(run)
+        return run
+
+    return compose_run
 
 
 @pytest.fixture(scope="session")

@@ -159,7 +159,7 @@ def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", engine: 
     from zi_experiments import environment
     from zi_experiments.config.composition import from_choices
     from zi_experiments.engines import base
-    from zi_experiments.planner import planning
+    from zi_experiments.execution.preparation import prepare
     from zi_experiments.runtime import progress
 
     choices = {"offload": offload, "quant": quant, "kv_cache": kv_cache, "engine": engine}
@@ -169,7 +169,7 @@ def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", engine: 
     if engine == "deepspeed" and offload == "nvme":
         settings |= {"offload.aio.queue_depth": 4}  # a process with many models never gives the kernel's requests back
     run = from_choices(choices, {"model.path": str(folder), "weights.path": str(folder), **settings})
-    plan = planning.plan_run(run)
+    plan = prepare(run, folder.parent)
     environment.set_variables(environment.worker_environment(cuda=plan.machine.device == "cuda"))
     chosen, told = base.get(engine), progress.silent()
     config = chosen.config(plan, str(folder.parent / "disk") if offload == "nvme" else None)

@@ -26,12 +26,13 @@ from zi_experiments.calibration import (
     launch_overhead,
     suite,
 )
-from zi_experiments.calibration.disk import Disk, bytes_per_s, mount_of
+from zi_experiments.calibration.disk import bytes_per_s
 from zi_experiments.config.schema import Calibration, ConfigError
 from zi_experiments.engines.disk_access import MOST_IN_FLIGHT, disk_of
 from zi_experiments.results import metrics
 from zi_experiments.runtime.locks import FolderLock
 from zi_experiments.system import machines
+from zi_experiments.system.disk import Disk, mount_of
 
 BLOCK_BYTES = 1 << 20
 
@@ -327,8 +328,9 @@ sys.path.insert(0, str(Path({tests!r})))
 from conftest import MACHINES
 from dataclasses import replace
 from zi_experiments.config.composition import from_choices
-from zi_experiments.calibration import disk, suite
-where = disk.Disk(folder=Path({folder!r}), block_bytes=1 << 20, in_flight=4)
+from zi_experiments.calibration import suite
+from zi_experiments.system.disk import Disk
+where = Disk(folder=Path({folder!r}), block_bytes=1 << 20, in_flight=4)
 told = lambda line: print(line, flush=True)
 found = suite.ensure(
     from_choices({{"hardware": "auto"}}, {{}}).hardware, replace(MACHINES["h200"], gpus_visible=0), where, told

@@ -12,6 +12,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
+import zi_experiments
 from zi_experiments.config import schema
 from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import (
@@ -349,10 +350,10 @@ def test_an_unknown_engine_lists_the_known_ones(compose):
         compose("engine=nonsense")
 
 
-@pytest.mark.parametrize("name", ["session", "modules", "stream.ring", "nonsense"])
+@pytest.mark.parametrize("name", ["hf_session", "modules", "stream.ring", "nonsense"])
 def test_what_is_no_engine_lists_those_that_are(make_plan, name):
     with pytest.raises(
-        ConfigError, match=rf"^engine\.name={name} .*: pass engine=deepspeed, stream, accelerate or fsdp$"
+        ConfigError, match=rf"^engine\.name={name} .*: pass engine=accelerate, deepspeed, fsdp or stream$"
     ):
         make_plan("engine=stream", f"engine.name={name}", "quant=fp16")
 
@@ -454,7 +455,7 @@ def test_a_wrong_choice_on_the_command_line_exits_with_an_error(tmp_path):
 
 
 def test_conf_lies_beside_the_package_or_inside_it():
-    package = Path(schema.__file__).parent
+    package = Path(zi_experiments.__file__).parent
 
     assert conf_dir() in (package / "conf", package.parent / "conf")
     assert (conf_dir() / "config.yaml").is_file()

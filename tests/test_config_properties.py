@@ -25,6 +25,7 @@ from zi_experiments.config.schema import (
     Run,
 )
 from zi_experiments.cost_model import memory_fit
+from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.models import architecture
 from zi_experiments.planner import planning
@@ -350,7 +351,7 @@ def assert_memory_is_enough(plan):
 
 
 def assert_bound_is_finite(plan):
-    bound = plan.bound
+    bound = lower_bound(plan)
     assert (bound.decode_step_s is None) == (bound.limited_by is None)
     for seconds in (bound.prefill_s, bound.decode_step_s):
         assert seconds is None or (isfinite(seconds) and seconds > 0)

@@ -89,7 +89,7 @@ def with_fewer_quantizable(plan, keep):
     """The plan of a model of which only parameters that `keep` accepts can be quantized."""
     parameters = tuple(replace(p, quantizable=p.quantizable and keep(p)) for p in plan.architecture.parameters)
     changed = replace(plan, architecture=replace(plan.architecture, parameters=parameters))
-    return replace(changed, stored=placement.storage(changed))
+    return replace(changed, storage=placement.storage(changed))
 
 
 def test_a_plan_says_how_much_is_quantized_and_what_it_takes(make_plan):

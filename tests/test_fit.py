@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from zi_experiments.calibration import disk
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.cost_model import memory_fit
-from zi_experiments.planner import planning
+from zi_experiments.execution.preparation import prepare
 from zi_experiments.results.record import describe_plan
+from zi_experiments.system import disk
 
 GIB = 1 << 30
 LAYERS, HIDDEN, WIDEST, VOCABULARY = 40, 5120, 20480, 50272
@@ -189,7 +189,7 @@ def test_a_disk_that_is_too_small_is_refused_with_what_fits(refusal, machine):
 def test_amounts_below_a_tenth_of_a_gigabyte_are_in_megabytes(refusal, machine):
     message = refusal("model=opt-125m", "quant=fp16", "offload=nvme", on=machine(disk_free_bytes=7_400_000))
 
-    assert message.startswith("opt-125m needs 0.3 GB on disk and 7 MB are free there: ")
+    assert message.startswith("opt-125m needs 0.3 GB on disk and 7.4 MB are free there: ")
 
 
 def test_the_room_on_this_disk_is_looked_at(compose_run, tmp_path):
@@ -201,7 +201,7 @@ def test_the_room_on_this_disk_is_looked_at(compose_run, tmp_path):
 
     assert free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
     with pytest.raises(ConfigError, match=r"^opt-175b needs [\d.]+ GB on disk and [\d.]+ GB are free there: pass "):
-        planning.plan_run(run, free)
+        prepare(run, tmp_path)
 
 
 def test_verification_counts_the_weights_that_are_there(make_plan, machine):

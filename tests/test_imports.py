@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import zi_experiments
+from zi_experiments.engines import base
 
 PACKAGE = Path(zi_experiments.__file__).parent
 SOURCES = {
@@ -74,226 +75,44 @@ def test_no_two_modules_need_each_other():
     TopologicalSorter({name: rooms(name) for name in SOURCES}).prepare()
 
 
-@pytest.mark.parametrize(
-    ("name", "allowed"),
-    [
-        ("config.folders", set()),
-        ("runtime.locks", set()),
-        ("runtime.signals", set()),
-        ("config.output_folder", set()),
-        ("runtime.stdio", set()),
-        ("config.schema", {"environment", "config.folders"}),
-        ("config.validation", {"config.schema"}),
-        ("config.errors", {"config.schema"}),
-        ("config.composition", {"config.errors", "config.schema", "config.validation"}),
-        ("environment", set()),
-        ("models.hub", {"environment"}),
-        ("runtime.caches", {"config.schema", "environment"}),
-        ("models.architecture", {"config.schema", "models.hub"}),
-        ("system.machines", {"config.schema", "environment"}),
-        ("calibration.disk", {"runtime.pinned_memory"}),
-        (
-            "calibration.rates",
-            {"config.schema", "engines.stream.quantized", "engines.stream.slab", "runtime.pinned_memory"},
-        ),
-        ("calibration.launch_overhead", {"engines.hf_session", "measurement.timing", "runtime.progress"}),
-        ("calibration.figures", {"calibration.launch_overhead", "calibration.rates"}),
-        (
-            "calibration.child",
-            {"environment", "calibration.disk", "calibration.figures", "runtime.scratch", "runtime.signals"},
-        ),
-        ("calibration.cache", {"config.schema", "environment", "system.machines", "calibration.disk"}),
-        (
-            "calibration.suite",
-            {
-                "config.schema",
-                "system.machines",
-                "runtime.locks",
-                *(f"calibration.{n}" for n in ("cache", "child", "disk")),
-            },
-        ),
-        ("calibration.export", {"config.schema", "environment", "system.machines"}),
-        ("cost_model.inventory", set()),
-        ("cost_model.plan", {"config.schema", "models.architecture", "system.machines", "cost_model.inventory"}),
-        ("cost_model.memory_fit", {"config.schema", "cost_model.plan"}),
-        ("planner.alternatives", {"config.composition", "config.schema", "config.validation"}),
-        (
-            "planner.planning",
-            {
-                "models.architecture",
-                "planner.alternatives",
-                "config.schema",
-                "models.contents",
-                "engines.base",
-                "cost_model.memory_fit",
-                "system.machines",
-                "cost_model.plan",
-            },
-        ),
-        ("cost_model.prediction", {"config.schema", "cost_model.plan"}),
-        (
-            "planner.search",
-            {
-                "models.architecture",
-                "planner.alternatives",
-                "config.schema",
-                "system.machines",
-                "cost_model.plan",
-                "planner.planning",
-                "cost_model.prediction",
-            },
-        ),
-        ("units", set()),
-        (
-            "results.explanation",
-            {"calibration.suite", "results.metrics", "cost_model.plan", "cost_model.prediction", "units"},
-        ),
-        (
-            "engines.deepspeed.placement",
-            {"models.architecture", "config.schema", "cost_model.inventory", "cost_model.plan"},
-        ),
-        ("engines.deepspeed.ds_config", {"config.schema", "cost_model.plan", "engines.deepspeed.placement"}),
-        ("models.checkpoint", {"models.architecture", "config.schema"}),
-        ("models.contents", {"models.architecture", "models.checkpoint", "config.schema", "models.weights"}),
-        (
-            "execution.preflight",
-            {
-                "models.checkpoint",
-                "config.schema",
-                "engines.deepspeed.ds_config",
-                "engines.deepspeed.operators",
-                "system.machines",
-                "cost_model.plan",
-                "measurement.perplexity",
-                "system.toolchain",
-                "engines.deepspeed.placement",
-            },
-        ),
-        ("system.toolchain", {"environment"}),
-        (
-            "doctor",
-            {
-                "runtime.caches",
-                "environment",
-                "system.machines",
-                "results.sinks.wandb",
-                "runtime.stdio",
-                "system.toolchain",
-            },
-        ),
-        ("runtime.distributed", {"config.schema", "environment", "system.toolchain"}),
-        (
-            "measurement.generated",
-            {"models.architecture", "runtime.distributed", "cost_model.plan", "measurement.perplexity"},
-        ),
-        ("engines.deepspeed.operators", {"config.schema", "cost_model.plan", "runtime.progress", "system.toolchain"}),
-        ("runtime.progress", set()),
-        ("runtime.peak_memory", set()),
-        ("measurement.prompts", set()),
-        ("measurement.perplexity", {"models.architecture", "config.schema", "cost_model.plan", "runtime.progress"}),
-        ("models.weights", {"models.architecture", "config.schema"}),
-        ("measurement.reference", {"models.architecture", "config.schema", "cost_model.plan", "models.weights"}),
-        (
-            "measurement.verification",
-            {
-                "models.architecture",
-                "runtime.distributed",
-                "engines.base",
-                "system.machines",
-                "cost_model.plan",
-                "runtime.progress",
-                "measurement.reference",
-                "measurement.prompts",
-            },
-        ),
-        ("runtime.pinned_memory", set()),
-        ("engines.host_kv_cache", {"runtime.pinned_memory"}),
-        (
-            "engines.sixteen_bit",
-            {"models.architecture", "config.schema", "runtime.distributed", "cost_model.inventory", "cost_model.plan"},
-        ),
-        ("engines.hf_session", {"config.schema", "cost_model.inventory", "engines.host_kv_cache", "cost_model.plan"}),
-        ("engines.modules", {"runtime.distributed", "cost_model.plan"}),
-        ("engines.stream.slab", {"models.architecture", "config.schema", "cost_model.plan"}),
-        (
-            "engines.stream.placement",
-            {"models.architecture", "config.schema", "engines.stream.slab", "cost_model.inventory", "cost_model.plan"},
-        ),
-        ("engines.stream.quantized", {"config.schema", "engines.stream.kernel", "engines.stream.slab"}),
-        ("engines.stream.kernel", {"config.schema"}),
-        ("engines.stream.store", {"engines.stream.placement", "engines.stream.slab", "cost_model.inventory"}),
-        ("engines.disk_access", {"config.schema", "engines.stream.placement", "calibration.disk"}),
-        (
-            "calibration.this_machine",
-            {
-                "config.schema",
-                "engines.disk_access",
-                "system.machines",
-                "calibration.suite",
-                "calibration.disk",
-                "runtime.scratch",
-            },
-        ),
-        ("results.initial", {"config.schema", "environment", "results.record"}),
-        ("engines.stream.ring", {"engines.stream.store"}),
-        ("engines.stream.parking", set()),
-        ("engines.stream.micro_batches", set()),
-        (
-            "engines.stream.device_kv_cache",
-            {"config.schema", "engines.hf_session", "engines.stream.micro_batches", "cost_model.plan"},
-        ),
-        (
-            "engines.stream.layers",
-            {f"engines.stream.{name}" for name in ("micro_batches", "placement", "quantized", "ring", "slab")},
-        ),
-        ("measurement.timing", {"engines.base", "runtime.progress"}),
-        ("results.metrics", {"measurement.timing", "cost_model.plan", "cost_model.prediction"}),
-        (
-            "results.record",
-            {
-                "cost_model.memory_fit",
-                "measurement.generated",
-                "cost_model.inventory",
-                "measurement.timing",
-                "results.metrics",
-                "cost_model.plan",
-                "cost_model.prediction",
-                "measurement.verification",
-            },
-        ),
-        ("results.sinks.base", {"results.record"}),
-        (
-            "results.sinks.console",
-            {
-                "results.explanation",
-                "measurement.generated",
-                "cost_model.plan",
-                "cost_model.prediction",
-                "results.record",
-                "units",
-            },
-        ),
-        (
-            "results.sinks.plan_table",
-            {
-                "results.explanation",
-                "cost_model.memory_fit",
-                "cost_model.plan",
-                "cost_model.prediction",
-                "planner.search",
-                "units",
-            },
-        ),
-        ("results.sinks.search_table", {"config.schema"}),
-        ("results.sinks.result_file", {"config.folders", "results.record"}),
-        ("models.hashes", {"models.checkpoint"}),
-        ("results.fingerprints", {"config.folders", "results.record"}),
-        ("runtime.scratch", {"config.schema", "environment", "runtime.locks"}),
-        ("execution.sweep", {"config.schema", "environment", "runtime.locks", "runtime.scratch", "runtime.signals"}),
-    ],
+ORDER = (
+    ("units", "environment"),
+    ("config",),
+    ("system",),
+    ("runtime",),
+    ("models",),
+    ("cost_model",),
+    ("engines",),
+    ("planner",),
+    ("measurement",),
+    ("calibration",),
+    ("results",),
+    ("execution",),
+    ("plan_only",),
+    ("run", "api", "hardware", "doctor"),
+    ("cli",),
+    ("__main__", "zi_experiments"),
 )
-def test_arrows_do_not_point_back(name, allowed):
-    assert rooms(name) <= allowed
+LAYERS = {package: layer for layer, packages in enumerate(ORDER) for package in packages}
+
+
+def test_each_package_has_its_layer():
+    assert {name.partition(".")[0] for name in SOURCES} == set(LAYERS)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_point_to_the_layers_below(name):
+    package = name.partition(".")[0]
+    others = {each.partition(".")[0] for each in rooms(name)} - {package}
+
+    assert {each for each in others if LAYERS[each] >= LAYERS[package]} == set()
+
+
+@pytest.mark.parametrize("name", [name for name, path in SOURCES.items() if path.name == "__init__.py"])
+def test_packages_are_light(name):
+    """Only an engine's is more than its docstring, and the one that users import from."""
+    if name not in {"zi_experiments", "engines.deepspeed", "engines.stream"}:
+        assert [statement for statement in TREES[name].body if not isinstance(statement, ast.Expr)] == []
 
 
 @pytest.mark.parametrize(
@@ -365,6 +184,23 @@ def test_only_its_engine_imports_deepspeed():
 
     assert users
     assert all(user.startswith("engines.deepspeed") for user in users)
+
+
+def test_an_engine_is_known_by_its_module_alone():
+    """But for packages of that name, the engine that others are advised to try, and the one whose reading is measured."""
+    known = set(base.names())
+    naming = {
+        name
+        for name, tree in TREES.items()
+        if any(isinstance(node, ast.Constant) and node.value in known for node in ast.walk(tree))
+    }
+
+    assert {name for name in naming if not name.startswith("engines.")} <= {
+        "doctor",
+        "environment",
+        "hardware",
+        "planner.alternatives",
+    }
 
 
 def test_only_its_sink_imports_wandb():

@@ -9,7 +9,7 @@ from torch.utils import cpp_extension
 
 from zi_experiments import doctor, environment
 from zi_experiments.config.schema import ConfigError
-from zi_experiments.engines.deepspeed import ds_config
+from zi_experiments.engines.deepspeed import ds_config, prerequisites
 from zi_experiments.execution import preflight
 from zi_experiments.system import machines, toolchain
 
@@ -156,9 +156,11 @@ def test_fewer_buffers_than_weights_in_use_are_refused(problem, machine, make_pl
     on, scratch = machine("cpu"), tmp_path / "zi-1"
     plan = make_plan(*NVME, *overrides, f"offload.buffer_count={needed}", on=on)
 
-    assert list(preflight._buffers(plan)) == []
+    assert list(prerequisites._buffers(plan)) == []
     if needed > 1:
-        message = next(preflight._buffers(make_plan(*NVME, *overrides, f"offload.buffer_count={needed - 1}", on=on)))
+        message = next(
+            prerequisites._buffers(make_plan(*NVME, *overrides, f"offload.buffer_count={needed - 1}", on=on))
+        )
         assert f"pass offload.buffer_count={needed}" in message
     if "model=opt-125m" in overrides:
         preflight.check(plan, scratch)
@@ -198,7 +200,7 @@ SETTINGS = (
 COUNT = """
 import json, os, statistics, sys
 from pathlib import Path
-from zi_experiments import distributed
+from zi_experiments.runtime import distributed
 distributed.init("cpu")
 import deepspeed, torch
 from deepspeed.ops.op_builder.cpu import AsyncIOBuilder
@@ -231,7 +233,9 @@ def test_requests_are_those_that_deepspeed_takes_from_the_kernel(make_plan, mach
     assert done.returncode == 0, done.stderr
     counted = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("takes ")]
     assert counted == [1152, 126, 40, 256]
-    assert counted == [preflight.aio_requests(plan, ds_config.build(plan, "")["aio"]["queue_depth"]) for plan in plans]
+    assert counted == [
+        prerequisites.aio_requests(plan, ds_config.build(plan, "")["aio"]["queue_depth"]) for plan in plans
+    ]
     assert counted[0] == doctor.AIO_OF_A_RANK
 
 
@@ -239,8 +243,8 @@ def test_requests_are_reserved_by_every_rank(make_plan, machine):
     plan = make_plan(*NVME, "hardware.num_gpus=4", on=machine("h200"))
     direct = make_plan(*NVME, "offload.use_gds=true", on=machine("h200"))
 
-    assert preflight.aio_requests(plan, 64) == 4 * 1152
-    assert preflight.aio_requests(direct, 64) == 256, "GPUDirect Storage has threads of its own"
+    assert prerequisites.aio_requests(plan, 64) == 4 * 1152
+    assert prerequisites.aio_requests(direct, 64) == 256, "GPUDirect Storage has threads of its own"
 
 
 LIMITED = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", f"--memlock={8 << 20}"]
@@ -252,7 +256,8 @@ def test_a_limit_on_locked_memory_counts_for_root_too(make_plan, machine, tmp_pa
         pytest.skip("capabilities cannot be dropped here")
     plan = make_plan(*NVME, on=machine("cpu"))
     locked = plan.storage.locked_bytes
-    look = "from zi_experiments import system; print(*(system.locked_memory(n).fix for n in ({}, {}, {})), sep='|')"
+    fixes = "print(*(toolchain.locked_memory(n).fix for n in ({}, {}, {})), sep='|')"
+    look = f"from zi_experiments.system import toolchain; {fixes}"
     command = [*LIMITED, sys.executable, "-c", look.format(8 << 20, (8 << 20) + 1, locked)]
 
     fits, too_much, all_of_it = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("|")

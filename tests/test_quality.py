@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from math import exp, log
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from zi_experiments.models import architecture
 from zi_experiments.planner import planning
 from zi_experiments.runtime.progress import silent
 
-TEXT = Path(schema.__file__).parent / "data" / "moby-dick.txt"
+TEXT = schema.PACKAGE / "data" / "moby-dick.txt"
 VOCABULARY, WINDOW = 512, 128
 
 

@@ -14,7 +14,8 @@ from test_stream_quantized import expanded, packed
 from torch import nn
 
 from zi_experiments.config.schema import Quant
-from zi_experiments.cost_model.plan import ELEMENT_BYTES, Plan
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.cost_model.spec import ELEMENT_BYTES
 from zi_experiments.engines.deepspeed import quantized as deepspeed_quantized
 from zi_experiments.engines.stream import quantized
 from zi_experiments.engines.stream.slab import ALIGNMENT, views

@@ -6,6 +6,7 @@ from math import log
 import pytest
 
 from zi_experiments.config.schema import Ceilings, ConfigError
+from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.planner import planning, search
 
@@ -138,7 +139,7 @@ def test_without_a_measurement_plans_are_compared_by_their_bounds(make_plan, mac
 
     assert {"quant=int4", "offload=none"} <= set(texts(found))
     assert not any(each.pace.is_predicted for each in found)
-    assert search.paced(slow).tpot_s == slow.bound.decode_step_s
+    assert search.paced(slow).tpot_s == lower_bound(slow).decode_step_s
 
 
 def test_nothing_is_advised_where_a_rate_is_not_known(make_plan, machine):

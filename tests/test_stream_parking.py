@@ -20,7 +20,7 @@ def loaded(request, tmp_path_factory):
     plan, session = families.load(folder, request.param, "cpu", engine="stream", **{"offload.resident": 0.7})
     parked = layers(session)[0].resident.nbytes + 1
     session.close()
-    plan, engine = replace(plan, stored=replace(plan.storage, parked_bytes=parked)), base.get("stream")
+    plan, engine = replace(plan, storage=replace(plan.storage, parked_bytes=parked)), base.get("stream")
     session = engine.load(plan, engine.config(plan, None), silent())
     yield plan, session
     session.close()

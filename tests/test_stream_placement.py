@@ -7,7 +7,7 @@ import pytest
 
 from zi_experiments.config.schema import ConfigError, Quant, Verify
 from zi_experiments.cost_model import memory_fit
-from zi_experiments.cost_model.plan import VERIFIED_SEQUENCES, VERIFIED_TOKENS
+from zi_experiments.cost_model.spec import VERIFIED_SEQUENCES, VERIFIED_TOKENS
 from zi_experiments.engines.stream import placement
 from zi_experiments.engines.stream.slab import ALIGNMENT, PAGE, lay_out
 from zi_experiments.measurement.verification import GEN_LEN, PROMPT_LEN, SEQUENCES
@@ -286,5 +286,6 @@ def test_what_verification_computes_is_what_was_planned_for(plan_stream):
 
 @pytest.mark.parametrize("key", ["queue_depth", "single_submit", "overlap_events"])
 def test_a_setting_of_deepspeeds_disk_is_refused(make_plan, key):
-    with pytest.raises(ConfigError, match=rf"^offload\.aio\.{key} .*: pass offload\.aio\.{key}=null$"):
+    advice = rf"pass offload\.aio\.{key}=null, or engine=deepspeed$"
+    with pytest.raises(ConfigError, match=rf"^offload\.aio\.{key}=.* only used with engine=deepspeed, .*: {advice}"):
         make_plan("engine=stream", "offload=nvme", f"offload.aio.{key}=1")

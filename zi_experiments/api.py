@@ -9,12 +9,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from zi_experiments import environment
-from zi_experiments.calibration import disk
 from zi_experiments.config.composition import from_choices
 from zi_experiments.config.schema import ConfigError, Run, conf_dir
 from zi_experiments.engines import base
 from zi_experiments.execution import preflight
-from zi_experiments.planner import planning
+from zi_experiments.execution.preparation import prepare
 from zi_experiments.runtime import (
     caches,
     distributed,
@@ -96,7 +95,8 @@ def _load(run: Run) -> Any:
     path = scratch.for_weights(run, Path.cwd(), uuid.uuid4().hex[:12])
     if path is not None:
         scratch.remove_abandoned(path.parent)
-    planned = planning.plan_run(run, disk.free_bytes(path.parent) if path else None)
+    planned = prepare(run, scratch.base_for_weights(run, Path.cwd()))
+    assert planned is not None, "nothing is searched here"
     preflight.check(planned, path)
     environment.set_variables(environment.worker_environment(cuda=planned.machine.device == "cuda"))
     engine = base.get(run.engine.name)

@@ -21,6 +21,7 @@ from zi_experiments import environment
 from zi_experiments.runtime import caches, stdio
 from zi_experiments.system import toolchain
 from zi_experiments.system.toolchain import Finding
+from zi_experiments.units import gigabytes
 
 AIO_OF_A_RANK = 1152  # what engine=deepspeed offload=nvme takes as it comes
 _SHARED_BYTES = 1 << 30  # Docker gives 64 MiB, where the back ends of several ranks fail or end with SIGBUS
@@ -146,14 +147,14 @@ def gpu_memory() -> Finding:
 
     first = machines.first_gpu()
     fix = None if first.free_bytes > _MOSTLY_FREE * first.memory_bytes else "nvidia-smi shows who uses the rest"
-    return Finding(found=f"{first.free_bytes / 1e9:.1f} of {first.memory_bytes / 1e9:.1f} GB free", fix=fix)
+    return Finding(found=f"{gigabytes(first.free_bytes, 1)} of {gigabytes(first.memory_bytes, 1)} free", fix=fix)
 
 
 def host_memory() -> Finding:
     """What new allocations can have."""
     from zi_experiments.system import machines
 
-    return Finding(found=f"{machines.host_memory_available() / 1e9:.1f} GB available")
+    return Finding(found=f"{gigabytes(machines.host_memory_available(), 1)} available")
 
 
 def output_folder() -> Finding:
@@ -188,7 +189,7 @@ def shared_memory() -> Finding:
     """/dev/shm, through which the ranks of one machine talk."""
     free = shutil.disk_usage("/dev/shm").free
     fix = None if free >= _SHARED_BYTES else "docker run --shm-size=8g, or mount -o remount,size=8G /dev/shm"
-    return Finding(found=f"/dev/shm has {free / 1e9:.1f} GB free", fix=fix)
+    return Finding(found=f"/dev/shm has {gigabytes(free, 1)} free", fix=fix)
 
 
 def wandb() -> Finding:

@@ -9,7 +9,7 @@ from rich.console import Console
 from zi_experiments.calibration import child, export, suite
 from zi_experiments.config.composition import from_choices
 from zi_experiments.config.schema import ConfigError, conf_dir
-from zi_experiments.engines import disk_access
+from zi_experiments.engines import base
 from zi_experiments.runtime import caches, signals, stdio
 from zi_experiments.system.machines import detect
 
@@ -42,7 +42,7 @@ def _measure(folder: Path | None, name: str | None, output: Path | None) -> int:
     if line := caches.settle():
         _say(line)
     run = from_choices({"hardware": "auto", "engine": "stream"}, {})
-    there = disk_access.disk_of(run, folder) if folder is not None else None
+    there = base.get(run.engine.name).disk_access(run, folder) if folder is not None else None
     machine = detect(run.hardware)
     shipped = conf_dir() / "hardware"
     name = name or (output.stem if output is not None else export.default_name(machine))

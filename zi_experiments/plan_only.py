@@ -6,12 +6,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from zi_experiments.calibration import this_machine
 from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import ConfigError
+from zi_experiments.execution.preparation import prepare
 from zi_experiments.measurement import perplexity
-from zi_experiments.models import contents
-from zi_experiments.planner import planning, search
+from zi_experiments.planner import search
 from zi_experiments.results.sinks import plan_table
 from zi_experiments.results.sinks.console import show_plan
 from zi_experiments.runtime import scratch
@@ -21,13 +20,8 @@ def show(cfg: DictConfig, console: Console) -> None:
     """Raises `ConfigError` for a run that would be refused."""
     run = to_run(cfg)
     perplexity.check_text(run.workload.text)
-    machine = this_machine.known(
-        run, scratch.base_for_weights(run, Path(HydraConfig.get().runtime.output_dir) / "offload")
-    )
-    arch = contents.load(run)
-    settled = search.settle(run, arch, machine)
-    if settled is None:
+    plan = prepare(run, scratch.base_for_weights(run, Path(HydraConfig.get().runtime.output_dir) / "offload"))
+    if plan is None:
         raise ConfigError(f"the search has no candidate of rank {run.search.rank}: pass search.rank=0")
-    plan = planning.build(settled, arch, machine)
     show_plan(run.name, plan, console)
     plan_table.show(plan, search.improvements(plan), console)

@@ -28,15 +28,14 @@ from zi_experiments.execution import (
     preflight,
     sweep,
 )
+from zi_experiments.execution.preparation import load_architecture, prepare
 from zi_experiments.measurement import perplexity
 from zi_experiments.models import (
     architecture,
     checkpoint,
-    contents,
     hashes,
 )
 from zi_experiments.models.architecture import Architecture
-from zi_experiments.planner import planning, search
 from zi_experiments.results import fingerprints, initial, metrics
 from zi_experiments.results.record import Failure, Status
 from zi_experiments.results.sinks.base import Guarded, Sink
@@ -130,27 +129,28 @@ class _Job:
         machine = machines.detect(run.hardware)
         self._update(environment=environment.describe(machine))
         may_keep = keep and not run.force and (self._folder / NAME).exists()
-        arch = None if may_keep else contents.load(run)  # what is wrong with a checkpoint is said before it is hashed
+        arch = (
+            None if may_keep else load_architecture(run)
+        )  # what is wrong with a checkpoint is said before it is hashed
         self._identify(run)
         if may_keep and (before := self._finished_before()):
             return before
         self._is_begun = True
         self._file.write(self.record)  # of a run that is killed, launcher and all, this is what remains
         with self._turn(run, machine):
-            return self._planned(run, arch or contents.load(run))
+            return self._planned(run, arch)
 
-    def _planned(self, run: Run, arch: Architecture) -> dict[str, Any] | None:
-        machine = self._machine(run)
-        if run.search.rank is not None:
-            machine = self._measured(run, machine)
-        settled = search.settle(run, arch, machine)
-        if settled is None:
+    def _planned(self, run: Run, arch: Architecture | None) -> dict[str, Any] | None:
+        folder = self._disk_folder(run)
+        self._remove_abandoned(folder)
+        plan = prepare(run, folder, arch=arch, tell=partial(_say, self._console))
+        if plan is None:
             self._file.withdraw(self.record)
             _say(
                 self._console, f"skipped {self.record.run.name}: the search has no candidate of rank {run.search.rank}"
             )
             return self.record.to_dict() | {"status": "skipped"}
-        self._run(planning.build(settled, arch, machine))
+        self._run(plan)
         return None
 
     @contextmanager
@@ -195,13 +195,11 @@ class _Job:
         _say(self._console, f"kept {self.record.run.name}: {display_path(path)} is ok (force=true runs it again)")
         return result | {"status": "kept"}
 
-    def _machine(self, run: Run) -> machines.Machine:
-        """This machine with what is known of it, and with what is free once nothing abandoned is left."""
-        folder = self._disk_folder(run)
+    def _remove_abandoned(self, folder: Path) -> None:
+        """What runs have left that were killed: this one finds their room free."""
         temporary = scratch.for_temporary_files(self.record.run.id)
         for path in scratch.remove_abandoned(temporary.parent, folder):
             _say(self._console, f"removed {display_path(path)}: the run that made it was killed")
-        return this_machine.known(run, folder)
 
     def _measured(self, run: Run, machine: machines.Machine) -> machines.Machine:
         """The machine with its rates, measured now if they are not known."""
@@ -220,8 +218,8 @@ class _Job:
         preflight.check(plan, path)
         plan = replace(plan, machine=self._measured(run, plan.machine))
         self._update(plan=plan)
-        config = base.get(run.engine.name).config(plan, str(path) if path else None)
-        kind = "ds_config" if run.engine.name == "deepspeed" else "engine_config"
+        engine = base.get(run.engine.name)
+        config, kind = engine.config(plan, str(path) if path else None), engine.CONFIG_NAME
         (self._folder / f"{kind}.json").write_text(json.dumps(config, indent=2) + "\n")
         self._update(**{kind: config})
         self._file.open(self.record)

@@ -1,0 +1,1 @@
+"""What this machine was measured to do: rates, kept from one run to the next."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from zi_experiments import environment
-from zi_experiments.calibration.disk import Disk, existing, mount_of
 from zi_experiments.config.schema import Calibration, Ceilings
+from zi_experiments.system.disk import Disk, existing, mount_of
 from zi_experiments.system.machines import Machine
 
 FORMAT = 5  # raised when a figure is measured in another way, or the code that it is of becomes faster

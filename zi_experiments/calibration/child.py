@@ -14,6 +14,7 @@ from typing import Any
 from zi_experiments import environment
 from zi_experiments.calibration import disk
 from zi_experiments.runtime import scratch, signals
+from zi_experiments.system.disk import Disk
 
 _LIMIT_S = 180.0  # a GPU that hangs must not keep a run from beginning
 _SET_PARENT_DEATH_SIGNAL = 1  # of prctl
@@ -89,9 +90,7 @@ def _end_with(parent: int) -> None:
 
 
 def _disk(request: dict[str, Any]) -> dict[str, Any]:
-    where = disk.Disk(
-        folder=Path(request["folder"]), block_bytes=request["block_bytes"], in_flight=request["in_flight"]
-    )
+    where = Disk(folder=Path(request["folder"]), block_bytes=request["block_bytes"], in_flight=request["in_flight"])
     try:
         reads, written = disk.bytes_per_s(where)
     except OSError as error:

@@ -9,9 +9,9 @@ from typing import Any
 
 from zi_experiments.calibration import cache, child
 from zi_experiments.calibration.cache import Entry, Subject
-from zi_experiments.calibration.disk import Disk
 from zi_experiments.config.schema import Calibration, Ceilings, Hardware
 from zi_experiments.runtime.locks import FolderLock
+from zi_experiments.system.disk import Disk
 from zi_experiments.system.machines import Machine
 
 Tell = Callable[[str], None]

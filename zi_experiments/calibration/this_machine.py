@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from zi_experiments.calibration import disk, suite
+from zi_experiments.calibration import suite
 from zi_experiments.config.schema import OffloadDevice, Run
-from zi_experiments.engines import disk_access
+from zi_experiments.engines import base
 from zi_experiments.runtime import scratch
-from zi_experiments.system import machines
+from zi_experiments.system import disk, machines
 from zi_experiments.system.machines import Machine
 
 
@@ -37,4 +37,4 @@ def measured_again(run: Run, machine: Machine, folder: Path, tell: Callable[[str
 
 
 def _disk(run: Run, folder: Path) -> disk.Disk | None:
-    return disk_access.disk_of(run, folder) if run.offload.device is OffloadDevice.nvme else None
+    return base.get(run.engine.name).disk_access(run, folder) if run.offload.device is OffloadDevice.nvme else None

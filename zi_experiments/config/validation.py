@@ -186,37 +186,6 @@ def _launch(run: Run) -> str | None:
     return None
 
 
-def _engine(run: Run) -> str | None:
-    if not run.engine.name.isidentifier():
-        return f"engine.name={run.engine.name} is not an engine: pass engine=deepspeed, stream, accelerate or fsdp"
-    if run.engine.name == "deepspeed":
-        if run.engine.profile is None:
-            return "engine.profile=null is not a profile of engine=deepspeed: pass engine.profile=tuned, or reference"
-    elif run.engine.profile is not None:
-        return f"engine.profile is only used with engine=deepspeed, not engine={run.engine.name}: pass engine=deepspeed"
-    return None
-
-
-def _streaming(run: Run) -> str | None:
-    """What only the engine that moves whole layers can do."""
-    if run.engine.name == "stream":
-        for key in ("buffer_count", "buffer_size"):
-            if getattr(run.offload, key) is not None:
-                return (
-                    f"offload.{key} is only used with engine=deepspeed: pass offload.{key}=null, which has it computed"
-                )
-        if run.offload.use_gds:
-            return "offload.use_gds=true is only used with engine=deepspeed: pass offload.use_gds=false"
-        return None
-    if run.offload.resident != 0:
-        return f"offload.resident is only used with engine=stream, not engine={run.engine.name}: pass engine=stream"
-    if run.workload.micro_batches > 1:
-        return (
-            f"workload.micro_batches is only used with engine=stream, not engine={run.engine.name}: pass engine=stream"
-        )
-    return None
-
-
 _CHECKS = (
     _integers,
     _paths,
@@ -228,6 +197,4 @@ _CHECKS = (
     _hardware,
     _search,
     _launch,
-    _engine,
-    _streaming,
 )

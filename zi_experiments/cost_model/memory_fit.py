@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from zi_experiments.config.schema import CacheDevice, Verify
 from zi_experiments.cost_model.plan import Plan
+from zi_experiments.units import gigabytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,14 +77,14 @@ def _verification_problem(plan: Plan) -> str | None:
     beside = use.weights - parked + use.buffers + use.processes
     if beside + plan.reference_bytes > use.available:
         return (
-            f"verification needs {_gb(plan.reference_bytes)} for one layer, embeddings and head in 16 bits, beside "
-            f"{_gb(beside)}, and there are {_gb(use.available)}"
+            f"verification needs {gigabytes(plan.reference_bytes, 1)} for one layer, embeddings and head in 16 bits, beside "
+            f"{gigabytes(beside, 1)}, and there are {gigabytes(use.available, 1)}"
         )
     host = next(each for each in uses(plan) if each.where == "host")
     if host.total + parked > host.available:
         return (
-            f"verification moves {_gb(parked)} of the GPU's weights to host memory meanwhile, beside {_gb(host.total)}, "
-            f"and there are {_gb(host.available)}"
+            f"verification moves {gigabytes(parked, 1)} of the GPU's weights to host memory meanwhile, beside "
+            f"{gigabytes(host.total, 1)}, and there are {gigabytes(host.available, 1)}"
         )
     return None
 
@@ -98,13 +99,9 @@ def _described(use: Use) -> str:
         "CUDA" if use.where == "GPU" else "processes": use.processes,
     }
     largest = sorted((amount, name) for name, amount in named.items() if amount >= 0.01 * use.total)[::-1]
-    parts = ", ".join(f"{_gb(amount)} {name}" for amount, name in largest)
+    parts = ", ".join(f"{gigabytes(amount, 1)} {name}" for amount, name in largest)
     if use.where == "disk":
-        return f"{_gb(use.total)} on disk and {_gb(use.available)} are free there"
+        return f"{gigabytes(use.total, 1)} on disk and {gigabytes(use.available, 1)} are free there"
     if use.where == "GPU":
-        return f"{_gb(use.total)} on each GPU ({parts}) and each has {_gb(use.available)}"
-    return f"{_gb(use.total)} of host memory ({parts}) and {_gb(use.available)} are available"
-
-
-def _gb(amount: int) -> str:
-    return f"{amount / 1e9:.1f} GB" if amount >= 1e8 else f"{amount / 1e6:.0f} MB"
+        return f"{gigabytes(use.total, 1)} on each GPU ({parts}) and each has {gigabytes(use.available, 1)}"
+    return f"{gigabytes(use.total, 1)} of host memory ({parts}) and {gigabytes(use.available, 1)} are available"

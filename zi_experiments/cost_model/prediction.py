@@ -7,7 +7,8 @@ from statistics import harmonic_mean
 from typing import TypeVar
 
 from zi_experiments.config.schema import CacheDevice, Calibration, WeightSource
-from zi_experiments.cost_model.plan import ELEMENT_BYTES, Plan
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.cost_model.spec import ELEMENT_BYTES
 
 APPENDED = 2  # keys and values are read and written to append to them
 CACHE_LAUNCH = 0.5  # of a layer of plain transformers, to move its keys and values between host memory and the GPU

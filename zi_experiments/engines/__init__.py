@@ -1,0 +1,1 @@
+"""Engines: each loads a planned model and generates with it."""

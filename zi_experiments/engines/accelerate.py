@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zi_experiments.config.schema import ConfigError, OffloadDevice
+from zi_experiments.config.schema import ConfigError, OffloadDevice, Run
 from zi_experiments.cost_model.inventory import (
     Home,
     Inventory,
@@ -18,31 +18,43 @@ from zi_experiments.cost_model.inventory import (
     held,
     home_on,
 )
-from zi_experiments.cost_model.plan import (
-    ELEMENT_BYTES,
-    Overlap,
-    Plan,
-    Storage,
-    placement_of,
-)
+from zi_experiments.cost_model.plan import Overlap, Plan, Storage, placement_of
+from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines import sixteen_bit
+from zi_experiments.engines.disk_access import MOST_IN_FLIGHT, reading
 from zi_experiments.engines.hf_session import HFSession, host_cache
 from zi_experiments.engines.modules import device_of, names_of, put
 from zi_experiments.models import weights
 from zi_experiments.runtime import distributed
 from zi_experiments.runtime.progress import Progress
+from zi_experiments.system.disk import Disk
 
 OVERLAP = Overlap(hidden=0.0, launch=4.0, stall=0.0, load_s=3.0, load_s_per_parameter=1e-9)
 Values = Iterator[tuple[list[str], Any]]  # of every parameter: all its names, and its value on the device
 
 
-def storage(plan: Plan) -> Storage:
+OPTIONS: frozenset[str] = frozenset()
+CONFIG_NAME = "engine_config"
+
+
+def check(run: Run) -> None:
+    """Raise `ConfigError` for what accelerate has no counterpart of."""
+    sixteen_bit.check(run)
+    if run.hardware.num_gpus > 1:
+        raise ConfigError(
+            f"engine=accelerate shards nothing over {run.hardware.num_gpus} GPUs: pass hardware.num_gpus=1, or engine=fsdp"
+        )
+    if run.offload.pin_memory:
+        raise ConfigError(
+            "engine=accelerate keeps weights in pageable memory: pass offload.pin_memory=false, or engine=fsdp"
+        )
+
+
+def storage(spec: Spec) -> Storage:
     """All weights where `offload` says, and those of one module at a time on the GPU."""
-    sixteen_bit.refuse_quantized(plan)
-    _check(plan)
-    placement = placement_of(stored(plan))
-    streams, on_disk = sixteen_bit.crosses_link(plan), plan.run.offload.device is OffloadDevice.nvme
-    largest = _largest_module_bytes(plan)
+    placement = placement_of(sixteen_bit.stored(spec))
+    streams, on_disk = sixteen_bit.crosses_link(spec), spec.run.offload.device is OffloadDevice.nvme
+    largest = _largest_module_bytes(spec)
     return Storage(
         placement=placement,
         streamed_bytes_per_pass=placement.total_bytes if streams else 0,
@@ -55,6 +67,16 @@ def storage(plan: Plan) -> Storage:
 
 def stored(plan: Plan) -> dict[str, Stored]:
     return sixteen_bit.stored(plan)
+
+
+def requirements(plan: Plan) -> Iterator[str]:
+    """Nothing beside torch."""
+    return iter(())
+
+
+def disk_access(run: Run, folder: Path) -> Disk:
+    """Files are mapped into memory, and the kernel reads ahead: as much as a disk can tell."""
+    return reading(folder, None, MOST_IN_FLIGHT)
 
 
 def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
@@ -144,29 +166,9 @@ def _held(model: Any, name: str) -> tuple[Home, int]:
     return home_on(source[key].device), source[key].nbytes
 
 
-def _check(plan: Plan) -> None:
-    """Raise `ConfigError` for what accelerate has no counterpart of."""
-    offload, ranks = plan.run.offload, plan.run.hardware.num_gpus
-    if ranks > 1:
-        raise ConfigError(
-            f"engine=accelerate shards nothing over {ranks} GPUs: pass hardware.num_gpus=1, or engine=fsdp"
-        )
-    if offload.pin_memory:
-        raise ConfigError(
-            "engine=accelerate keeps weights in pageable memory: pass offload.pin_memory=false, or engine=fsdp"
-        )
-    if offload.use_gds or any(
-        setting is not None for setting in (offload.buffer_count, offload.buffer_size, *vars(offload.aio).values())
-    ):
-        raise ConfigError(
-            "offload.buffer_count, buffer_size, aio and use_gds are not used with engine=accelerate: "
-            "leave them out, or pass engine=deepspeed"
-        )
-
-
-def _largest_module_bytes(plan: Plan) -> int:
+def _largest_module_bytes(spec: Spec) -> int:
     """Weights of the module that holds the most itself, not in modules of its own."""
     modules: Counter[str] = Counter()
-    for p in plan.architecture.parameters:
+    for p in spec.architecture.parameters:
         modules[p.name.rpartition(".")[0]] += ELEMENT_BYTES * p.numel
     return max(modules.values())

@@ -3,19 +3,16 @@
 What is outside of the layers is gathered once and stays, which is FSDP2's default for the outermost module.
 """
 
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from zi_experiments.config.schema import ConfigError, OffloadDevice
+from zi_experiments.config.schema import ConfigError, OffloadDevice, Run
 from zi_experiments.cost_model.inventory import Stored
-from zi_experiments.cost_model.plan import (
-    ELEMENT_BYTES,
-    Overlap,
-    Plan,
-    Storage,
-    placement_of,
-)
+from zi_experiments.cost_model.plan import Overlap, Plan, Storage, placement_of
+from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines import sixteen_bit
 from zi_experiments.engines.hf_session import HFSession, host_cache
 from zi_experiments.engines.modules import device_of, names_of, put
@@ -23,6 +20,7 @@ from zi_experiments.models import weights
 from zi_experiments.models.architecture import decoder_layers
 from zi_experiments.runtime import distributed
 from zi_experiments.runtime.progress import Progress
+from zi_experiments.system.disk import Disk
 
 PREFETCHED_LAYERS = 2
 OVERLAP = Overlap(hidden=0.0, launch=2.1, stall=0.0, load_s=3.0, load_s_per_parameter=2e-9)
@@ -30,25 +28,43 @@ OVERLAP = Overlap(hidden=0.0, launch=2.1, stall=0.0, load_s=3.0, load_s_per_para
 COPIES_ON_CPU = 3.0
 
 
-def storage(plan: Plan) -> Storage:
-    """All weights where `offload` says; on each GPU what is outside of the layers, and the layers on their way."""
-    sixteen_bit.refuse_quantized(plan)
-    if plan.run.offload.device is OffloadDevice.nvme:
+OPTIONS: frozenset[str] = frozenset()
+CONFIG_NAME = "engine_config"
+
+
+def check(run: Run) -> None:
+    """Raise `ConfigError` for weights on disk or quantized."""
+    sixteen_bit.check(run)
+    if run.offload.device is OffloadDevice.nvme:
         raise ConfigError("engine=fsdp keeps weights in memory: pass offload=cpu, or engine=accelerate")
-    placement, outside = placement_of(stored(plan)), ELEMENT_BYTES * plan.outside_numel
+
+
+def storage(spec: Spec) -> Storage:
+    """All weights where `offload` says; on each GPU what is outside of the layers, and the layers on their way."""
+    placement, outside = placement_of(sixteen_bit.stored(spec)), ELEMENT_BYTES * spec.outside_numel
     # Over several ranks: the layer that computes, what it was gathered in, and the same of those prefetched. One rank
     # gathers nothing and prefetches nothing: torch copies the parameters of a layer, one by one, when it is called.
-    live = 2 if plan.run.hardware.num_gpus == 1 else 2 + PREFETCHED_LAYERS
+    live = 2 if spec.run.hardware.num_gpus == 1 else 2 + PREFETCHED_LAYERS
     return Storage(
         placement=placement,
-        streamed_bytes_per_pass=placement.total_bytes - outside if sixteen_bit.crosses_link(plan) else 0,
-        gpu_buffer_bytes=live * ELEMENT_BYTES * plan.layer_numel + outside,
-        overlap=OVERLAP if plan.machine.device == "cuda" else replace(OVERLAP, copies=COPIES_ON_CPU),
+        streamed_bytes_per_pass=placement.total_bytes - outside if sixteen_bit.crosses_link(spec) else 0,
+        gpu_buffer_bytes=live * ELEMENT_BYTES * spec.layer_numel + outside,
+        overlap=OVERLAP if spec.machine.device == "cuda" else replace(OVERLAP, copies=COPIES_ON_CPU),
     )
 
 
 def stored(plan: Plan) -> dict[str, Stored]:
     return sixteen_bit.stored(plan)
+
+
+def requirements(plan: Plan) -> Iterator[str]:
+    """Nothing beside torch."""
+    return iter(())
+
+
+def disk_access(run: Run, folder: Path) -> Disk:
+    """`check` refuses weights on disk."""
+    raise NotImplementedError
 
 
 def config(plan: Plan, scratch: str | None) -> dict[str, Any]:

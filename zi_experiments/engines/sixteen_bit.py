@@ -2,27 +2,29 @@
 
 from typing import Any
 
-from zi_experiments.config.schema import ConfigError, OffloadDevice
+from zi_experiments.config.schema import ConfigError, OffloadDevice, Run
 from zi_experiments.cost_model.inventory import Home, Stored
 from zi_experiments.cost_model.plan import Plan
+from zi_experiments.cost_model.spec import Spec
 from zi_experiments.models.architecture import Parameter
 
 
-def refuse_quantized(plan: Plan) -> None:
-    if plan.run.quant.bits != 16:
-        raise ConfigError(f"engine={plan.run.engine.name} keeps 16-bit weights: pass quant=fp16, or engine=stream")
+def check(run: Run) -> None:
+    """Raise `ConfigError` for quantized weights."""
+    if run.quant.bits != 16:
+        raise ConfigError(f"engine={run.engine.name} keeps 16-bit weights: pass quant=fp16, or engine=stream")
 
 
-def stored(plan: Plan) -> dict[str, Stored]:
+def stored(spec: Spec) -> dict[str, Stored]:
     """All weights where `offload` says."""
-    offload = plan.run.offload.device
-    home = plan.device_home if offload is OffloadDevice.none else Home(offload.value)
-    return {p.name: Stored(numel=p.numel, home=home) for p in plan.architecture.parameters}
+    offload = spec.run.offload.device
+    home = spec.device_home if offload is OffloadDevice.none else Home(offload.value)
+    return {p.name: Stored(numel=p.numel, home=home) for p in spec.architecture.parameters}
 
 
-def crosses_link(plan: Plan) -> bool:
+def crosses_link(spec: Spec) -> bool:
     """Whether weights have to come to a GPU before they are computed with."""
-    return plan.machine.device == "cuda" and plan.run.offload.device is not OffloadDevice.none
+    return spec.machine.device == "cuda" and spec.run.offload.device is not OffloadDevice.none
 
 
 def value(plan: Plan, source: Any, parameter: Parameter, device: Any) -> Any:

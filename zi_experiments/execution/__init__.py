@@ -1,0 +1,1 @@
+"""From a plan to worker processes and what became of them."""

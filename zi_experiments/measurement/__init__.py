@@ -1,0 +1,1 @@
+"""What is measured on a loaded model: prompts, times, verification, perplexity."""

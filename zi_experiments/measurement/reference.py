@@ -7,7 +7,8 @@ from copy import deepcopy
 from typing import Any, Protocol
 
 from zi_experiments.config.schema import Quant
-from zi_experiments.cost_model.plan import ELEMENT_BYTES, Plan
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.cost_model.spec import ELEMENT_BYTES
 from zi_experiments.models import weights
 from zi_experiments.models.architecture import (
     Parameter,

@@ -8,7 +8,8 @@ from math import isfinite
 from time import perf_counter
 from typing import Any
 
-from zi_experiments.cost_model.plan import VERIFIED_SEQUENCES, VERIFIED_TOKENS, Plan
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.cost_model.spec import VERIFIED_SEQUENCES, VERIFIED_TOKENS
 from zi_experiments.engines.base import Session
 from zi_experiments.measurement import prompts
 from zi_experiments.measurement import reference as references

@@ -9,6 +9,7 @@ from functools import partial, reduce
 from zi_experiments.config.composition import choose
 from zi_experiments.config.schema import ConfigError, Run
 from zi_experiments.config.validation import validate
+from zi_experiments.engines import base
 
 # from what changes a run least to what changes it most
 CHOICES = (
@@ -52,6 +53,7 @@ def _changed(run: Run, text: str, apply: Callable[[Run], None]) -> Iterator[Chan
     try:
         apply(copy)
         validate(copy)
+        base.check(copy)
     except ConfigError:
         return
     if copy != run:

@@ -4,32 +4,25 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 from zi_experiments.config.schema import (
     ConfigError,
     OffloadDevice,
-    Profile,
     Run,
     Verify,
 )
 from zi_experiments.cost_model import memory_fit
-from zi_experiments.cost_model.plan import Plan
+from zi_experiments.cost_model.plan import Plan, Storage
+from zi_experiments.cost_model.spec import Spec
 from zi_experiments.engines import base
-from zi_experiments.models import contents
 from zi_experiments.models.architecture import Architecture, Parameter
 from zi_experiments.planner import alternatives
 from zi_experiments.planner.alternatives import Change
-from zi_experiments.system import machines
 from zi_experiments.system.machines import Machine
 
 MOST_WAYS = 3  # that a refusal names
 MOST_SEQUENCES = 1 << 20  # that a search for the largest batch considers
-
-
-def plan_run(run: Run, disk_free_bytes: int | None = None) -> Plan:
-    """`build` for a run's own model on this machine."""
-    machine = replace(machines.detect(run.hardware), disk_free_bytes=disk_free_bytes)
-    return build(run, contents.load(run), machine)
 
 
 def build(run: Run, arch: Architecture, machine: Machine) -> Plan:
@@ -43,15 +36,18 @@ def build(run: Run, arch: Architecture, machine: Machine) -> Plan:
 
 def _draft(run: Run, arch: Architecture, machine: Machine) -> Plan:
     """The plan, whether it fits or not."""
+    base.check(run)
     _check_lengths(run, arch)
     _check_groups(run, arch)
     if machine.device == "cpu":
         _check_choices(run)
     if run.workload.batch_size == "auto":
         run = _with_largest_batch(run, arch, machine)
-    plan = Plan(run=run, architecture=arch, machine=machine, dtype=choose_dtype(arch, machine))
-    plan = replace(plan, stored=base.get(run.engine.name).storage(plan))
-    return replace(plan, pin_memory=_pin(plan))
+    known: dict[str, Any] = {"run": run, "architecture": arch, "machine": machine}
+    known["dtype"] = choose_dtype(arch, machine)
+    spec = Spec(**known)
+    storage = base.get(run.engine.name).storage(spec)
+    return Plan(**known, storage=storage, pin_memory=_pin(spec, storage))
 
 
 def attempt(run: Run, arch: Architecture, machine: Machine) -> Plan | None:
@@ -120,16 +116,15 @@ def choose_dtype(arch: Architecture, machine: Machine) -> str:
     return arch.dtype if arch.dtype in machine.dtypes else machine.dtypes[0]
 
 
-def _pin(plan: Plan) -> bool:
-    """Whether weights in host memory are pinned: as asked, or (tuned) when they leave a tenth of it free."""
-    offload = plan.run.offload
-    if plan.machine.device != "cuda" or offload.device is OffloadDevice.none or not plan.storage.pinnable:
+def _pin(spec: Spec, storage: Storage) -> bool:
+    """Whether weights in host memory are pinned: as asked, or by default when they leave a tenth of it free."""
+    offload = spec.run.offload
+    if spec.machine.device != "cuda" or offload.device is OffloadDevice.none or not storage.pinnable:
         return False
     if offload.pin_memory is not None:
         return offload.pin_memory
-    if plan.run.engine.profile is Profile.reference:
-        return False
-    return plan.placement.cpu_bytes + plan.storage.host_buffer_bytes < 0.9 * plan.machine.host_memory_bytes
+    host_bytes = storage.placement.cpu_bytes + storage.host_buffer_bytes
+    return storage.pins_by_default and host_bytes < 0.9 * spec.machine.host_memory_bytes
 
 
 def _check_lengths(run: Run, arch: Architecture) -> None:

@@ -14,8 +14,10 @@ from zi_experiments.config.schema import (
     Profile,
     Run,
 )
-from zi_experiments.cost_model.plan import Bound, Plan
+from zi_experiments.cost_model.bound import Bound, lower_bound
+from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction, predict, total_tok_per_s
+from zi_experiments.engines import base
 from zi_experiments.models.architecture import Architecture
 from zi_experiments.planner import alternatives, planning
 from zi_experiments.planner.alternatives import Change
@@ -63,7 +65,7 @@ class Candidate:
 def paced(plan: Plan) -> Pace | None:
     """How fast a plan should be, by prediction; by the bound where nothing was measured. None: it is not known."""
     known = plan.machine.calibration is not None
-    times: Prediction | Bound = predict(plan) if known else plan.bound
+    times: Prediction | Bound = predict(plan) if known else lower_bound(plan)
     tok_per_s = total_tok_per_s(plan, times.prefill_s, times.decode_step_s)
     if times.prefill_s is None or times.decode_step_s is None or tok_per_s is None:
         return None
@@ -155,9 +157,14 @@ def _candidates(asked: _Identity) -> list[Candidate]:
 
 def _kinds(run: Run, machine: Machine) -> Iterator[Change]:
     """The run with every combination of what a search varies beside the batch size."""
-    streams = run.engine.name == "stream"
+    options = base.get(run.engine.name).OPTIONS
+    streams = "workload.micro_batches" in options
     places = tuple(CacheDevice) if machine.device == "cuda" else (run.kv_cache.device,)
-    residents = ("auto", 0) if streams and run.offload.device is not OffloadDevice.none else (run.offload.resident,)
+    residents = (
+        ("auto", 0)
+        if "offload.resident" in options and run.offload.device is not OffloadDevice.none
+        else (run.offload.resident,)
+    )
     for micro_batches, place, resident in product(MICRO_BATCHES if streams else (1,), places, residents):
         copy = replace(
             run,

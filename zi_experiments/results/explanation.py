@@ -1,6 +1,7 @@
 """Why a run was as fast as it was, in a sentence."""
 
 from zi_experiments.calibration.suite import MEASURED
+from zi_experiments.cost_model.bound import is_published, lower_bound, rate
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.results.metrics import Metrics, Passed
@@ -24,7 +25,7 @@ VENDORS = " (vendor's rates)"
 
 def unknown(plan: Plan) -> str | None:
     """What to type for a bound to be known; None where it is."""
-    missing = plan.bound.unknown
+    missing = lower_bound(plan).unknown
     if not missing:
         return None
     keys = " ".join(f"hardware.ceilings.{name}=…" for name in missing)
@@ -37,7 +38,7 @@ def unknown(plan: Plan) -> str | None:
 
 def least(plan: Plan, value_s: float, limit: str | None) -> str:
     """A bound as people read it, which says so if it is from a data sheet."""
-    return seconds(value_s) + (VENDORS if plan.is_published(limit) else "")
+    return seconds(value_s) + (VENDORS if is_published(plan, limit) else "")
 
 
 def passed(beyond: Passed, plan: Plan, metrics: Metrics) -> str:
@@ -55,7 +56,7 @@ def passed(beyond: Passed, plan: Plan, metrics: Metrics) -> str:
 
 def sentence(plan: Plan, metrics: Metrics) -> str | None:
     """What a decode step had to do at least, and what it took; None where no ceiling is known."""
-    bound, measured_s = plan.bound, metrics.tpot_p50_s
+    bound, measured_s = lower_bound(plan), metrics.tpot_p50_s
     if bound.decode_step_s is None or bound.limited_by is None or measured_s is None:
         return None
     if metrics.fraction_of_bound is None:  # the run has passed it
@@ -71,7 +72,7 @@ def sentence(plan: Plan, metrics: Metrics) -> str | None:
 
 
 def _work(plan: Plan, limit: str, bound_s: float) -> str:
-    rate = plan.rate(limit)
-    assert rate is not None
+    best = rate(plan, limit)
+    assert best is not None
     unit = "FLOP" if limit == "gemm" else "B"
-    return _VERBS[limit].format(amount=scaled(bound_s * rate, unit), rate=scaled(rate, f"{unit}/s"))
+    return _VERBS[limit].format(amount=scaled(bound_s * best, unit), rate=scaled(best, f"{unit}/s"))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from statistics import median, quantiles
 
+from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.measurement.timing import Samples
@@ -46,7 +47,7 @@ def derive(
 ) -> Metrics:
     """The metrics of a run."""
     work, passes = plan.run.workload, samples.measured
-    batch, bound, predicted = work.sequences, plan.bound, predict(plan)
+    batch, bound, predicted = work.sequences, lower_bound(plan), predict(plan)
     prefill = [batch * work.prompt_len / one.ttft_s for one in passes]
     total = [batch * work.gen_len / one.total_s for one in passes]
     decode = [batch * len(one.step_s) / sum(one.step_s) for one in passes if one.step_s]

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from zi_experiments.cost_model import memory_fit
+from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.inventory import Held
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import predict
@@ -110,7 +111,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "streamed_bytes_per_pass": plan.streamed_bytes_per_pass,
         "kv_link_bytes_per_pass": plan.kv_link_bytes_per_pass,
         "memory": [asdict(use) | {"total": use.total} for use in memory_fit.uses(plan)],
-        "bound": asdict(plan.bound) | {"source": plan.machine.ceilings.source},
+        "bound": asdict(lower_bound(plan)) | {"source": plan.machine.ceilings.source},
         "prediction": asdict(predict(plan)),
         "rates": _rates(plan),
     }

@@ -1,0 +1,1 @@
+"""Services that a run uses while it lives: progress, processes, folders, locks, memory."""

@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from zi_experiments.units import gigabytes
+
 _EVENT_INTERVAL_S = 0.1
 _LINE_INTERVAL_S = 15.0
 
@@ -178,6 +180,4 @@ class _Lines:
 
 
 def _amount(amount: int, unit: str) -> str:
-    if unit != "bytes":
-        return f"{amount} {unit}"
-    return f"{amount / 1e9:.1f} GB" if amount >= 1e8 else f"{amount / 1e6:.1f} MB"
+    return gigabytes(amount, 1) if unit == "bytes" else f"{amount} {unit}"

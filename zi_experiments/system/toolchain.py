@@ -12,11 +12,13 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
 from zi_experiments import environment
+from zi_experiments.units import gigabytes
 
 LARGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 _IPC_LOCK = 14  # the capability to lock memory without a limit, as a bit of CapEff
@@ -30,6 +32,13 @@ class Finding:
 
     found: str
     fix: str | None = None
+
+
+def lacking(need: str, *findings: Finding) -> Iterator[str]:
+    """A line for each finding that asks for something: what needs it, what was found, and what to type."""
+    for finding in findings:
+        if finding.fix is not None:
+            yield f"{need}, and {finding.found}: {finding.fix}"
 
 
 def cxx_compiler() -> Finding:
@@ -173,7 +182,7 @@ def direct_io(folder: Path) -> Finding:
 
 def free_space(folder: Path) -> Finding:
     """The room that a folder's disk has; plans say how much they need."""
-    return Finding(found=f"{folder} has {shutil.disk_usage(folder).free / 1e9:.1f} GB free")
+    return Finding(found=f"{folder} has {gigabytes(shutil.disk_usage(folder).free, 1)} free")
 
 
 def launcher_variables() -> Finding:

@@ -1,43 +1,83 @@
 """DeepSpeed ZeRO-Inference: ZeRO stage 3 with parameters on the GPU, in host memory or on disk, quantized or not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from zi_experiments.config.schema import ConfigError, WeightSource
+from zi_experiments.config.schema import ConfigError, Run, WeightSource
 from zi_experiments.cost_model.inventory import Stored
 from zi_experiments.cost_model.plan import Plan, Storage
+from zi_experiments.cost_model.spec import Spec
 from zi_experiments.engines.deepspeed import ds_config, patches, placement, quantized
 from zi_experiments.engines.deepspeed.checked_writes import checking_writes
 from zi_experiments.engines.deepspeed.operators import build_ops
 from zi_experiments.engines.deepspeed.partitions import inventory
 from zi_experiments.engines.deepspeed.pinned import register_swap_buffers
+from zi_experiments.engines.deepspeed.prerequisites import problems
+from zi_experiments.engines.disk_access import MOST_IN_FLIGHT, reading
 from zi_experiments.engines.hf_session import HFSession, host_cache
 from zi_experiments.models.architecture import model_class
 from zi_experiments.models.weights import RandomWeights, load_model
 from zi_experiments.runtime import distributed
 from zi_experiments.runtime.progress import Progress
+from zi_experiments.system.disk import Disk
+
+OPTIONS = frozenset(
+    {
+        "engine.profile",
+        "offload.buffer_count",
+        "offload.buffer_size",
+        "offload.use_gds",
+        "offload.aio.block_size",
+        "offload.aio.queue_depth",
+        "offload.aio.intra_op_parallelism",
+        "offload.aio.single_submit",
+        "offload.aio.overlap_events",
+    }
+)
+CONFIG_NAME = "ds_config"
 
 
-def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
-    """DeepSpeed's configuration of a plan; `scratch` is the run's own folder on the NVMe path."""
-    return ds_config.build(plan, scratch)
+def check(run: Run) -> None:
+    """Raise `ConfigError` without a profile."""
+    if run.engine.profile is None:
+        raise ConfigError(
+            "engine.profile=null is not a profile of engine=deepspeed: pass engine.profile=tuned, or reference"
+        )
 
 
-def storage(plan: Plan) -> Storage:
+def storage(spec: Spec) -> Storage:
     """Where ZeRO stage 3 keeps the weights.
 
     Raises `ConfigError` for a checkpoint that is quantized already: transformers expands it, and leaves ZeRO-3 out.
     """
-    if _is_pretrained(plan) and getattr(plan.architecture.config, "quantization_config", None) is not None:
+    if _is_pretrained(spec) and getattr(spec.architecture.config, "quantization_config", None) is not None:
         raise ConfigError("engine=deepspeed cannot load weights that are quantized already: pass engine=stream")
-    return placement.storage(plan)
+    return placement.storage(spec)
+
+
+def requirements(plan: Plan) -> Iterator[str]:
+    """What DeepSpeed's operators and its asynchronous I/O lack on this machine."""
+    return problems(plan)
+
+
+def disk_access(run: Run, folder: Path) -> Disk:
+    """A queue for each thread. What the profiles take, and what others leave to the kernel, is more than a disk can tell."""
+    aio = run.offload.aio
+    in_flight = (aio.intra_op_parallelism or MOST_IN_FLIGHT) * (aio.queue_depth or MOST_IN_FLIGHT)
+    return reading(folder, aio.block_size, in_flight)
 
 
 def stored(plan: Plan) -> dict[str, Stored]:
     """How ZeRO stage 3 keeps each parameter."""
     return placement.stored(plan)
+
+
+def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
+    """DeepSpeed's configuration of a plan; `scratch` is the run's own folder on the NVMe path."""
+    return ds_config.build(plan, scratch)
 
 
 def prepare(plan: Plan, progress: Progress) -> None:
@@ -89,8 +129,8 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     )
 
 
-def _is_pretrained(plan: Plan) -> bool:
-    return plan.run.weights.source is WeightSource.pretrained
+def _is_pretrained(spec: Spec) -> bool:
+    return spec.run.weights.source is WeightSource.pretrained
 
 
 def _from_nothing(plan: Plan, progress: Progress) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from zi_experiments.config.schema import OffloadDevice
 from zi_experiments.cost_model.plan import Plan
+from zi_experiments.engines.deepspeed import placement
 from zi_experiments.runtime.progress import Progress
 from zi_experiments.system import toolchain
 
@@ -22,7 +23,7 @@ def operators(plan: Plan) -> list[str]:
         names.append("ShareMemCommBuilder")
     if plan.run.offload.device is OffloadDevice.nvme:
         names += ["PinMemoryBuilder", "GDSBuilder" if plan.run.offload.use_gds else "AsyncIOBuilder"]
-    if plan.uses_cuda_quantizer:
+    if placement.uses_cuda_quantizer(plan):
         names.append("QuantizerBuilder")
     return names
 

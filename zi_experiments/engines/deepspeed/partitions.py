@@ -10,7 +10,7 @@ from zi_experiments.cost_model.inventory import (
     held,
     home_on,
 )
-from zi_experiments.cost_model.plan import ELEMENT_BYTES
+from zi_experiments.cost_model.spec import ELEMENT_BYTES
 from zi_experiments.runtime import distributed
 
 

@@ -4,11 +4,13 @@ docs/stream.md has a picture of it.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from zi_experiments.config.schema import Run
 from zi_experiments.cost_model.inventory import (
     Home,
     Inventory,
@@ -16,7 +18,9 @@ from zi_experiments.cost_model.inventory import (
     held,
     home_on,
 )
-from zi_experiments.cost_model.plan import ELEMENT_BYTES, Plan, Storage
+from zi_experiments.cost_model.plan import Plan, Storage
+from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
+from zi_experiments.engines.disk_access import reading
 from zi_experiments.engines.hf_session import HFSession
 from zi_experiments.engines.modules import device_of, names_of, put
 from zi_experiments.engines.stream import placement
@@ -24,16 +28,40 @@ from zi_experiments.models import weights
 from zi_experiments.models.architecture import decoder_layers
 from zi_experiments.runtime import distributed
 from zi_experiments.runtime.progress import Progress
+from zi_experiments.system import toolchain
+from zi_experiments.system.disk import Disk
+
+OPTIONS = frozenset(
+    {"offload.resident", "offload.aio.block_size", "offload.aio.intra_op_parallelism", "workload.micro_batches"}
+)
+CONFIG_NAME = "engine_config"
 
 
-def storage(plan: Plan) -> Storage:
+def check(run: Run) -> None:
+    """Raises nothing: what can be composed can be streamed."""
+
+
+def storage(spec: Spec) -> Storage:
     """Where the slabs are, and the buffers that they pass through."""
-    return placement.storage(plan)
+    return placement.storage(spec)
 
 
 def stored(plan: Plan) -> dict[str, Stored]:
     """How each parameter is kept."""
     return placement.stored(plan)
+
+
+def requirements(plan: Plan) -> Iterator[str]:
+    """What Triton needs to compile the kernel that expands quantized weights on a GPU."""
+    if plan.machine.device == "cuda" and plan.run.quant.bits < 16:
+        need = "Triton compiles the kernel that expands quantized weights"
+        yield from toolchain.lacking(need, toolchain.c_compiler(), toolchain.python_headers())
+
+
+def disk_access(run: Run, folder: Path) -> Disk:
+    """Each buffer is read in so many parts at a time."""
+    aio = run.offload.aio
+    return reading(folder, aio.block_size, (aio.intra_op_parallelism or placement.PARALLEL) * placement.BUFFERS)
 
 
 def config(plan: Plan, scratch: str | None) -> dict[str, Any]:

@@ -8,18 +8,12 @@ from math import ceil
 
 from zi_experiments.config.schema import (
     CacheDevice,
-    ConfigError,
     OffloadDevice,
     Verify,
 )
 from zi_experiments.cost_model.inventory import Home, Stored
-from zi_experiments.cost_model.plan import (
-    ELEMENT_BYTES,
-    Overlap,
-    Placement,
-    Plan,
-    Storage,
-)
+from zi_experiments.cost_model.plan import Overlap, Placement, Storage
+from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.stream.slab import Layout, lay_out
 from zi_experiments.models.architecture import Parameter
 
@@ -33,7 +27,6 @@ OVERLAP = Overlap(
     pinning=3.0,
 )
 BUFFERS = 4  # slabs in host memory in front of the GPU's slots, when they come from disk
-CHUNK_BYTES = 8 << 20  # of a request to the disk, unless offload.aio.block_size says otherwise
 PARALLEL = 4  # requests for a slab at a time, unless offload.aio.intra_op_parallelism says otherwise
 
 
@@ -54,33 +47,30 @@ class _Layer:
     stored_bytes: dict[str, int]  # of each, the smallest first
 
 
-def place(plan: Plan) -> tuple[LayerPlacement, ...]:
+def place(spec: Spec) -> tuple[LayerPlacement, ...]:
     """The placement of each decoder layer, in the order in which they run."""
-    layers = _layers(plan)
-    resident = plan.run.offload.resident
-    if plan.run.offload.device is OffloadDevice.none:
-        return _split(plan, layers, 0)
+    layers = _layers(spec)
+    resident = spec.run.offload.resident
+    if spec.run.offload.device is OffloadDevice.none:
+        return _split(spec, layers, 0)
     total = sum(sum(layer.stored_bytes.values()) for layer in layers)
     if resident != "auto":
-        return _split(plan, layers, ceil((1 - resident) * total))
+        return _split(spec, layers, ceil((1 - resident) * total))
     # what is streamed takes slots, which take room from what is resident
-    room, needed = _room(plan), 0
-    placed = _split(plan, layers, needed)
-    while (excess := sum(layer.resident.nbytes for layer in placed) + _buffer_bytes(plan, placed) - room) > 0:
+    room, needed = _room(spec), 0
+    placed = _split(spec, layers, needed)
+    while (excess := sum(layer.resident.nbytes for layer in placed) + _buffer_bytes(spec, placed) - room) > 0:
         if needed >= total:
             break  # nothing can stay, and the planner will say so if even that is too much
         needed = min(total, sum(layer.streamed.nbytes for layer in placed) + excess)
-        placed = _split(plan, layers, needed)
+        placed = _split(spec, layers, needed)
     return placed
 
 
-def storage(plan: Plan) -> Storage:
+def storage(spec: Spec) -> Storage:
     """Where this engine keeps the weights: each rank has what is resident to itself."""
-    for key in ("queue_depth", "single_submit", "overlap_events"):
-        if getattr(plan.run.offload.aio, key) is not None:
-            raise ConfigError(f"offload.aio.{key} is only used with engine=deepspeed: pass offload.aio.{key}=null")
-    placed, ranks, on_gpu = place(plan), plan.run.hardware.num_gpus, plan.machine.device == "cuda"
-    resident = _outside_bytes(plan) + sum(layer.resident.nbytes for layer in placed)
+    placed, ranks, on_gpu = place(spec), spec.run.hardware.num_gpus, spec.machine.device == "cuda"
+    resident = _outside_bytes(spec) + sum(layer.resident.nbytes for layer in placed)
     host = sum(layer.streamed.nbytes for layer in placed if not layer.on_disk)
     disk = sum(layer.streamed.nbytes for layer in placed if layer.on_disk)
     largest = max((layer.streamed.nbytes for layer in placed if layer.on_disk), default=0)
@@ -92,26 +82,26 @@ def storage(plan: Plan) -> Storage:
             nvme_bytes=disk,
         ),
         copied_bytes=(ranks - 1) * resident,
-        expanded_numel=sum(p.numel for p in plan.architecture.parameters if p.layer is None and plan.is_quantized(p)),
+        expanded_numel=sum(p.numel for p in spec.architecture.parameters if p.layer is None and spec.is_quantized(p)),
         streamed_bytes_per_pass=host + disk if on_gpu else 0,
         host_buffer_bytes=BUFFERS * largest + (0 if on_gpu else ranks * expanded),
-        gpu_buffer_bytes=_buffer_bytes(plan, placed) if on_gpu else 0,
-        parked_bytes=_parked_bytes(plan, placed),
+        gpu_buffer_bytes=_buffer_bytes(spec, placed) if on_gpu else 0,
+        parked_bytes=_parked_bytes(spec, placed),
         overlap=OVERLAP,
     )
 
 
-def stored(plan: Plan) -> dict[str, Stored]:
+def stored(spec: Spec) -> dict[str, Stored]:
     """Every parameter by name: what is outside of layers on the device in 16 bits, the others as `place` says."""
-    placed, found = place(plan), {}
-    for p in plan.architecture.parameters:
+    placed, found = place(spec), {}
+    for p in spec.architecture.parameters:
         if p.layer is None:
-            found[p.name] = Stored(numel=p.numel, home=plan.device_home)
+            found[p.name] = Stored(numel=p.numel, home=spec.device_home)
             continue
         layer = placed[p.layer]
         streamed = any(place.name == name_in_layer(p) for place in (*layer.streamed.plain, *layer.streamed.quantized))
         source = Home.nvme if layer.on_disk else Home.cpu
-        found[p.name] = Stored(numel=plan.stored_numel(p), home=source if streamed else plan.device_home)
+        found[p.name] = Stored(numel=spec.stored_numel(p), home=source if streamed else spec.device_home)
     return found
 
 
@@ -120,42 +110,42 @@ def name_in_layer(parameter: Parameter) -> str:
     return parameter.name.partition(f".{parameter.layer}.")[2]
 
 
-def slots(plan: Plan) -> int:
+def slots(spec: Spec) -> int:
     """Slabs on the GPU: one computes, one is on its way, and unless memory is scarce one has arrived between them."""
-    return 2 if plan.run.offload.resident == "auto" else 3
+    return 2 if spec.run.offload.resident == "auto" else 3
 
 
-def _layers(plan: Plan) -> list[_Layer]:
+def _layers(spec: Spec) -> list[_Layer]:
     """The decoder layers, in the order in which they run."""
-    parameters = sorted((p for p in plan.architecture.parameters if p.layer is not None), key=lambda p: p.layer or 0)
+    parameters = sorted((p for p in spec.architecture.parameters if p.layer is not None), key=lambda p: p.layer or 0)
     kinds: dict[tuple[tuple[str, tuple[int, ...], bool], ...], _Layer] = {}
     layers = []
     for _, group in groupby(parameters, lambda p: p.layer):
         named = tuple((name_in_layer(p), p) for p in group)
         kind = tuple((name, p.shape, p.quantizable) for name, p in named)
         if kind not in kinds:
-            sizes = sorted(((name, ELEMENT_BYTES * plan.stored_numel(p)) for name, p in named), key=lambda one: one[1])
+            sizes = sorted(((name, ELEMENT_BYTES * spec.stored_numel(p)) for name, p in named), key=lambda one: one[1])
             kinds[kind] = _Layer(parameters=named, stored_bytes=dict(sizes))
         layers.append(kinds[kind])
     return layers
 
 
-def _outside_bytes(plan: Plan) -> int:
+def _outside_bytes(spec: Spec) -> int:
     """Embeddings, head and final norm, which stay on the device in 16 bits."""
-    return ELEMENT_BYTES * sum(p.numel for p in plan.architecture.parameters if p.layer is None)
+    return ELEMENT_BYTES * sum(p.numel for p in spec.architecture.parameters if p.layer is None)
 
 
-def _split(plan: Plan, layers: list[_Layer], needed: int) -> tuple[LayerPlacement, ...]:
+def _split(spec: Spec, layers: list[_Layer], needed: int) -> tuple[LayerPlacement, ...]:
     """Stream at least `needed` bytes, evenly: a part of every layer, so that slots are small and copies steady."""
 
     @cache
     def with_streamed(layer: _Layer, chosen: tuple[str, ...]) -> LayerPlacement:
-        quantized = {p.name for _, p in layer.parameters if plan.is_quantized(p)}
+        quantized = {p.name for _, p in layer.parameters if spec.is_quantized(p)}
         stays = [(name, p) for name, p in layer.parameters if name not in chosen]
         goes = [(name, p) for name, p in layer.parameters if name in chosen]
         return LayerPlacement(
-            resident=lay_out(stays, quantized, plan.run.quant, shares=1),
-            streamed=lay_out(goes, quantized, plan.run.quant, shares=plan.run.hardware.num_gpus),
+            resident=lay_out(stays, quantized, spec.run.quant, shares=1),
+            streamed=lay_out(goes, quantized, spec.run.quant, shares=spec.run.hardware.num_gpus),
             on_disk=False,
         )
 
@@ -165,9 +155,9 @@ def _split(plan: Plan, layers: list[_Layer], needed: int) -> tuple[LayerPlacemen
         chosen = tuple(_choose(layer, due - sent))
         sent += sum(layer.stored_bytes[name] for name in chosen)
         placed.append(with_streamed(layer, chosen))
-    if plan.run.offload.device is not OffloadDevice.nvme:
+    if spec.run.offload.device is not OffloadDevice.nvme:
         return tuple(placed)
-    in_memory = _fitting_host(plan, placed) if plan.run.offload.resident == "auto" else 0
+    in_memory = _fitting_host(spec, placed) if spec.run.offload.resident == "auto" else 0
     spread = [(i + 1) * in_memory // len(placed) > i * in_memory // len(placed) for i in range(len(placed))]
     return tuple(
         replace(layer, on_disk=layer.streamed.nbytes > 0 and not held)
@@ -186,36 +176,36 @@ def _choose(layer: _Layer, bytes_due: int) -> Iterator[str]:
         yield chosen
 
 
-def _room(plan: Plan) -> int:
+def _room(spec: Spec) -> int:
     """Bytes of one device that are left for resident layers and their buffers."""
-    machine, ranks = plan.machine, plan.run.hardware.num_gpus
-    outside = _outside_bytes(plan)
+    machine, ranks = spec.machine, spec.run.hardware.num_gpus
+    outside = _outside_bytes(spec)
     if machine.gpu_memory_bytes is None:
-        return machine.host_memory_bytes * 9 // 10 // ranks - outside - plan.kv_cache_bytes - plan.reference_bytes
-    on_gpu = plan.run.kv_cache.device is CacheDevice.gpu
-    kv = (plan.kv_cache_bytes if on_gpu else plan.kv_slot_bytes) // ranks
+        return machine.host_memory_bytes * 9 // 10 // ranks - outside - spec.kv_cache_bytes - spec.reference_bytes
+    on_gpu = spec.run.kv_cache.device is CacheDevice.gpu
+    kv = (spec.kv_cache_bytes if on_gpu else spec.kv_slot_bytes) // ranks
     # the reference finds its room where weights are parked meanwhile; with verify=off the same layers are resident
     return (
-        machine.gpu_memory_bytes - plan.context_bytes - outside - max(kv + plan.workspace_bytes, plan.observing_bytes)
+        machine.gpu_memory_bytes - spec.context_bytes - outside - max(kv + spec.workspace_bytes, spec.observing_bytes)
     )
 
 
-def _parked_bytes(plan: Plan, placed: Sequence[LayerPlacement]) -> int:
+def _parked_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
     """Resident bytes that make room on the GPU for the reference: its weights, and as much again to quantize them.
 
     The buffer that layers are expanded into makes room as well, and what a measured pass would take.
     """
-    memory = plan.machine.gpu_memory_bytes
-    if memory is None or plan.run.verify is Verify.off:
+    memory = spec.machine.gpu_memory_bytes
+    if memory is None or spec.run.verify is Verify.off:
         return 0
-    resident, arriving = sum(layer.resident.nbytes for layer in placed), slots(plan) * _largest(placed)
-    free = memory - plan.context_bytes - _outside_bytes(plan) - resident - arriving - plan.observing_kv_bytes
-    return min(resident, max(0, plan.observed_bytes + 2 * plan.reference_bytes - free))
+    resident, arriving = sum(layer.resident.nbytes for layer in placed), slots(spec) * _largest(placed)
+    free = memory - spec.context_bytes - _outside_bytes(spec) - resident - arriving - spec.observing_kv_bytes
+    return min(resident, max(0, spec.observed_bytes + 2 * spec.reference_bytes - free))
 
 
-def _buffer_bytes(plan: Plan, placed: tuple[LayerPlacement, ...]) -> int:
+def _buffer_bytes(spec: Spec, placed: tuple[LayerPlacement, ...]) -> int:
     """Slots for what is streamed, and the buffer that a quantized layer is expanded into."""
-    return slots(plan) * _largest(placed) + ELEMENT_BYTES * expanded_elements(placed)
+    return slots(spec) * _largest(placed) + ELEMENT_BYTES * expanded_elements(placed)
 
 
 def _largest(placed: Sequence[LayerPlacement]) -> int:
@@ -228,12 +218,12 @@ def expanded_elements(placed: tuple[LayerPlacement, ...]) -> int:
     return max(layer.resident.elements + layer.streamed.elements for layer in placed)
 
 
-def _fitting_host(plan: Plan, placed: list[LayerPlacement]) -> int:
+def _fitting_host(spec: Spec, placed: list[LayerPlacement]) -> int:
     """Layers whose streamed part fits in host memory, beside the buffers for the others."""
-    if plan.machine.device == "cpu":
+    if spec.machine.device == "cpu":
         return 0  # what is resident has been given that memory
     largest = _largest(placed)
-    kv = plan.kv_cache_bytes if plan.run.kv_cache.device is CacheDevice.cpu else 0
-    beside = plan.process_bytes + kv + BUFFERS * largest + _parked_bytes(plan, placed)
-    room = plan.machine.host_memory_bytes * 8 // 10 - beside
+    kv = spec.kv_cache_bytes if spec.run.kv_cache.device is CacheDevice.cpu else 0
+    beside = spec.process_bytes + kv + BUFFERS * largest + _parked_bytes(spec, placed)
+    room = spec.machine.host_memory_bytes * 8 // 10 - beside
     return min(len(placed), max(0, room // largest)) if largest else 0

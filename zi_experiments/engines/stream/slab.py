@@ -7,7 +7,7 @@ from math import lcm, prod
 from typing import Any
 
 from zi_experiments.config.schema import Quant
-from zi_experiments.cost_model.plan import ELEMENT_BYTES
+from zi_experiments.cost_model.spec import ELEMENT_BYTES
 from zi_experiments.models.architecture import Parameter
 
 ALIGNMENT = 256  # bytes: what CUDA's own allocator gives, and every kernel is happy with

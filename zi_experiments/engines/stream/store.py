@@ -10,7 +10,8 @@ from itertools import count
 import torch
 
 from zi_experiments.cost_model.inventory import Home
-from zi_experiments.engines.stream.placement import CHUNK_BYTES, PARALLEL
+from zi_experiments.engines.disk_access import BLOCK_BYTES
+from zi_experiments.engines.stream.placement import PARALLEL
 from zi_experiments.engines.stream.slab import PAGE
 
 
@@ -21,7 +22,7 @@ class DirectFile:
     """
 
     def __init__(self, path: str, nbytes: int, chunk_bytes: int | None, parallel: int | None, slabs: int) -> None:
-        self._chunk_bytes = chunk_bytes or CHUNK_BYTES
+        self._chunk_bytes = chunk_bytes or BLOCK_BYTES
         self._parallel = parallel or PARALLEL
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)

@@ -1,0 +1,1 @@
+"""Where records go: the console, a file, Weights & Biases."""

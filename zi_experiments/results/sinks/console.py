@@ -7,13 +7,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.measurement.generated import Generated
 from zi_experiments.results import explanation
 from zi_experiments.results.explanation import LIMITS
 from zi_experiments.results.record import Record
-from zi_experiments.units import gigabytes, seconds
+from zi_experiments.units import gigabytes, scaled, seconds
 
 
 class ConsoleSink:
@@ -61,7 +62,7 @@ class ConsoleSink:
         if metrics.tpot_p50_s is not None and metrics.tpot_p99_s is not None:
             table.add_row("time per token, p50 / p99", f"{seconds(metrics.tpot_p50_s)} / {seconds(metrics.tpot_p99_s)}")
         if metrics.link_bytes_per_s:
-            table.add_row("over the link", f"{metrics.link_bytes_per_s / 1e9:.1f} GB/s")
+            table.add_row("over the link", scaled(metrics.link_bytes_per_s, "B/s"))
         for label, name in (("prefill", "prefill_prediction_error"), ("decode", "decode_prediction_error")):
             error = getattr(metrics, name)
             if error is not None:
@@ -111,11 +112,12 @@ def show_plan(name: str, plan: Plan, console: Console) -> None:
     ]
     if plan.run.quant.bits < 16:
         lines.append(_quantized(plan))
-    if plan.bound.decode_step_s and plan.bound.limited_by:
-        least = explanation.least(plan, plan.bound.decode_step_s, plan.bound.limited_by)
+    bound = lower_bound(plan)
+    if bound.decode_step_s and bound.limited_by:
+        least = explanation.least(plan, bound.decode_step_s, bound.limited_by)
         step_s = predict(plan).decode_step_s
         predicted = f"; predicted {seconds(step_s)}" if step_s else ""
-        lines.append(f"a decode step takes at least {least}, limited by {LIMITS[plan.bound.limited_by]}{predicted}")
+        lines.append(f"a decode step takes at least {least}, limited by {LIMITS[bound.limited_by]}{predicted}")
     elif why := explanation.unknown(plan):
         lines.append(why)
     lines += [f"[yellow]note: {escape(note)}[/]" for note in arch.notes]

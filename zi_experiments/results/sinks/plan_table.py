@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zi_experiments.cost_model import memory_fit
+from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.planner.search import Candidate, Pace, paced
@@ -27,7 +28,7 @@ def show(plan: Plan, better: list[Candidate], console: Console) -> None:
     """The plan in tables, and of the runs of `search.improvements` the best."""
     console.print(_memory(plan))
     now = paced(plan)
-    if plan.bound.unknown or now is None:
+    if lower_bound(plan).unknown or now is None:
         return  # which rates are missing has been said
     console.print(_times(plan))
     for each in better[:_MOST_SHOWN]:
@@ -58,7 +59,7 @@ def _memory(plan: Plan) -> Table:
 
 
 def _times(plan: Plan) -> Table:
-    bound, predicted, work = plan.bound, predict(plan), plan.run.workload
+    bound, predicted, work = lower_bound(plan), predict(plan), plan.run.workload
     table = Table(title=f"how long it takes; rates: {plan.machine.ceilings.source or 'as given'}")
     table.add_column("")
     columns = ("at least", "limited by", "predicted", "mostly")

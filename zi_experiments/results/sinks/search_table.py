@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zi_experiments.config.schema import typed
+from zi_experiments.engines import base
 
 Job = tuple[list[str], dict[str, Any]]  # the overrides of a run, and its record
 
@@ -55,7 +56,7 @@ def _decided(config: dict[str, Any]) -> list[str]:
     """The overrides that stand for a candidate."""
     work = config["workload"]
     overrides = [f"workload.batch_size={work['batch_size']}", f"kv_cache={config['kv_cache']['device']}"]
-    if config["engine"]["name"] == "stream":
+    if "workload.micro_batches" in base.get(config["engine"]["name"]).OPTIONS:
         overrides.append(f"workload.micro_batches={work['micro_batches']}")
     if config["offload"]["resident"] != 0:
         overrides.append(f"offload.resident={config['offload']['resident']}")

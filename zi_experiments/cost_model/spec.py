@@ -1,0 +1,176 @@
+"""What is known of a run before its engine says where the weights go: sizes, formats, the KV cache. Pure figures."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from zi_experiments.config.schema import CacheDevice, Run
+from zi_experiments.cost_model.inventory import Home
+from zi_experiments.models.architecture import Architecture, Parameter
+from zi_experiments.system.machines import Machine
+
+ELEMENT_BYTES = 2  # every run computes in a 16-bit type
+GIB = 1 << 30
+CONTEXT_BYTES = GIB  # of CUDA on each GPU, with its kernels; a cap on the memory of a run leaves it out
+WORKER_BYTES = 2_500_000_000  # of host memory, for a process with CUDA, torch and transformers beside its weights
+LIBRARY_BYTES = GIB // 8  # workspaces of its libraries, and what the allocator cannot use
+VERIFIED_SEQUENCES, VERIFIED_TOKENS = 4, 19  # what is computed to verify a model, prompt and generated tokens of each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """A run, the model and the machine that it is for, and the 16-bit type that it computes in."""
+
+    run: Run
+    architecture: Architecture
+    machine: Machine
+    dtype: str
+
+    def is_quantized(self, parameter: Parameter) -> bool:
+        return self.run.quant.bits < 16 and parameter.quantizable
+
+    def stored_numel(self, parameter: Parameter) -> int:
+        """16-bit elements that one parameter takes in the reference's format, over all ranks.
+
+        A quantized weight holds its packed integers, then a 16-bit scale and a 16-bit minimum per group.
+        """
+        if not self.is_quantized(parameter):
+            return parameter.numel
+        quant = self.run.quant
+        assert quant.group_size is not None
+        return parameter.numel * quant.bits // 16 + 2 * (parameter.numel // quant.group_size)
+
+    @property
+    def device_home(self) -> Home:
+        """The memory of the device that computes."""
+        return Home.gpu if self.machine.device == "cuda" else Home.cpu
+
+    @cached_property
+    def quantized_fraction(self) -> float:
+        """Share of the model's parameters that are quantized."""
+        return self.quantized_numel / self.architecture.num_parameters
+
+    @cached_property
+    def quantized_numel(self) -> int:
+        """Parameters of the model that are quantized."""
+        return sum(p.numel for p in self.architecture.parameters if self.is_quantized(p))
+
+    @cached_property
+    def expanded_bytes(self) -> int:
+        """The largest quantized matrix, or stack of experts, as it is expanded to be multiplied with: often the head."""
+        return ELEMENT_BYTES * max((p.numel for p in self.architecture.parameters if self.is_quantized(p)), default=0)
+
+    @cached_property
+    def kv_cache_bytes(self) -> int:
+        """Keys and values of all sequences at full length, over all ranks."""
+        work = self.run.workload
+        return ELEMENT_BYTES * work.sequences * self.architecture.kv_elements(work.prompt_len + work.gen_len)
+
+    @cached_property
+    def kv_slot_bytes(self) -> int:
+        """What of keys and values is on the GPU with `kv_cache=cpu`: those of two layers, over all ranks."""
+        work = self.run.workload
+        tokens = work.prompt_len + work.gen_len
+        largest = max((layer.elements(tokens) for layer in self.architecture.kv_layers), default=0)
+        return 2 * ELEMENT_BYTES * work.sequences * largest
+
+    @cached_property
+    def widest(self) -> int:
+        """Rows or columns of a decoder layer's widest matrix."""
+        return max(max(p.shape[-2:]) for p in self.architecture.parameters if p.layer is not None and len(p.shape) > 1)
+
+    @cached_property
+    def workspace_bytes(self) -> int:
+        """What a rank's pass holds beside weights, keys and values: an estimate from the widths of a layer's matrices."""
+        work, arch = self.run.workload, self.architecture
+        sequences: int = work.batch_size // self.run.hardware.num_gpus
+        within = sequences * work.prompt_len * (3 * self.widest + 6 * arch.hidden_size)
+        # the model keeps its embeddings; micro-batches are put together into a layer's output while its input is still read
+        kept = 3 if work.micro_batches == 1 else 4
+        between = kept * sequences * work.micro_batches * work.prompt_len * arch.hidden_size
+        logits: int = 5 * sequences * work.micro_batches * arch.config.get_text_config().vocab_size
+        return ELEMENT_BYTES * (within + between + logits)
+
+    @property
+    def context_bytes(self) -> int:
+        """What CUDA and its libraries take of the memory of each GPU that the run may use."""
+        return LIBRARY_BYTES + (0 if self.machine.gpu_memory_is_capped else CONTEXT_BYTES)
+
+    @property
+    def process_bytes(self) -> int:
+        """What the worker processes take of host memory beside weights, keys and values."""
+        return WORKER_BYTES * self.run.hardware.num_gpus if self.machine.device == "cuda" else 0
+
+    @cached_property
+    def layer_numel(self) -> int:
+        """Stored elements of the largest decoder layer."""
+        return max(self._sizes(self.stored_numel)[1])
+
+    @cached_property
+    def reference_bytes(self) -> int:
+        """What verification holds beside the model: plain 16-bit weights of one decoder layer, embeddings and head."""
+        outside, layers = self._sizes(lambda p: p.numel)
+        return ELEMENT_BYTES * (outside + max(layers))
+
+    @property
+    def observed_bytes(self) -> int:
+        """What verification keeps of the engine's own pass: the hidden states between all layers."""
+        arch = self.architecture
+        return ELEMENT_BYTES * VERIFIED_SEQUENCES * VERIFIED_TOKENS * (arch.num_layers + 1) * arch.hidden_size
+
+    @property
+    def observing_bytes(self) -> int:
+        """What the engine's pass takes that is verified, beside weights and buffers: the logits of all tokens too."""
+        arch, tokens = self.architecture, VERIFIED_SEQUENCES * VERIFIED_TOKENS
+        within: int = 3 * self.widest + 9 * arch.hidden_size + 5 * arch.config.get_text_config().vocab_size
+        return self.observed_bytes + ELEMENT_BYTES * tokens * within + self.observing_kv_bytes
+
+    @property
+    def observing_kv_bytes(self) -> int:
+        """The KV cache of that pass on the GPU until the run begins: its sequences have the room of those of the run."""
+        work, arch, ranks = self.run.workload, self.architecture, self.run.hardware.num_gpus
+        if self.run.kv_cache.device is CacheDevice.cpu:
+            largest = max((layer.elements(VERIFIED_TOKENS) for layer in arch.kv_layers), default=0)
+            return max(self.kv_slot_bytes // ranks, 2 * ELEMENT_BYTES * VERIFIED_SEQUENCES * largest)
+        held = min(VERIFIED_SEQUENCES, work.sequences // ranks)
+        elements = held * arch.kv_elements(work.prompt_len + work.gen_len)
+        return ELEMENT_BYTES * max(elements, VERIFIED_SEQUENCES * arch.kv_elements(VERIFIED_TOKENS))
+
+    @cached_property
+    def outside_numel(self) -> int:
+        """Stored elements of embeddings, head and final norm."""
+        return self._sizes(self.stored_numel)[0]
+
+    def _sizes(self, size: Callable[[Parameter], int]) -> tuple[int, list[int]]:
+        """Size of what is outside of decoder layers, and of each layer."""
+        sizes: Counter[int | None] = Counter()
+        for p in self.architecture.parameters:
+            sizes[p.layer] += size(p)
+        outside = sizes.pop(None, 0)
+        return outside, list(sizes.values())
+
+    @property
+    def kv_link_bytes_per_pass(self) -> int:
+        """Bytes of keys and values that cross to the device in a decode step, over all ranks: at least the prompt's."""
+        if self.run.kv_cache.device is CacheDevice.gpu or self.machine.device == "cpu":
+            return 0
+        return ELEMENT_BYTES * self.run.workload.sequences * self.architecture.kv_elements(self.run.workload.prompt_len)
+
+    @property
+    def routed_experts(self) -> int:
+        """Experts of a layer that one token is sent to; of a configuration that does not say, all."""
+        experts = [p.shape[0] for p in self.architecture.parameters if p.is_experts]
+        return getattr(self.architecture.config.get_text_config(), "num_experts_per_tok", None) or max(
+            experts, default=0
+        )
+
+    def active(self, size: Callable[[Parameter], int]) -> int:
+        """Size of the decoder layers' weights that one token is multiplied with."""
+        routed, total = self.routed_experts, 0
+        for p in self.architecture.parameters:
+            if p.layer is not None and p.is_experts:
+                total += size(p) // p.shape[0] * routed
+            elif p.layer is not None and len(p.shape) > 1:
+                total += size(p)
+        return total

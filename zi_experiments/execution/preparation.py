@@ -1,0 +1,36 @@
+"""The one way from a configuration to a plan, for runs, for `plan_only=true` and for `get_ds_model`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from zi_experiments.calibration import this_machine
+from zi_experiments.config.schema import Run
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.engines import base
+from zi_experiments.models import contents
+from zi_experiments.models.architecture import Architecture
+from zi_experiments.planner import planning, search
+
+
+def load_architecture(run: Run) -> Architecture:
+    """The run's model. Raises `ConfigError` for what is wrong with it, or with what the engine is asked."""
+    base.check(run)
+    return contents.load(run)
+
+
+def prepare(
+    run: Run, folder: Path, *, arch: Architecture | None = None, tell: Callable[[str], None] | None = None
+) -> Plan | None:
+    """The plan of a run on this machine; None: its search has no candidate of that rank.
+
+    `folder` is for weights on disk. `arch` is the run's model, if it has been loaded. With `tell`, which gets a line for
+    what takes time, a machine whose candidates are to be ranked is measured first.
+
+    Raises `ConfigError` for what cannot work or fit.
+    """
+    arch = arch or load_architecture(run)
+    machine = this_machine.known(run, folder)
+    if tell is not None and run.search.rank is not None:
+        machine = this_machine.measured(run, machine, folder, tell)
+    settled = search.settle(run, arch, machine)
+    return planning.build(settled, arch, machine) if settled is not None else None
