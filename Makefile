@@ -62,4 +62,4 @@ system: ## what DeepSpeed compiles its operators with: check, and install with a
 
 clean: ## remove .venv and caches; outputs/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
-	find benchmarks conf tests zi_experiments -name __pycache__ -prune -exec rm -rf {} +
+	find benchmarks conf examples tests zi_experiments -name __pycache__ -prune -exec rm -rf {} +

@@ -28,19 +28,22 @@ ELSEWHERE = ("-m", "tracking=", "offload.path=", "hardware.ceilings.")  # what a
 NAMES = [field.name for field in fields(Calibration)]  # older records lack what was not measured then
 HEADER = """# Predictions against measurements
 
-Written by `make test ARGS="-n 0 tests/test_predictions.py --update-golden"`, and compared with the code by every `make test`.
+Written by `make test ARGS="-n 0 tests/test_predictions.py --update-golden"`, and compared with the code by every
+`make test`.
 
-Each row is a case of `make bench-gpu` or `make bench-cpu` ([`docs/results`](results)), and what its plan predicts
-before anything is loaded ([limits.md](limits.md) has the formulas), from the rates that `hardware=auto` had measured on
-its machine; with a GPU, link and disk were measured right before the case. What others use as well is measured before
-each run and after it, the disk and with a processor everything: of up to three runs the first counts during which disk
-and products have changed by less than 15 %, or else the one with the least change. An error is the prediction over the
-measured median, minus 1.
+Each row is a case of `make bench-gpu` or `make bench-cpu` ([`docs/results`](results)), with what its plan predicts
+before anything is loaded ([limits.md](limits.md) has the formulas). The predictions are made from the rates that
+`hardware=auto` had measured on the machine; with a GPU, PCIe (here called the link) and disk were measured right before
+the case.
+
+Some of a machine is shared with others: the disk, and with a processor everything. It is measured before each run and
+after it. Of up to three runs the first counts during which disk and products have changed by less than 15 %, or else
+the one with the least change. An error is the prediction over the measured median, minus 1.
 
 The H200 is part of a virtual machine on a host that others compute on as well, and its cores change their pace:
-`layer_s` was measured from 0.18 to 0.50 ms there. Engines feel it that wait for a core: `accelerate`, whose copies from
-pageable memory it makes, and the reference profile of `deepspeed` in INT4, whose launches take longer than its copies.
-Of those two runs one prefill each was measured.
+`layer_s` was measured from 0.18 to 0.50 ms there. Engines that wait for a core feel it: `accelerate`, whose copies from
+pageable memory a core makes, and the reference profile of `deepspeed` in INT4, whose launches take longer than its
+copies. One prefill of each of those two runs was measured.
 """
 COLUMNS = (
     *("model", "engine", "weights", "besides"),
@@ -178,7 +181,7 @@ def _besides(plan: Plan) -> str:
     run = plan.run
     told = {
         f"{run.workload.micro_batches} micro-batches": run.workload.micro_batches > 1,
-        "keys and values in host memory": run.kv_cache.device.value == "cpu",
+        "KV cache in host memory": run.kv_cache.device.value == "cpu",
         f"at most {run.hardware.memory_gib} GiB": run.hardware.memory_gib is not None,
         f"resident {run.offload.resident}": run.offload.resident != 0,
     }

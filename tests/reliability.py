@@ -13,10 +13,31 @@ from cli import Cli
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 HEADER = """# Reliability
 
-Written by `make test ARGS="-n 0 tests/test_reliability.py tests/test_sweep.py --update-golden"`, from what the tests see,
-and compared with it by every `make test`. Each fault is caused for real, by signals, limits, full disks and damaged files;
-after it the tests look for processes, shared memory, temporary files and weights on disk that nobody needs any more. The
-status is that of the record, which every run leaves in its `result.json`; what is shown is the line on the console.
+## Sweeps
+
+- **One run never stops a sweep.** Out of memory, a killed worker, an abort in C++, an error, a hang (`launch.timeout_s`
+  without a sign of progress): each is a record with its status, its cause and its log, and the next run begins. The
+  sweep ends with a table.
+- **The same command again goes on.** It runs only what is not `ok`: with the same settings, code, machine and weights,
+  which the `fingerprint` in the record stands for. `force=true` runs everything again. A record that is replaced is
+  kept beside the new one as `result-ID.json`.
+- **Signals end a run within seconds.** Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 end the workers, remove weights
+  from disk, close W&B and leave a `killed` record. What a `kill -9` leaves on disk, the next run removes. Ctrl-Z and
+  `fg` cost nothing but time.
+- **Jobs in processes of their own** have GPUs of their own, or wait for their turn:
+  [recipes.md](recipes.md#sweeps-in-several-processes).
+- **The record is never lost.** `result.json` exists from the start and is replaced as a whole. If the disk is full at
+  the end, the record is printed.
+- **Checkpoints are not trusted.** They load from safetensors, or from `.bin` files that hold nothing but tensors.
+  Python files that come with one run only with `trust_remote_code=true`. The record has the SHA-256 of what was loaded.
+
+## Faults
+
+This table is written by `make test ARGS="-n 0 tests/test_reliability.py tests/test_sweep.py --update-golden"` from what
+the tests see, and compared with it by every `make test`. Each fault is caused for real, by signals, limits, full disks
+and damaged files. After it the tests look for processes, shared memory, temporary files and weights on disk that nobody
+needs any more. The status is that of the record, which every run leaves in its `result.json`. What is shown is the line
+on the console.
 
 | fault | status | what is shown | what is left behind |
 |---|---|---|---|

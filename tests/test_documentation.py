@@ -1,4 +1,4 @@
-"""Every command of README and docs, found in their text and carried out as a reader would type it.
+"""Every command of README, docs and examples, found in their text and carried out as a reader would type it; every link.
 
 As it stands where a processor can. Where the model is too large the smallest of its family takes its place, with the
 shortest workload; where there is none so small, or a search would take all of the machine, the plan is made.
@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from zi_experiments import environment
+from zi_experiments.config.schema import Calibration, Ceilings
+from zi_experiments.cost_model.inventory import Held
+from zi_experiments.measurement.generated import Generated
+from zi_experiments.measurement.timing import Pass, Samples
+from zi_experiments.measurement.verification import Verification
+from zi_experiments.results.metrics import Metrics
+from zi_experiments.results.record import Failure, Record, RunInfo, describe_plan
+
 pytestmark = pytest.mark.timeout(1800)  # a sweep is one command
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 RUN = ("python", "-m", "zi_experiments")
 SMALLEST = {"opt": "opt-125m", "bloom": "bloom-560m", "qwen3": "qwen3-0.6b"}
 UNLIMITED = ("workload.batch_size=auto", "experiment=best-throughput")  # they fill the machine that they run on
@@ -28,7 +38,7 @@ BIG_MACHINE = ("hardware=h200", "hardware.host_memory_gib=512", "hardware.ceilin
 
 @dataclass(frozen=True)
 class Command:
-    page: str
+    page: str  # from the root: two pages are called README.md
     line: int
     words: tuple[str, ...]
     shown: str  # what the page shows below it
@@ -66,21 +76,31 @@ def typed(page):
             r"^(?:\$ )?((?:python|make|pip) .*)\n?((?:(?!\$ |python |make |pip ).*\n?)*)", text, re.M
         ):
             line = first + text[: match.start()].count("\n")
-            yield Command(page.name, line, tuple(shlex.split(match[1], comments=True)), match[2].strip())
+            yield Command(name_of(page), line, tuple(shlex.split(match[1], comments=True)), match[2].strip())
 
 
 def quoted(page):
     """The commands that a page names within a sentence."""
     for number, line in enumerate(page.read_text().splitlines(), 1):
         for match in re.finditer(r"`((?:python|make) [^`]*[^`.…])`", line):
-            yield Command(page.name, number, tuple(shlex.split(match[1])), "")
+            yield Command(name_of(page), number, tuple(shlex.split(match[1])), "")
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def once(commands):
+    """Those that several pages have where they are first."""
+    return list({(command.words, command.shown): command for command in reversed(commands)}.values())[::-1]
 
 
 TYPED = [command for page in PAGES for command in typed(page)]
 QUOTED = [command for page in PAGES for command in quoted(page)]
 RUNS = [c for c in TYPED if c.words[:3] == RUN and "plan_only=true" not in c.words]
 PLANS = [c for c in TYPED if c.words[:3] == RUN and "plan_only=true" in c.words]
-TOOLS = [c for c in TYPED if c.words[0] == "python" and c.words[:3] != RUN]
+SCRIPTS = [c for c in TYPED if c.words[0] == "python" and c.words[1].startswith("examples/")]  # test_examples.py's
+TOOLS = [c for c in TYPED if c.words[0] == "python" and c.words[:3] != RUN and c not in SCRIPTS]
 MAKE = [c for c in TYPED + QUOTED if c.words[0] == "make"]
 
 
@@ -89,7 +109,8 @@ def places(tmp_path_factory):
     """What pages name, and what is there instead."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "nvme").mkdir()
-    return {"/mnt/nvme": str(folder / "nvme"), "/models/my-llama": save_llama(folder / "my-llama")}
+    there = {"/mnt/nvme": str(folder / "nvme"), "/models/my-llama": save_llama(folder / "my-llama")}
+    return there | {"examples": str(ROOT / "examples")}
 
 
 def save_llama(folder):
@@ -121,6 +142,8 @@ def carry_out(tmp_path, places):
 
 def shortened(overrides):
     """The command with the smallest model of its family and the shortest workload, or as a plan."""
+    if "--config-dir" in overrides:  # what examples/ has is small
+        return [*overrides, "workload=smoke"]
     family, _, size = next((o for o in overrides if o.startswith("model=")), "model=opt-125m")[6:].partition("-")
     if (family not in SMALLEST and size) or any(o.startswith(UNLIMITED) for o in overrides):
         return [*(o for o in overrides if o not in ("-m",)), *BIG_MACHINE, "plan_only=true"]
@@ -130,20 +153,22 @@ def shortened(overrides):
 
 
 def test_commands_are_found():
-    assert Command("README.md", 9, (*RUN, "model=opt-175b", "offload=nvme", "quant=int4"), "") in RUNS
+    assert Command("README.md", 7, (*RUN, "model=opt-175b", "offload=nvme", "quant=int4"), "") in RUNS
     assert len(RUNS) > 12
     assert len(PLANS) > 30
     assert {"run", "test", "bench-gpu"} <= {command.words[1] for command in MAKE}
+    assert {"README.md", "docs/recipes.md", "examples/README.md"} <= {command.page for command in RUNS}
+    assert len(SCRIPTS) == 2
 
 
-@pytest.mark.parametrize("command", RUNS, ids=str)
+@pytest.mark.parametrize("command", once(RUNS), ids=str)
 def test_a_run(carry_out, command):
     done = carry_out([*RUN, *shortened(command.overrides)])
 
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in PLANS if c.page != "published.md"], ids=str)
+@pytest.mark.parametrize("command", once([c for c in PLANS if c.page != "docs/published.md"]), ids=str)
 def test_a_plan(carry_out, command):
     """On a machine that is large enough where none is named. Those of docs/published.md are test_published.py's."""
     named = any(word.startswith("hardware=") for word in command.words)
@@ -153,7 +178,7 @@ def test_a_plan(carry_out, command):
     assert command.shown in done.stdout
 
 
-@pytest.mark.parametrize("command", TOOLS, ids=str)
+@pytest.mark.parametrize("command", once(TOOLS), ids=str)
 def test_a_tool(carry_out, command, tmp_path):
     # what it measures would become a choice of this checkout
     elsewhere = (
@@ -166,14 +191,14 @@ def test_a_tool(carry_out, command, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", MAKE, ids=str)
+@pytest.mark.parametrize("command", once(MAKE), ids=str)
 def test_a_target_of_make(command):
     done = subprocess.run(["make", "--dry-run", *command.words[1:]], cwd=ROOT, capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in QUOTED if c.words[0] == "python"], ids=str)
+@pytest.mark.parametrize("command", once([c for c in QUOTED + SCRIPTS if c.words[0] == "python"]), ids=str)
 def test_what_a_sentence_names_is_there(command):
     """Those in code blocks are carried out."""
     if command.words[1] == "-m":
@@ -191,8 +216,8 @@ def test_the_installation_is_what_make_install_does():
     )
 
 
-def test_python_in_the_readme(carry_out, places):
-    (snippet,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.S)
+def test_python_in_its_page(carry_out, places):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python-api.md").read_text(), re.S)
     for name, instead in {"facebook/opt-66b": places["/models/my-llama"], "~/offload_dir": places["/mnt/nvme"]}.items():
         assert name in snippet
         snippet = snippet.replace(name, instead)
@@ -202,3 +227,76 @@ def test_python_in_the_readme(carry_out, places):
     )
 
     assert done.returncode == 0, done.stderr
+
+
+# --- links and names --------------------------------------------------------------------------------------------------
+
+
+def prose(page):
+    """A page without its code blocks."""
+    return re.sub(r"^```.*?^```$|^    [^\n]*$", "", page.read_text(), flags=re.S | re.M)
+
+
+def anchors(page):
+    """What follows the # in a link to each heading of a page."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if "://" not in link]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there), link
+
+
+def test_the_index_of_docs_has_every_page():
+    linked = re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs" / "README.md").read_text())
+
+    assert sorted(linked) == sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
+
+
+def test_the_readme_is_short():
+    assert len(PAGES[0].read_text().splitlines()) < 200
+
+
+def test_every_module_is_in_the_page_on_architecture():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    sections = {part.partition("\n")[0]: part for part in page.split("\n### ")}
+    package = ROOT / "zi_experiments"
+    missing = []
+    for path in sorted(package.rglob("*.py")):
+        first, _, inside = path.relative_to(package).as_posix().partition("/")
+        where, name = (sections[first], inside) if inside else (page, first)
+        if path.name != "__init__.py" and f"`{name.removeprefix('stream/')}`" not in where:
+            missing.append(f"{first}/{inside}")
+
+    assert missing == []
+
+
+def test_every_key_of_the_record_is_explained(make_plan, machine):
+    run = RunInfo(id="", name="", group=None, started_at="", finished_at=None, command="", git_revision=None)
+    one = Pass(ttft_s=1.0, total_s=1.0, step_s=[])
+    plan = describe_plan(make_plan("model=opt-13b"))
+    names = {
+        *Record(run=run, folder="", choices={}, config={}).to_dict(),
+        *(field.name for kind in (Failure, RunInfo, Held, Generated, Metrics, Verification) for field in fields(kind)),
+        *Samples(load_s=1.0, warmup=[one], measured=[one]).to_dict(),
+        *plan,
+        *(key for part in ("placement", "bound", "prediction") for key in plan[part]),
+        *(key for use in plan["memory"] for key in use),
+        *environment.describe(machine()),
+    }
+    text = (ROOT / "docs" / "metrics.md").read_text()
+
+    assert sorted(name for name in names if f"`{name}`" not in text) == []
+
+
+def test_every_rate_is_explained():
+    text = (ROOT / "docs" / "limits.md").read_text()
+    names = {field.name for kind in (Ceilings, Calibration) for field in fields(kind)} - {"source"}
+
+    assert sorted(name for name in names if f"`{name}`" not in text) == []
