@@ -115,7 +115,7 @@ def test_the_command_of_the_best_runs_it_alone(cli, searched):
     best = max(records(cli), key=lambda result: result["metrics"]["total_tok_per_s"])
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"keys and values {best['plan']['kv_cache_bytes'] / 1e6:.1f} MB" in done.stdout
+    assert f"KV cache {best['plan']['kv_cache_bytes'] / 1e6:.1f} MB" in done.stdout
     assert f"{best['plan']['prediction']['total_tok_per_s']:,.2f} tok/s" in done.stdout
 
 

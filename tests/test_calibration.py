@@ -28,7 +28,8 @@ from zi_experiments.calibration import (
 )
 from zi_experiments.calibration.disk import bytes_per_s
 from zi_experiments.config.schema import Calibration, ConfigError
-from zi_experiments.engines.disk_access import MOST_IN_FLIGHT, disk_of
+from zi_experiments.engines import base
+from zi_experiments.engines.disk_access import MOST_IN_FLIGHT
 from zi_experiments.results import metrics
 from zi_experiments.runtime.locks import FolderLock
 from zi_experiments.system import machines
@@ -163,8 +164,13 @@ def test_a_bound_that_a_run_passes_is_measured_again(done, tmp_path):
     assert min(record["bound_passed"].values()) > 10
     assert "measuring this machine again" in ran.stdout
     assert re.search(
-        r"the run passed its bound, prefill at \d+ % and decode at \d+ % of it, so the machine was", ran.stdout
+        r"faster than its lower bound \(prefill by \d+ % and decode by \d+ %\), so the bound was wrong",
+        ran.stdout,
     )
+    predicted, measured_s = record["plan"]["prediction"]["decode_step_s"], record["metrics"]["tpot_p50_s"]
+    error = record["metrics"]["decode_prediction_error"]
+    assert error == pytest.approx(predicted / measured_s - 1)
+    assert error > 10, "the prediction is that of before the run"
     for name in ("fraction_of_bound", "prefill_fraction_of_bound"):
         assert record["metrics"][name] is None or record["metrics"][name] <= metrics.NOISE
     rates = record["plan"]["rates"]
@@ -513,7 +519,9 @@ def test_a_run_says_how_it_reads(compose_run, tmp_path):
     deepspeed = compose_run("offload=nvme", "offload.aio.queue_depth=4", "offload.aio.intra_op_parallelism=2")
     blocks = compose_run("offload=nvme", "engine=stream", "offload.aio.block_size=268435456")
 
-    assert disk_of(stream, tmp_path) == Disk(folder=tmp_path, block_bytes=8 << 20, in_flight=16)
-    assert disk_of(deepspeed, tmp_path).in_flight == 8
+    assert base.get(stream.engine.name).disk_access(stream, tmp_path) == Disk(
+        folder=tmp_path, block_bytes=8 << 20, in_flight=16
+    )
+    assert base.get(deepspeed.engine.name).disk_access(deepspeed, tmp_path).in_flight == 8
     assert disk_of(compose_run("offload=nvme"), tmp_path).in_flight == MOST_IN_FLIGHT
-    assert disk_of(blocks, tmp_path).in_flight == 4  # buffers of 1 GiB together
+    assert base.get(blocks.engine.name).disk_access(blocks, tmp_path).in_flight == 4  # buffers of 1 GiB together

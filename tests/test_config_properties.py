@@ -319,7 +319,7 @@ def test_a_plan_adds_up_or_is_refused_in_one_line(choose, machine, family, wante
     assert_bound_is_finite(plan)
     assert_prediction_holds(plan)
     assert run.workload.batch_size in ("auto", plan.run.workload.batch_size)
-    json.dumps(describe_plan(plan), allow_nan=False)
+    json.dumps(describe_plan(plan, predict(plan)), allow_nan=False)
 
 
 def assert_weights_add_up(plan):

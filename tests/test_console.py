@@ -37,17 +37,18 @@ def test_a_table_has_the_errors_of_the_prediction_and_a_sentence_after_it(make_p
     one = Pass(ttft_s=predicted.prefill_s * 2, total_s=9.0, step_s=[predicted.decode_step_s / 1.1])
     samples = Samples(load_s=1.0, warmup=[], measured=[one])
     peaks = {"gpu_peak_bytes": 0, "host_peak_bytes": 0, "disk_peak_bytes": 0}
-    figures = metrics.derive(samples, plan, perplexity=None, **peaks)
+    figures = metrics.derive(samples, plan, predict(plan), perplexity=None, **peaks)
     run = RunInfo(id="1", name="one", group=None, started_at="", finished_at="", command="", git_revision=None)
     console = Console(file=io.StringIO(), width=200)
 
-    whole = Record(run=run, folder="", choices={}, config={}, status="ok", plan=plan, samples=samples, metrics=figures)
+    whole = Record(run=run, folder="", choices={}, config={}, status="ok")
+    whole = replace(whole, plan=plan, prediction=predict(plan), samples=samples, metrics=figures)
     ConsoleSink(console).write(whole)
 
     text = console.file.getvalue()
-    assert re.search(r"prefill time as predicted +│ +-50 %", text)
-    assert re.search(r"decode time as predicted +│ +\+10 %", text)
-    assert text.splitlines()[-1] == explanation.sentence(plan, figures)
+    assert re.search(r"predicted prefill time +│ +-50 % against the measured", text)
+    assert re.search(r"predicted decode time +│ +\+10 % against the measured", text)
+    assert text.splitlines()[-1] == explanation.sentence(plan, predict(plan), figures)
 
 
 def record(status):
@@ -70,7 +71,8 @@ def test_a_sweep_shows_what_differs_and_brackets_as_they_were_typed(capsys):
 def test_a_plan_shows_a_name_as_it_was_typed(make_plan, machine):
     console = Console(file=io.StringIO(), width=200)
 
-    show_plan("[/mine]", make_plan("model=opt-125m", on=machine("cpu")), console)
+    plan = make_plan("model=opt-125m", on=machine("cpu"))
+    show_plan("[/mine]", plan, predict(plan), console)
 
     assert console.file.getvalue().startswith("[/mine]: 125.2 M parameters")
 
@@ -78,7 +80,7 @@ def test_a_plan_shows_a_name_as_it_was_typed(make_plan, machine):
 def shown(plan):
     """What is shown of a plan on a terminal, with its colours."""
     console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="standard")
-    show_plan("run", plan, console)
+    show_plan("run", plan, predict(plan), console)
     return console.file.getvalue()
 
 
@@ -95,7 +97,7 @@ def with_fewer_quantizable(plan, keep):
 def test_a_plan_says_how_much_is_quantized_and_what_it_takes(make_plan):
     text = shown(make_plan("model=opt-125m", "quant=int4"))
 
-    assert "99 % of the parameters quantized to 4 bits; 4.66 bits a parameter as stored\n" in text
+    assert "99 % of the parameters quantized to 4 bits; 4.66 bits per parameter as stored\n" in text
     assert "warning" not in text
     assert YELLOW not in text
 
@@ -104,7 +106,7 @@ def test_a_plan_warns_where_much_stays_16_bit(make_plan):
     plan = with_fewer_quantizable(make_plan("model=opt-125m", "quant=int4"), lambda p: p.layer is not None)
 
     # 12·12·768² of 125.2 M
-    expected = "warning: only 68 % of the parameters quantized to 4 bits; 8.20 bits a parameter as stored"
+    expected = "warning: only 68 % of the parameters quantized to 4 bits; 8.20 bits per parameter as stored"
     assert f"{YELLOW}{expected}{RESET}\n" in shown(plan)
 
 

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from zi_experiments import environment
 from zi_experiments.config.schema import Calibration, Ceilings
 from zi_experiments.cost_model.inventory import Held
+from zi_experiments.cost_model.prediction import predict
 from zi_experiments.measurement.generated import Generated
 from zi_experiments.measurement.timing import Pass, Samples
 from zi_experiments.measurement.verification import Verification
@@ -280,7 +281,8 @@ def test_every_module_is_in_the_page_on_architecture():
 def test_every_key_of_the_record_is_explained(make_plan, machine):
     run = RunInfo(id="", name="", group=None, started_at="", finished_at=None, command="", git_revision=None)
     one = Pass(ttft_s=1.0, total_s=1.0, step_s=[])
-    plan = describe_plan(make_plan("model=opt-13b"))
+    planned = make_plan("model=opt-13b")
+    plan = describe_plan(planned, predict(planned))
     names = {
         *Record(run=run, folder="", choices={}, config={}).to_dict(),
         *(field.name for kind in (Failure, RunInfo, Held, Generated, Metrics, Verification) for field in fields(kind)),

@@ -7,6 +7,7 @@ from math import inf
 import pytest
 
 from zi_experiments.config.schema import Ceilings
+from zi_experiments.cost_model.prediction import predict
 from zi_experiments.measurement.timing import Pass, Samples
 from zi_experiments.results import explanation, metrics
 
@@ -29,7 +30,9 @@ def said(make_plan, machine):
         one = Pass(ttft_s=1.0, total_s=1.0 + sum(steps), step_s=steps)
         samples = Samples(load_s=1.0, warmup=[], measured=[one])
         peaks = {"gpu_peak_bytes": 0, "host_peak_bytes": 0, "disk_peak_bytes": 0}
-        return explanation.sentence(plan, metrics.derive(samples, plan, perplexity=None, **peaks))
+        return explanation.sentence(
+            plan, predict(plan), metrics.derive(samples, plan, predict(plan), perplexity=None, **peaks)
+        )
 
     return said
 
@@ -65,13 +68,13 @@ def test_the_sentence_of_the_largest_model(said):
         (
             ("offload=none",),
             {"flops": 1e12},
-            "decode multiplies for 201.3 GFLOP per step at 1.0 TFLOP/s: at least 201.3 ms; measured 1.00 s (20 %)",
+            "decode computes 201.3 GFLOP per step at 1.0 TFLOP/s: at least 201.3 ms; measured 1.00 s (20 %)",
         ),
     ],
     ids=str,
 )
 def test_each_limit_has_its_words(said, overrides, ceilings, expected):
-    assert said(1.0, *overrides, **ceilings).partition(". By plan")[0] == expected
+    assert said(1.0, *overrides, **ceilings).partition(". The prediction")[0] == expected
 
 
 def test_ranks_have_a_link_each_and_share_the_disk(said):
@@ -93,7 +96,7 @@ def test_what_takes_longest_by_plan_is_named_where_it_is_not_the_limit(said, mac
     told = said(9.0, "offload=cpu", calibration=slow, link_bytes_per_s=50e9)
 
     assert re.fullmatch(
-        r"decode streams 25\.7 GB .* measured 9\.00 s \(6 %\)\. By plan most of it is taken by the launch of kernels",
+        r"decode streams 25\.7 GB .* measured 9\.00 s \(6 %\)\. The prediction spends most of it on launching operations",
         told,
     )
     quick = replace(slow, layer_s=1e-6)
@@ -110,7 +113,7 @@ def test_a_bound_is_said_to_be_unknown_with_what_to_type(make_plan, machine):
 
     assert explanation.unknown(make_plan("model=opt-13b", "offload=cpu", on=on)) is None
     assert explanation.unknown(make_plan("model=opt-13b", "offload=nvme", on=on)) == (
-        "neither bound nor prediction, since disk_bytes_per_s of this machine is not known: pass "
+        "no estimate of time, since disk_bytes_per_s of this machine is not known: pass "
         "hardware.ceilings.disk_bytes_per_s=…, or measure it with python -m zi_experiments.hardware --path FOLDER"
     )
     nothing = explanation.unknown(make_plan("model=opt-13b", "offload=none", on=machine("h200", ceilings=UNKNOWN)))

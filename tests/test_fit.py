@@ -7,6 +7,7 @@ import pytest
 
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.cost_model import memory_fit
+from zi_experiments.cost_model.prediction import predict
 from zi_experiments.execution.preparation import prepare
 from zi_experiments.results.record import describe_plan
 from zi_experiments.system import disk
@@ -173,7 +174,7 @@ def test_what_is_lacking_is_named_with_its_parts_the_largest_first(refusal, mach
 
     # 4 · 3.565 GB of keys and values; a context of 1.125 GiB
     assert message.startswith(
-        "opt-13b needs 44.7 GB on each GPU (25.7 GB weights, 14.3 GB keys and values, 3.5 GB activations, 1.2 GB CUDA) "
+        "opt-13b needs 44.7 GB on each GPU (25.7 GB weights, 14.3 GB KV cache, 3.5 GB activations, 1.2 GB CUDA) "
         "and each has 40.0 GB: pass workload.batch_size="
     )
 
@@ -219,7 +220,7 @@ def test_verification_counts_the_weights_that_are_there(make_plan, machine):
 
 def test_a_record_has_what_is_taken_where(make_plan, machine):
     plan = make_plan("model=opt-13b", "quant=fp16", "offload=nvme", on=machine(disk_free_bytes=10**12))
-    memory = describe_plan(plan)["memory"]
+    memory = describe_plan(plan, predict(plan))["memory"]
 
     assert [use["where"] for use in memory] == ["GPU", "host", "disk"]
     for use, found in zip(memory, memory_fit.uses(plan), strict=True):

@@ -580,7 +580,7 @@ def test_keys_and_values_that_are_too_much_for_the_gpu_can_go_to_the_host(refusa
     """Those of 500 sequences take 223 GB, and 11 GB of them are on the GPU at a time with kv_cache=cpu."""
     message = refusal(*LONG_ANSWERS, "offload=cpu", "workload.batch_size=500", on=machine(gpu_memory_bytes=48 * GIB))
 
-    assert "222.8 GB keys and values" in message
+    assert "222.8 GB KV cache" in message
     assert re.search(r": pass workload\.batch_size=\d+, or kv_cache=cpu", message)
 
 
@@ -611,7 +611,7 @@ def test_keys_and_values_in_host_memory_take_little_of_the_gpu(make_plan, machin
     card = machine(gpu_memory_bytes=48 * GIB)
 
     make_plan(*LONG_ANSWERS, "workload.batch_size=1000", "kv_cache=cpu", on=card)
-    with pytest.raises(ConfigError, match=r"445\.6 GB keys and values"):
+    with pytest.raises(ConfigError, match=r"445\.6 GB KV cache"):
         make_plan(*LONG_ANSWERS, "workload.batch_size=1000", "kv_cache=gpu", on=card)
 
 
@@ -719,7 +719,7 @@ def test_keys_and_values_in_host_memory_are_counted_there(refusal, machine):
     small = machine("h200", host_memory_bytes=400 * 10**9)
     message = refusal(*LONG_ANSWERS, "offload=cpu", "kv_cache=cpu", "workload.batch_size=1000", on=small)
 
-    assert re.search(r"GB of host memory \(445\.6 GB keys and values, .* and 400\.0 GB are available", message)
+    assert re.search(r"GB of host memory \(445\.6 GB KV cache, .* and 400\.0 GB are available", message)
 
 
 @pytest.mark.parametrize("setting", [("offload=nvme", "offload.use_gds=true"), ("hardware.memory_gib=10",)])

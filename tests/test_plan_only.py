@@ -44,14 +44,14 @@ def test_a_plan_shows_what_goes_where_how_long_it_takes_and_what_would_help(cli)
     gpu, host = row(text, "weights")
     assert host == "98.24 GB"
     assert gpu.endswith("MB")
-    assert row(text, "in all")[1] == "100.74 GB", "with 2.5 GB of the process"
-    assert row(text, "of")[1] == "429.50 GB"
+    assert row(text, "total")[1] == "100.74 GB", "with 2.5 GB of the process"
+    assert row(text, "available")[1] == "429.50 GB"
     assert row(text, "decode step") == ["1.56 s (vendor's rates)", "the link"], (
         "and no prediction, which would be the same"
     )
     assert "a decode step takes at least 1.56 s (vendor's rates), limited by the link\n" in text
     assert re.search(
-        r"^faster, going by the bounds: workload\.batch_size=32, 3\.\d\d × the tokens per second; "
+        r"^faster \(by the lower bounds\): workload\.batch_size=32, 3\.\d\d × the tokens per second; "
         r"first token after 1\.56 s → 5\.\d\d s, then one each 1\.56 s → 1\.56 s$",
         text,
         re.MULTILINE,
@@ -76,7 +76,7 @@ def test_of_a_machine_that_was_not_measured_the_memory_is_shown_all_the_same(cli
     code, text = plan(cli, "plan_only=true", "hardware=cpu", "quant=fp16", XDG_CACHE_HOME=str(cli.folder / "empty"))
 
     assert code == 0, text
-    assert "neither bound nor prediction, since hbm_bytes_per_s, flops of this machine are not known: pass" in text
+    assert "no estimate of time, since hbm_bytes_per_s, flops of this machine are not known: pass" in text
     assert "at least" not in text
     assert row(text, "weights")[0].endswith("MB")
     assert "faster:" not in text
@@ -89,7 +89,9 @@ def test_the_batch_that_auto_stands_for_is_shown_by_what_it_takes(cli):
     code, text = plan(cli, *overrides, "workload.batch_size=auto")
 
     assert code == 0, text
-    assert float(row(text, "in all")[0].removesuffix(" GB")) > 0.97 * float(row(text, "of")[0].removesuffix(" GB"))
+    assert float(row(text, "total")[0].removesuffix(" GB")) > 0.97 * float(
+        row(text, "available")[0].removesuffix(" GB")
+    )
 
 
 def test_a_candidate_of_a_search_can_be_planned_alone(cli):

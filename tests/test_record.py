@@ -5,6 +5,7 @@ from math import inf, nan
 import pytest
 from omegaconf import OmegaConf
 
+from zi_experiments.cost_model.prediction import predict
 from zi_experiments.engines.deepspeed import ds_config
 from zi_experiments.measurement.timing import Pass, Samples
 from zi_experiments.results import metrics
@@ -93,10 +94,13 @@ def done(begun, make_plan):
         begun,
         status="ok",
         plan=plan,
+        prediction=predict(plan),
         ds_config=ds_config.build(plan),
         environment={"python": "3.11"},
         samples=samples,
-        metrics=metrics.derive(samples, plan, perplexity=None, gpu_peak_bytes=1, host_peak_bytes=2, disk_peak_bytes=0),
+        metrics=metrics.derive(
+            samples, plan, predict(plan), perplexity=None, gpu_peak_bytes=1, host_peak_bytes=2, disk_peak_bytes=0
+        ),
     )
 
 
@@ -136,7 +140,7 @@ def test_json_keeps_everything(done):
 def test_a_plan_of_a_batch_left_open_says_which_it_is(done, make_plan, machine):
     overrides = ("model=opt-13b", "workload.batch_size=auto", "engine=stream", "workload.micro_batches=2")
     plan = make_plan(*overrides, on=machine(gpu_memory_bytes=30 * 10**9))
-    written = result(replace(done, plan=plan))["plan"]
+    written = result(replace(done, plan=plan, prediction=predict(plan)))["plan"]
 
     assert written["batch_size"] == plan.run.workload.batch_size > 4
     assert written["sequences"] == 2 * written["batch_size"]

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import ConfigError
+from zi_experiments.cost_model.prediction import predict
 from zi_experiments.execution.preparation import prepare
 from zi_experiments.measurement import perplexity
 from zi_experiments.planner import search
@@ -23,5 +24,6 @@ def show(cfg: DictConfig, console: Console) -> None:
     plan = prepare(run, scratch.base_for_weights(run, Path(HydraConfig.get().runtime.output_dir) / "offload"))
     if plan is None:
         raise ConfigError(f"the search has no candidate of rank {run.search.rank}: pass search.rank=0")
-    show_plan(run.name, plan, console)
-    plan_table.show(plan, search.improvements(plan), console)
+    prediction = predict(plan)
+    show_plan(run.name, plan, prediction, console)
+    plan_table.show(plan, prediction, search.improvements(plan), console)

@@ -21,6 +21,7 @@ from zi_experiments.calibration import this_machine
 from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import ConfigError, Run, TrackingMode
 from zi_experiments.cost_model.plan import Plan
+from zi_experiments.cost_model.prediction import predict
 from zi_experiments.engines import base
 from zi_experiments.execution import (
     failures,
@@ -210,14 +211,14 @@ class _Job:
 
     def _run(self, plan: Plan) -> None:
         run = plan.run
-        self._update(plan=plan, config=initial.settled(self.record.config, run))
+        self._update(plan=plan, prediction=predict(plan), config=initial.settled(self.record.config, run))
         if self.record.checkpoint:
             self._update(checkpoint=self.record.checkpoint | _as_read(plan.architecture))
         path = scratch.for_weights(run, self._folder / "offload", self.record.run.id)
         temporary = scratch.for_temporary_files(self.record.run.id)
         preflight.check(plan, path)
         plan = replace(plan, machine=self._measured(run, plan.machine))
-        self._update(plan=plan)
+        self._update(plan=plan, prediction=predict(plan))
         engine = base.get(run.engine.name)
         config, kind = engine.config(plan, str(path) if path else None), engine.CONFIG_NAME
         (self._folder / f"{kind}.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -246,6 +247,7 @@ class _Job:
         derived = partial(
             metrics.derive,
             measured.samples,
+            prediction=predict(plan),
             perplexity=measured.perplexity,
             gpu_peak_bytes=measured.gpu_peak_bytes,
             host_peak_bytes=peaks.host_peak_bytes,

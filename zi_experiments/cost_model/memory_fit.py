@@ -94,7 +94,7 @@ def _described(use: Use) -> str:
     named = {
         "weights": use.weights,
         "buffers": use.buffers,
-        "keys and values": use.kv_cache,
+        "KV cache": use.kv_cache,
         "activations": use.workspace,
         "CUDA" if use.where == "GPU" else "processes": use.processes,
     }

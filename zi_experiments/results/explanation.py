@@ -3,7 +3,7 @@
 from zi_experiments.calibration.suite import MEASURED
 from zi_experiments.cost_model.bound import is_published, lower_bound, rate
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.cost_model.prediction import predict
+from zi_experiments.cost_model.prediction import Prediction
 from zi_experiments.results.metrics import Metrics, Passed
 from zi_experiments.units import scaled, seconds
 
@@ -11,14 +11,14 @@ _VERBS = {
     "link": "decode streams {amount} per step over a {rate} link",
     "disk": "decode reads {amount} per step from a {rate} disk",
     "hbm": "decode reads {amount} per step from {rate} memory",
-    "gemm": "decode multiplies for {amount} per step at {rate}",
+    "gemm": "decode computes {amount} per step at {rate}",
 }
 LIMITS = {
     "link": "the link",
     "disk": "the disk",
     "hbm": "the memory of the device",
     "gemm": "matrix products",
-    "launch": "the launch of kernels",
+    "launch": "launching operations",
 }
 VENDORS = " (vendor's rates)"
 
@@ -31,7 +31,7 @@ def unknown(plan: Plan) -> str | None:
     keys = " ".join(f"hardware.ceilings.{name}=…" for name in missing)
     path = " --path FOLDER" if "disk_bytes_per_s" in missing else ""
     return (
-        f"neither bound nor prediction, since {', '.join(missing)} of this machine {'is' if len(missing) == 1 else 'are'} "
+        f"no estimate of time, since {', '.join(missing)} of this machine {'is' if len(missing) == 1 else 'are'} "
         f"not known: pass {keys}, or measure it with python -m zi_experiments.hardware{path}"
     )
 
@@ -45,16 +45,18 @@ def passed(beyond: Passed, plan: Plan, metrics: Metrics) -> str:
     """That a run was faster than its bound, and what came of it."""
     chosen = plan.run.hardware.name
     now = {"prefill": metrics.prefill_fraction_of_bound, "decode": metrics.fraction_of_bound}
-    fractions = " and ".join(f"{name} at {100 * fraction:.0f} %" for name, fraction in beyond.items())
-    then = "the machine was measured again" if chosen in MEASURED else f"rates of hardware={chosen} are too low"
-    text = f"the run passed its bound, {fractions} of it, so {then}: "
+    fractions = " and ".join(f"{name} by {100 * (fraction - 1):.0f} %" for name, fraction in beyond.items())
+    then = "the machine was measured again" if chosen in MEASURED else f"the rates of hardware={chosen} are too low"
+    text = f"the run was faster than its lower bound ({fractions}), so the bound was wrong and {then}: "
     return text + " and ".join(
-        f"{name} is at {100 * fraction:.0f} %" if (fraction := now[name]) else f"no bound is known of its {name}"
+        f"{name} reaches {100 * fraction:.0f} % of the new one"
+        if (fraction := now[name])
+        else f"{name} has no bound now"
         for name in beyond
     )
 
 
-def sentence(plan: Plan, metrics: Metrics) -> str | None:
+def sentence(plan: Plan, prediction: Prediction, metrics: Metrics) -> str | None:
     """What a decode step had to do at least, and what it took; None where no ceiling is known."""
     bound, measured_s = lower_bound(plan), metrics.tpot_p50_s
     if bound.decode_step_s is None or bound.limited_by is None or measured_s is None:
@@ -63,12 +65,11 @@ def sentence(plan: Plan, metrics: Metrics) -> str | None:
         return None
     text = f"{_work(plan, bound.limited_by, bound.decode_step_s)}: at least {seconds(bound.decode_step_s)}"
     text += f"; measured {seconds(measured_s)} ({100 * bound.decode_step_s / measured_s:.0f} %)"
-    predicted = predict(plan)
     # products of few rows read weights as well: those that the bound counts as memory
     same = {bound.limited_by} if bound.limited_by != "hbm" else {"hbm", "gemm"}
-    if predicted.limited_by is None or predicted.limited_by in same:
+    if prediction.limited_by is None or prediction.limited_by in same:
         return text
-    return f"{text}. By plan most of it is taken by {LIMITS[predicted.limited_by]}"
+    return f"{text}. The prediction spends most of it on {LIMITS[prediction.limited_by]}"
 
 
 def _work(plan: Plan, limit: str, bound_s: float) -> str:

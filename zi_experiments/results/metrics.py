@@ -5,7 +5,7 @@ from statistics import median, quantiles
 
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.cost_model.prediction import predict
+from zi_experiments.cost_model.prediction import Prediction
 from zi_experiments.measurement.timing import Samples
 
 NOISE = 1.03  # a fraction of a bound below this is within what measurements scatter
@@ -39,15 +39,16 @@ class Metrics:
 def derive(
     samples: Samples,
     plan: Plan,
+    prediction: Prediction,
     *,
     perplexity: float | None,
     gpu_peak_bytes: int,
     host_peak_bytes: int,
     disk_peak_bytes: int,
 ) -> Metrics:
-    """The metrics of a run."""
+    """The metrics of a run, held against what its plan had predicted before it began."""
     work, passes = plan.run.workload, samples.measured
-    batch, bound, predicted = work.sequences, lower_bound(plan), predict(plan)
+    batch, bound = work.sequences, lower_bound(plan)
     prefill = [batch * work.prompt_len / one.ttft_s for one in passes]
     total = [batch * work.gen_len / one.total_s for one in passes]
     decode = [batch * len(one.step_s) / sum(one.step_s) for one in passes if one.step_s]
@@ -70,8 +71,8 @@ def derive(
         link_bytes_per_s=plan.link_bytes_per_pass / step if step else None,
         fraction_of_bound=bound.decode_step_s / step if step and bound.decode_step_s else None,
         prefill_fraction_of_bound=bound.prefill_s / ttft if bound.prefill_s else None,
-        prefill_prediction_error=predicted.prefill_s / ttft - 1 if predicted.prefill_s else None,
-        decode_prediction_error=predicted.decode_step_s / step - 1 if step and predicted.decode_step_s else None,
+        prefill_prediction_error=prediction.prefill_s / ttft - 1 if prediction.prefill_s else None,
+        decode_prediction_error=prediction.decode_step_s / step - 1 if step and prediction.decode_step_s else None,
         perplexity=perplexity,
         spread={name: (min(values), max(values)) for name, values in rates.items() if values},
     )

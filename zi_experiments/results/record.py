@@ -7,7 +7,7 @@ from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.inventory import Held
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.cost_model.prediction import predict
+from zi_experiments.cost_model.prediction import Prediction
 from zi_experiments.measurement.generated import Generated
 from zi_experiments.measurement.timing import Samples
 from zi_experiments.measurement.verification import Verification
@@ -53,6 +53,7 @@ class Record:
     ds_config: dict[str, Any] | None = None  # of engine=deepspeed
     engine_config: dict[str, Any] | None = None  # of another engine
     plan: Plan | None = None
+    prediction: Prediction | None = None  # of the plan, before the run began; there when the plan is
     environment: dict[str, Any] | None = None
     checkpoint: dict[str, Any] | None = None  # what was loaded, by its hashes; None: random weights
     stored: Held | None = None  # what was loaded, over all ranks
@@ -75,7 +76,7 @@ class Record:
             "config": self.config,
             "ds_config": self.ds_config,
             "engine_config": self.engine_config,
-            "plan": describe_plan(self.plan) if self.plan else None,
+            "plan": describe_plan(self.plan, self.prediction) if self.plan and self.prediction else None,
             "environment": self.environment,
             "checkpoint": self.checkpoint,
             "stored": asdict(self.stored) if self.stored else None,
@@ -87,8 +88,8 @@ class Record:
         }
 
 
-def describe_plan(plan: Plan) -> dict[str, Any]:
-    """The JSON form of a plan."""
+def describe_plan(plan: Plan, prediction: Prediction) -> dict[str, Any]:
+    """The JSON form of a plan and of what it predicted."""
     arch, work = plan.architecture, plan.run.workload
     return {
         "batch_size": work.batch_size,  # of workload.batch_size=auto too
@@ -112,7 +113,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "kv_link_bytes_per_pass": plan.kv_link_bytes_per_pass,
         "memory": [asdict(use) | {"total": use.total} for use in memory_fit.uses(plan)],
         "bound": asdict(lower_bound(plan)) | {"source": plan.machine.ceilings.source},
-        "prediction": asdict(predict(plan)),
+        "prediction": asdict(prediction),
         "rates": _rates(plan),
     }
 

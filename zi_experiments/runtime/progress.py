@@ -111,6 +111,8 @@ class Display:
                 self._show.event(event)
             elif self._done.is_set():
                 return
+            elif self.last is not None and not self.last.ended:
+                self._show.event(self.last)  # nothing new, but it goes on
 
 
 def _show(console: Console) -> "_Bars | _Lines":

@@ -42,7 +42,7 @@ def build_ops(plan: Plan, progress: Progress) -> None:
 @contextmanager
 def _told_when_it_takes_long(phase: str, progress: Progress) -> Iterator[None]:
     """torch alone knows whether an operator in its cache has to be compiled again, for a new version of its sources, say."""
-    timer = threading.Timer(_PATIENCE_S, progress.begin, (phase, 1, "operator, first use: a minute or more"))
+    timer = threading.Timer(_PATIENCE_S, progress.begin, (phase, 1, "operator, compiled once: takes minutes"))
     timer.start()
     try:
         yield

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.cost_model.prediction import predict
+from zi_experiments.cost_model.prediction import Prediction
 from zi_experiments.measurement.generated import Generated
 from zi_experiments.results import explanation
 from zi_experiments.results.explanation import LIMITS
@@ -23,7 +23,8 @@ class ConsoleSink:
 
     def open(self, record: Record) -> None:
         assert record.plan is not None
-        show_plan(record.run.name, record.plan, self._console)
+        assert record.prediction is not None
+        show_plan(record.run.name, record.plan, record.prediction, self._console)
 
     def write(self, record: Record) -> None:
         if record.status == "ok":
@@ -43,9 +44,10 @@ class ConsoleSink:
         pass
 
     def _table(self, record: Record) -> None:
-        metrics, plan = record.metrics, record.plan
+        metrics, plan, prediction = record.metrics, record.plan, record.prediction
         assert metrics is not None
         assert plan is not None
+        assert prediction is not None
         work = plan.run.workload
         blocks = f"{work.micro_batches} × " if work.micro_batches > 1 else ""
         shape = f"{blocks}{work.batch_size} × ({work.prompt_len} + {work.gen_len}) tokens"
@@ -57,16 +59,16 @@ class ConsoleSink:
             value = getattr(metrics, name)
             if value is not None:
                 low, high = metrics.spread[name]
-                table.add_row(label, f"{value:,.2f} tok/s", f"{low:,.2f} to {high:,.2f}")
+                table.add_row(label, f"{value:,.2f} tok/s", f"{low:,.2f} to {high:,.2f}" if low < high else "")
         table.add_row("time to first token", seconds(metrics.ttft_s))
         if metrics.tpot_p50_s is not None and metrics.tpot_p99_s is not None:
             table.add_row("time per token, p50 / p99", f"{seconds(metrics.tpot_p50_s)} / {seconds(metrics.tpot_p99_s)}")
         if metrics.link_bytes_per_s:
-            table.add_row("over the link", scaled(metrics.link_bytes_per_s, "B/s"))
+            table.add_row("host to device", scaled(metrics.link_bytes_per_s, "B/s"))
         for label, name in (("prefill", "prefill_prediction_error"), ("decode", "decode_prediction_error")):
             error = getattr(metrics, name)
             if error is not None:
-                table.add_row(f"{label} time as predicted", f"{100 * error:+.0f} %")
+                table.add_row(f"predicted {label} time", f"{100 * error:+.0f} % against the measured")
         if metrics.perplexity is not None:
             table.add_row("perplexity", f"{metrics.perplexity:.4f}")
         for label, peak in (
@@ -84,7 +86,7 @@ class ConsoleSink:
             self._generated(record.generated)
         if record.bound_passed:
             self._console.print(explanation.passed(record.bound_passed, plan, metrics), highlight=False, soft_wrap=True)
-        if why := explanation.sentence(plan, metrics):
+        if why := explanation.sentence(plan, prediction, metrics):
             self._console.print(why, highlight=False, soft_wrap=True)
 
     def _generated(self, generated: Generated) -> None:
@@ -93,11 +95,13 @@ class ConsoleSink:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         if not generated.passes_equal:
             self._console.print(
-                "[yellow]warning: not all passes gave the same tokens[/]", highlight=False, soft_wrap=True
+                "[yellow]warning: passes gave different tokens[/]: kernels that add in no fixed order can do that",
+                highlight=False,
+                soft_wrap=True,
             )
 
 
-def show_plan(name: str, plan: Plan, console: Console) -> None:
+def show_plan(name: str, plan: Plan, prediction: Prediction, console: Console) -> None:
     """Say in a few lines what a run is about to do."""
     arch, place = plan.architecture, plan.placement
     where = [("GPU", place.gpu_bytes), ("host", place.cpu_bytes), ("disk", place.nvme_bytes)]
@@ -108,14 +112,14 @@ def show_plan(name: str, plan: Plan, console: Console) -> None:
         f"[bold]{escape(name)}[/]: {_count(arch.num_parameters)} parameters, {arch.num_layers} layers of "
         f"{layers}, {plan.dtype} on {plan.machine.gpu_name or plan.machine.device}",
         f"weights {gigabytes(plan.weight_bytes)} ({split}{pinned}){_copies(plan)}, "
-        f"keys and values {gigabytes(plan.kv_cache_bytes)}",
+        f"KV cache {gigabytes(plan.kv_cache_bytes)}",
     ]
     if plan.run.quant.bits < 16:
         lines.append(_quantized(plan))
     bound = lower_bound(plan)
     if bound.decode_step_s and bound.limited_by:
         least = explanation.least(plan, bound.decode_step_s, bound.limited_by)
-        step_s = predict(plan).decode_step_s
+        step_s = prediction.decode_step_s
         predicted = f"; predicted {seconds(step_s)}" if step_s else ""
         lines.append(f"a decode step takes at least {least}, limited by {LIMITS[bound.limited_by]}{predicted}")
     elif why := explanation.unknown(plan):
@@ -138,8 +142,10 @@ def _quantized(plan: Plan) -> str:
     """How much of the model is quantized, what that makes of its size, and why it is not more."""
     share = f"{100 * plan.quantized_fraction:.0f} % of the parameters quantized to {plan.run.quant.bits} bits"
     if kept := plan.quantized_fraction - plan.packed_fraction:
-        share += f", {100 * kept:.0f} % (embeddings and head) kept expanded to 16 by engine={plan.run.engine.name}"
-    text = f"{share}; {plan.bits_per_weight:.2f} bits a parameter as stored"
+        share += (
+            f"; engine={plan.run.engine.name} keeps {100 * kept:.0f} % (embeddings and head) dequantized in 16 bits"
+        )
+    text = f"{share}; {plan.bits_per_weight:.2f} bits per parameter as stored"
     return f"[yellow]warning: only {text}[/]" if plan.quantized_fraction < 0.9 else text
 
 
@@ -151,7 +157,7 @@ def show_sweep(jobs: list[tuple[list[str], dict[str, Any]]]) -> None:
         for label, name, form in (
             ("prefill tok/s", "prefill_tok_per_s", "{:,.2f}"),
             ("decode tok/s", "decode_tok_per_s", "{:,.2f}"),
-            ("of the bound", "fraction_of_bound", "{:.0%}"),
+            ("share of the bound", "fraction_of_bound", "{:.0%}"),
             ("perplexity", "perplexity", "{:.4f}"),
         )
     }

@@ -6,7 +6,7 @@ from rich.table import Table
 from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.cost_model.prediction import predict
+from zi_experiments.cost_model.prediction import Prediction
 from zi_experiments.planner.search import Candidate, Pace, paced
 from zi_experiments.results import explanation
 from zi_experiments.results.explanation import LIMITS
@@ -15,29 +15,29 @@ from zi_experiments.units import gigabytes, seconds
 _MOST_SHOWN = 3  # improvements
 _PARTS = {
     "weights": "weights",
-    "weights on their way, or expanded": "buffers",
-    "keys and values": "kv_cache",
+    "buffers: transfer, dequantization": "buffers",
+    "KV cache": "kv_cache",
     "activations and logits": "workspace",
     "processes and libraries": "processes",
-    "in all": "total",
-    "of": "available",
+    "total": "total",
+    "available": "available",
 }
 
 
-def show(plan: Plan, better: list[Candidate], console: Console) -> None:
+def show(plan: Plan, prediction: Prediction, better: list[Candidate], console: Console) -> None:
     """The plan in tables, and of the runs of `search.improvements` the best."""
     console.print(_memory(plan))
     now = paced(plan)
     if lower_bound(plan).unknown or now is None:
         return  # which rates are missing has been said
-    console.print(_times(plan))
+    console.print(_times(plan, prediction))
     for each in better[:_MOST_SHOWN]:
         console.print(_gain(each, now), highlight=False, soft_wrap=True)
 
 
 def _gain(better: Candidate, now: Pace) -> str:
     """What a change brings, and what it costs one who waits for an answer."""
-    by = "" if better.pace.is_predicted else ", going by the bounds"
+    by = "" if better.pace.is_predicted else " (by the lower bounds)"
     return (
         f"faster{by}: {better.text}, {better.tok_per_s / now.tok_per_s:.2f} × the tokens per second; "
         f"first token after {seconds(now.ttft_s)} → {seconds(better.pace.ttft_s)}, "
@@ -47,22 +47,25 @@ def _gain(better: Candidate, now: Pace) -> str:
 
 def _memory(plan: Plan) -> Table:
     columns = {"each GPU" if use.where == "GPU" else use.where: use for use in memory_fit.uses(plan)}
-    table = Table(title="what goes where")
+    table = Table(title="memory")
     table.add_column("")
-    for name in columns:
+    on_disk = plan.placement.nvme_bytes
+    for name in dict.fromkeys((*columns, *(["disk"] if on_disk else []))):
         table.add_column(name, justify="right")
     for label, part in _PARTS.items():
         amounts = [getattr(use, part) for use in columns.values()]
+        if "disk" not in columns and on_disk:  # of another machine, whose disk nobody has seen
+            amounts.append(on_disk if part in ("weights", "total") else 0)
         if any(amounts):
             table.add_row(label, *(gigabytes(amount) if amount else "" for amount in amounts))
     return table
 
 
-def _times(plan: Plan) -> Table:
-    bound, predicted, work = lower_bound(plan), predict(plan), plan.run.workload
+def _times(plan: Plan, predicted: Prediction) -> Table:
+    bound, work = lower_bound(plan), plan.run.workload
     table = Table(title=f"how long it takes; rates: {plan.machine.ceilings.source or 'as given'}")
     table.add_column("")
-    columns = ("at least", "limited by", "predicted", "mostly")
+    columns = ("at least", "limited by", "predicted", "mostly spent on")
     for name in columns if predicted.decode_step_s else columns[:2]:
         table.add_column(name, justify="right" if name in ("at least", "predicted") else "left")
     rows: tuple[tuple[str, float | None, str | None, float | None, str | None], ...] = (
