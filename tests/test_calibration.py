@@ -519,9 +519,10 @@ def test_a_run_says_how_it_reads(compose_run, tmp_path):
     deepspeed = compose_run("offload=nvme", "offload.aio.queue_depth=4", "offload.aio.intra_op_parallelism=2")
     blocks = compose_run("offload=nvme", "engine=stream", "offload.aio.block_size=268435456")
 
-    assert base.get(stream.engine.name).disk_access(stream, tmp_path) == Disk(
-        folder=tmp_path, block_bytes=8 << 20, in_flight=16
-    )
-    assert base.get(deepspeed.engine.name).disk_access(deepspeed, tmp_path).in_flight == 8
-    assert disk_of(compose_run("offload=nvme"), tmp_path).in_flight == MOST_IN_FLIGHT
-    assert base.get(blocks.engine.name).disk_access(blocks, tmp_path).in_flight == 4  # buffers of 1 GiB together
+    def read(run):
+        return base.get(run.engine.name).disk_access(run, tmp_path)
+
+    assert read(stream) == Disk(folder=tmp_path, block_bytes=8 << 20, in_flight=16)
+    assert read(deepspeed).in_flight == 8
+    assert read(compose_run("offload=nvme")).in_flight == MOST_IN_FLIGHT
+    assert read(blocks).in_flight == 4  # buffers of 1 GiB together
