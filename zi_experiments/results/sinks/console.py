@@ -68,7 +68,7 @@ class ConsoleSink:
         for label, name in (("prefill", "prefill_prediction_error"), ("decode", "decode_prediction_error")):
             error = getattr(metrics, name)
             if error is not None:
-                table.add_row(f"predicted {label} time", f"{100 * error:+.0f} % against the measured")
+                table.add_row(f"predicted {label} time", f"{100 * (1 + error):.0f} % of actual")
         if metrics.perplexity is not None:
             table.add_row("perplexity", f"{metrics.perplexity:.4f}")
         for label, peak in (
