@@ -90,7 +90,7 @@ def worker_environment(cuda: bool) -> dict[str, str]:
     if not cuda:
         wanted["DS_ACCELERATOR"] = "cpu"
     elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        # keys and values, verification and activations differ in size: what one leaves free fits the next
+        # KV cache, verification and activations differ in size: what one leaves free fits the next
         wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     unset = {name: value for name, value in wanted.items() if name not in os.environ}
     # torch looks for the ninja program, which pip puts beside python, also when the environment is not activated

@@ -28,7 +28,7 @@ _HOW = {
     "disk_write_bytes_per_s": ("disk, written", "O_DIRECT, requests as a run has them under way"),
     "flops": ("arithmetic at best", "the fastest product of the first type"),
     "attention_flops": ("attention over a prompt", "32 heads of 64, 256 tokens"),
-    "cache_bytes_per_s": ("keys and values read", "by the attention of one more token"),
+    "cache_bytes_per_s": ("KV cache read", "by the attention of one more token"),
     "expand_elements_per_s": ("INT4 weights expanded", "groups of 64, as engine=stream does it"),
     "layer_s": ("launching a layer", "decode of two very narrow OPT models"),
     "step_s": ("a step besides its layers", "decode of two very narrow OPT models"),

@@ -1,4 +1,4 @@
-"""The door: a Hydra configuration becomes a typed `Run`, and choices are made for one outside Hydra."""
+"""From a Hydra configuration to a typed, validated `Run`, and the same from choices outside Hydra."""
 
 from copy import deepcopy
 from dataclasses import fields, is_dataclass

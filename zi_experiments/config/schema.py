@@ -133,7 +133,7 @@ class Calibration:
     disk_write_bytes_per_s: float | None
     gemm_flops: dict[str, dict[int, float]]  # by 16-bit type, then by rows: those of a decode step, and of a prefill
     attention_flops: float | None  # of causal attention over a prompt; null, as on GPUs: as fast as products
-    cache_bytes_per_s: float | None  # keys and values as attention to them reads; null, as on GPUs: as memory is read
+    cache_bytes_per_s: float | None  # at which attention reads the KV cache; null, as on GPUs: that of memory
     expand_elements_per_s: float | None  # INT4 weights expanded to 16 bits
     layer_s: float | None  # one decoder layer of plain transformers, arithmetic aside: launching its kernels
     step_s: float | None  # what `generate` does for a token besides its layers

@@ -28,8 +28,8 @@ class Bound:
 def lower_bound(plan: Plan) -> Bound:
     """The plan's lower bound on time. Sources: the roofline model, with a link and a disk beside memory and arithmetic.
 
-    A pass takes at least streamed bytes / link, disk bytes / disk rate, and weights + keys and values / HBM; streamed
-    are weights, and in a decode step keys and values that live in host memory, those of the prompt at least;
+    A pass takes at least streamed bytes / link, disk bytes / disk rate, and weights + KV cache / HBM; streamed
+    are weights, and in a decode step a KV cache that lives in host memory, that of the prompt at least;
     arithmetic takes 2 · parameters · tokens, plus 2 · B · P² · h · L for causal attention in prefill. Weights that
     meet a token are those of the decoder layers, and of experts those that one token is routed to.
     """

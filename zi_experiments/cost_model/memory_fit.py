@@ -1,4 +1,4 @@
-"""What a plan takes of each kind of memory, and whether it fits. Pure figures."""
+"""What a plan takes of each kind of memory, and what does not fit. Pure figures."""
 
 from dataclasses import dataclass
 

@@ -10,8 +10,8 @@ from zi_experiments.config.schema import CacheDevice, Calibration, WeightSource
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.spec import ELEMENT_BYTES
 
-APPENDED = 2  # keys and values are read and written to append to them
-CACHE_LAUNCH = 0.5  # of a layer of plain transformers, to move its keys and values between host memory and the GPU
+APPENDED = 2  # the KV cache is read and written to append to it
+CACHE_LAUNCH = 0.5  # of a layer of plain transformers, to move its KV cache between host memory and the GPU
 CPU_MADE_S = 5e-9  # for one thread of a processor to make a random weight
 CPU_QUANTIZED_S = 3e-9  # for a processor to quantize one
 CPU_TRAFFIC = 0.35  # of the rate of a copy that element-wise operations of a processor reach
@@ -48,7 +48,7 @@ class _Unknown(Exception):  # noqa: N818 - no error: what depends on it is not p
 def predict(plan: Plan) -> Prediction:
     """The times of a plan, with the copies and launches of its engine."""
     work = plan.run.workload
-    # keys and values grow by a token in each step: the middle one counts
+    # the KV cache grows by a token in each step: the middle one counts
     prefill_s, prefill_limited_by = _timed(plan, _Pass(tokens=work.prompt_len, cached=0))
     step_s, limited_by = _timed(plan, _Pass(tokens=1, cached=work.prompt_len + work.gen_len // 2))
     return Prediction(
@@ -108,7 +108,7 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
 
 
 def _cache_bytes_on_link(plan: Plan, one: _Pass) -> int:
-    """Keys and values that come to the GPU, for which weights have to wait; those that go back take the other way."""
+    """Bytes of the KV cache that come to the GPU, for which weights have to wait; those that go back take the other way."""
     if not _moves_cache(plan):
         return 0
     return ELEMENT_BYTES * plan.run.workload.sequences * plan.architecture.kv_elements(one.cached)
@@ -163,7 +163,7 @@ def _interpolate(curve: dict[int, float], rows: float) -> float:
 
 
 def _traffic_s(plan: Plan, one: _Pass) -> float:
-    """What moves in the device's memory beside the products: activations, keys and values, weights that are expanded."""
+    """What moves in the device's memory beside the products: activations, KV cache, weights that are expanded."""
     arch, work, ranks = plan.architecture, plan.run.workload, plan.run.hardware.num_gpus
     # a layer reads or writes its residual stream about a dozen times, and what is inside of its feed-forward part four
     activations = work.sequences / ranks * one.tokens * arch.num_layers * (14 * arch.hidden_size + 4 * plan.widest)

@@ -1,4 +1,4 @@
-"""What is known of a run before its engine says where the weights go: sizes, formats, the KV cache. Pure figures."""
+"""What is known of a run before its engine places the weights: sizes, formats, the KV cache. Pure figures."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -63,13 +63,13 @@ class Spec:
 
     @cached_property
     def kv_cache_bytes(self) -> int:
-        """Keys and values of all sequences at full length, over all ranks."""
+        """Bytes of the KV cache of all sequences at full length, over all ranks."""
         work = self.run.workload
         return ELEMENT_BYTES * work.sequences * self.architecture.kv_elements(work.prompt_len + work.gen_len)
 
     @cached_property
     def kv_slot_bytes(self) -> int:
-        """What of keys and values is on the GPU with `kv_cache=cpu`: those of two layers, over all ranks."""
+        """Bytes of the KV cache on the GPUs with `kv_cache=cpu`: that of two layers, over all ranks."""
         work = self.run.workload
         tokens = work.prompt_len + work.gen_len
         largest = max((layer.elements(tokens) for layer in self.architecture.kv_layers), default=0)
@@ -82,7 +82,7 @@ class Spec:
 
     @cached_property
     def workspace_bytes(self) -> int:
-        """What a rank's pass holds beside weights, keys and values: an estimate from the widths of a layer's matrices."""
+        """Bytes that a rank's pass holds beside weights and KV cache: an estimate from the widths of a layer's matrices."""
         work, arch = self.run.workload, self.architecture
         sequences: int = work.batch_size // self.run.hardware.num_gpus
         within = sequences * work.prompt_len * (3 * self.widest + 6 * arch.hidden_size)
@@ -99,7 +99,7 @@ class Spec:
 
     @property
     def process_bytes(self) -> int:
-        """What the worker processes take of host memory beside weights, keys and values."""
+        """Bytes of host memory that the worker processes take beside weights and KV cache."""
         return WORKER_BYTES * self.run.hardware.num_gpus if self.machine.device == "cuda" else 0
 
     @cached_property
@@ -152,7 +152,7 @@ class Spec:
 
     @property
     def kv_link_bytes_per_pass(self) -> int:
-        """Bytes of keys and values that cross to the device in a decode step, over all ranks: at least the prompt's."""
+        """Bytes of the KV cache that cross to the device in a decode step, over all ranks: at least the prompt's."""
         if self.run.kv_cache.device is CacheDevice.gpu or self.machine.device == "cpu":
             return 0
         return ELEMENT_BYTES * self.run.workload.sequences * self.architecture.kv_elements(self.run.workload.prompt_len)

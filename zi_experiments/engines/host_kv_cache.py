@@ -1,4 +1,4 @@
-"""Keys and values in host memory, for `kv_cache=cpu`: a layer's come to the GPU while the layer before computes."""
+"""The KV cache in host memory, for `kv_cache=cpu`: that of a layer comes to the GPU while the layer before computes."""
 
 from typing import Any
 

@@ -35,7 +35,7 @@ def build(run: Run, arch: Architecture, machine: Machine) -> Plan:
 
 
 def _draft(run: Run, arch: Architecture, machine: Machine) -> Plan:
-    """The plan, whether it fits or not."""
+    """Return the plan, without a check that it fits. Raises `ConfigError` for what cannot work."""
     base.check(run)
     _check_lengths(run, arch)
     _check_groups(run, arch)

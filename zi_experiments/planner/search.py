@@ -111,7 +111,7 @@ def settle(run: Run, arch: Architecture, machine: Machine) -> Run | None:
 
 
 def candidates(run: Run, arch: Architecture, machine: Machine) -> list[Candidate]:
-    """What a search over batch size, residency, place of keys and values, and micro-batches should measure, best first.
+    """What a search should measure, best first: over batch size, resident share, KV cache placement and micro-batches.
 
     The best by plan; the same with other batch sizes, for the curve; then the best with other choices. Raises
     `ConfigError` when none fits.

@@ -1,4 +1,4 @@
-"""What was asked, as the record of a run begins with it, whether it makes sense or not."""
+"""The record of a run at its start: what was typed and composed, before validation."""
 
 import uuid
 from datetime import UTC, datetime
@@ -43,7 +43,7 @@ def record(cfg: DictConfig) -> Record:
 
 
 def setting(cfg: DictConfig, key: str) -> Any:
-    """A setting; None where it is missing or cannot be resolved, which the door will refuse."""
+    """A setting; None where it is missing or cannot be resolved, which validation will refuse."""
     try:
         return OmegaConf.select(cfg, key)
     except OmegaConfBaseException:
