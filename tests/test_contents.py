@@ -12,10 +12,16 @@ import checkpoints
 import pytest
 import tiny
 import torch
+from checkpoints import HEAD
 from families import save_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.models import contents
+from zi_experiments.models.weights import PretrainedWeights
+
+NORM = "model.norm.weight"
 
 
 @pytest.fixture
@@ -64,6 +70,68 @@ def test_another_head_in_a_bin_file_is_one_of_its_own(held, tmp_path):
 
     assert "lm_head.weight" in {p.name for p in found.parameters}
     assert found.config.tie_word_embeddings is False
+
+
+@pytest.fixture
+def split(tmp_path):
+    """`split(change)` → a llama in two files with its last norm in both, whose tensors are as `change` makes them.
+
+    Its index has the norm in the first.
+    """
+
+    def split(change):
+        tiny.model("llama").save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        (tmp_path / "model.safetensors").unlink()
+        norm, second = tensors[NORM], {HEAD: tensors.pop(HEAD)}
+        first, second = change(tensors, second | {NORM: norm})
+        for name, part in (("one.safetensors", first), ("two.safetensors", second)):
+            save_file(part, tmp_path / name, metadata={"format": "pt"})
+        index = dict.fromkeys(tensors, "one.safetensors") | {NORM: "one.safetensors", HEAD: "two.safetensors"}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        return tmp_path
+
+    return split
+
+
+def moved(first, second):
+    first.pop(NORM)
+    return first, second
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda first, second: (first, second | {NORM: second[NORM] * 2}),
+            "has model.norm.weight in one.safetensors, and two.safetensors has another of that name",
+        ),
+        (
+            lambda first, second: (first, second | {NORM: second[NORM].half()}),
+            "has model.norm.weight in one.safetensors, and two.safetensors has another of that name",
+        ),
+        (moved, "has model.norm.weight in one.safetensors, and two.safetensors has it"),
+    ],
+)
+def test_an_index_that_leads_to_another_tensor_than_plain_transformers_loads(held, split, change, said):
+    """Engines that read files in place would compute something else, or not find it."""
+    folder = split(change)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(plain.get_parameter(NORM), load_file(folder / "two.safetensors")[NORM].float())
+
+    assert said in refusal(held, folder)
+
+
+def test_a_tensor_that_is_there_twice_is_read_as_plain_transformers_does(held, split):
+    folder = split(lambda first, second: (first, second))
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+    weights = PretrainedWeights(str(folder), held(folder).config, torch.bfloat16)
+    for name, parameter in plain.named_parameters():
+        read = torch.empty_like(parameter)
+        weights.fill(name, read.data)
+        assert torch.equal(read, parameter), name
+    weights.close()
 
 
 def test_what_transformers_leaves_out_on_purpose_is_told(held, tmp_path):
