@@ -725,3 +725,16 @@ def test_keys_and_values_in_host_memory_are_counted_there(refusal, machine):
 @pytest.mark.parametrize("setting", [("offload=nvme", "offload.use_gds=true"), ("hardware.memory_gib=10",)])
 def test_what_needs_a_gpu_is_refused_on_a_cpu(refusal, machine, setting):
     assert "on the CPU" in refusal("model=opt-125m", *setting, on=machine("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "advised"),
+    [("kv_cache=cpu", "kv_cache=gpu"), ("workload.micro_batches=2", "workload.micro_batches=1")],
+)
+def test_what_a_model_s_own_cache_cannot_do_is_refused(compose_run, machine, setting, advised):
+    """MiniMax takes no cache but its own, whose layers hold states where their attention is linear."""
+    arch = architecture.describe(AutoConfig.for_model("minimax", **tiny.MINIMAX), "tiny")
+
+    with pytest.raises(ConfigError, match=rf"\(minimax\) has a cache of its own, .*: pass {advised}$"):
+        planning.build(compose_run("engine=stream", "quant=fp16", setting), arch, machine())
+    planning.build(compose_run("engine=stream", "quant=fp16", advised), arch, machine())

@@ -69,6 +69,7 @@ class Architecture:
     notes: tuple[str, ...]  # what is not done as the configuration says
     parameters: tuple[Parameter, ...] = field(repr=False)
     kv_layers: tuple[KVLayer, ...] = field(repr=False)
+    has_own_cache: bool  # a class of its own for keys and values, or for states: it takes no other
     # of the checkpoint, which the model leaves out on purpose
     ignored_tensors: tuple[str, ...] = field(default=(), repr=False)
 
@@ -252,6 +253,7 @@ def describe(config: Any, name: str) -> Architecture:
         notes=tuple(_notes(given, config, attention)),
         parameters=tuple(_parameters(model, layers_name)),
         kv_layers=_kv_layers(model, len(layers)),
+        has_own_cache=not model._supports_default_dynamic_cache(),
     )
 
 
