@@ -167,6 +167,15 @@ def test_a_model_that_cannot_run_without_data_is_estimated_from_its_numbers():
     assert found.kv_elements(10) == 10 * 3 * 2 * routed.num_key_value_heads * routed.head_dim
 
 
+def test_without_attention_nothing_grows_with_a_sequence():
+    """xLSTM with kernels that need data."""
+    numbers = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "mode": "inference"}
+    kernels = {"sequence_kernel": "native_sequence__native", "step_kernel": "native", "return_last_states": True}
+    config = AutoConfig.for_model("xlstm", **numbers, **kernels, chunkwise_kernel="chunkwise--native_autograd")
+
+    assert architecture.describe(config, "tiny").kv_elements(10) == 0
+
+
 def test_a_tied_head_counts_once(load):
     names = [parameter.name for parameter in load("model=opt-125m").parameters]
 

@@ -367,7 +367,9 @@ def _kv_layers(model: Any, num_layers: int) -> tuple[KVLayer, ...]:
             model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
     except Exception:  # an estimate, for the few families whose routing to experts needs data: JetMoE, LongCat
         text = model.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+        if heads is None:
+            return ()  # xLSTM: without attention nothing grows with a sequence
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return (KVLayer(elements_per_token=2 * heads * head_dim, max_tokens=None),) * num_layers
     growing = ("keys", "values", "indexer_keys")  # sparse attention has the last
