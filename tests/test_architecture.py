@@ -347,6 +347,9 @@ def test_a_model_with_experts_is_routed(load, model, routed):
 def test_positions_are_limited_where_the_model_limits_them(load):
     assert load("model=opt-125m").max_positions == 2048
     assert load("model=bloom-560m").max_positions is None  # ALiBi
+    xlnet = AutoConfig.for_model("xlnet", vocab_size=128, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    assert xlnet.max_position_embeddings == -1
+    assert architecture.describe(xlnet, "tiny").max_positions is None
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("opt-125m", "float16"), ("bloom-176b", "bfloat16")])

@@ -63,7 +63,7 @@ class Architecture:
     dtype: str | None  # the type the configuration names
     hidden_size: int
     num_layers: int
-    max_positions: int | None
+    max_positions: int | None  # None: without a limit
     layer_classes: tuple[str, ...]  # dotted paths of the decoder layers' classes: hybrids have several
     is_text_part: bool  # of a multimodal checkpoint, whose towers are dropped
     notes: tuple[str, ...]  # what is not done as the configuration says
@@ -247,7 +247,7 @@ def describe(config: Any, name: str) -> Architecture:
         dtype=str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
         hidden_size=text.hidden_size,
         num_layers=len(layers),
-        max_positions=getattr(text, "max_position_embeddings", None),
+        max_positions=_max_positions(text),
         layer_classes=tuple(dict.fromkeys(f"{type(one).__module__}.{type(one).__qualname__}" for one in layers)),
         is_text_part=config.model_type != given.model_type,
         notes=tuple(_notes(given, config, attention)),
@@ -255,6 +255,12 @@ def describe(config: Any, name: str) -> Architecture:
         kv_layers=_kv_layers(model, len(layers)),
         has_own_cache=not model._supports_default_dynamic_cache(),
     )
+
+
+def _max_positions(text: Any) -> int | None:
+    """The positions that a model has; None: it has no limit, which XLNet says by -1."""
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found >= 0 else None
 
 
 def text_part(config: Any) -> Any:

@@ -131,10 +131,15 @@ def _pin(spec: Spec, storage: Storage) -> bool:
 
 def _check_lengths(run: Run, arch: Architecture) -> None:
     work, longest = run.workload, arch.max_positions
+    if longest is not None and longest < 2:
+        raise ConfigError(
+            f"{run.model.name} has too few positions ({longest}) for a prompt and a token after it: pass model=opt-125m, "
+            "or model=local model.path=… of one with more"
+        )
     if longest is not None and work.prompt_len + work.gen_len > longest:
         fits = f"workload.prompt_len={longest - work.gen_len}"
         if work.gen_len >= longest:
-            fits = f"workload.gen_len={max(1, longest // 2)} workload.prompt_len={longest - longest // 2 - 1}"
+            fits = f"workload.gen_len={longest // 2} workload.prompt_len={longest - longest // 2}"
         raise ConfigError(
             f"workload.prompt_len={work.prompt_len} and workload.gen_len={work.gen_len} exceed the {longest} positions of "
             f"{run.model.name}: pass {fits} or less"
