@@ -392,8 +392,33 @@ def test_an_unknown_model_type_is_refused_by_name(compose_run):
 
 
 def test_a_folder_without_a_configuration_is_refused(compose_run, tmp_path):
-    with pytest.raises(ConfigError, match=r"has no config\.json"):
+    with pytest.raises(ConfigError, match=r"has no config\.json, .*: pass model=opt-125m"):
         architecture.load(compose_run("model=local", f"model.path={tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"model_type": "llama", "num_hidden_layers": "2"}', "'num_hidden_layers' expected int, got str"),
+        ('{"model_type": "llama", "dtype": "float99"}', "has no attribute 'float99'"),
+        ("[]", "Unrecognized model"),
+        ("null", "NoneType"),
+        ("", "not a valid JSON file"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_told_from_a_path_that_is_none(compose_run, tmp_path, text, said):
+    (tmp_path / "config.json").write_text(text)
+
+    with pytest.raises(ConfigError, match=r": its config\.json cannot be read \(.*: pass model=opt-125m") as refusal:
+        architecture.load(compose_run("model=local", f"model.path={tmp_path}"))
+
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("layers", [0, -1])
+def test_a_model_without_layers_is_refused(compose_run, layers):
+    with pytest.raises(ConfigError, match=r"OPTForCausalLM has no decoder layers.*: pass model=opt-125m"):
+        architecture.load(compose_run(f"model.architecture.num_hidden_layers={layers}"))
 
 
 def test_a_path_that_is_neither_folder_nor_hub_name_is_refused(compose_run):

@@ -21,6 +21,7 @@ from zi_experiments.config.schema import (
 from zi_experiments.models import hub
 
 _LONGEST_QUOTE = 300  # characters
+_ANOTHER = "pass model=opt-125m, or model=local model.path=… of another"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,12 +111,14 @@ def _from_numbers(model: Model) -> Any:
     numbers = dict(model.architecture or {})
     model_type = numbers.pop("model_type")
     if model_type not in CONFIG_MAPPING:
-        raise ConfigError(f"model.architecture.model_type={model_type} is not a model that transformers knows")
+        raise ConfigError(
+            f"model.architecture.model_type={model_type} is not a model that transformers knows: {_ANOTHER}"
+        )
     config_class = CONFIG_MAPPING[model_type]
     try:
         return config_class(**numbers)
     except Exception as error:
-        raise ConfigError(f"model={model.name}: {model_type} refuses these numbers: {error}") from error
+        raise ConfigError(f"model={model.name}: {model_type} refuses these numbers ({error}): {_ANOTHER}") from error
 
 
 def _from_path(path: str, trusted: bool) -> Any:
@@ -123,7 +126,7 @@ def _from_path(path: str, trusted: bool) -> Any:
 
     source = local_or_hub(path)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ConfigError(f"{source} has no config.json, so it is not a Hugging Face model folder")
+        raise ConfigError(f"{source} has no config.json, so it is not a Hugging Face model folder: {_ANOTHER}")
     if not Path(source).is_dir():
         hub.settle()
     try:
@@ -132,6 +135,9 @@ def _from_path(path: str, trusted: bool) -> Any:
         if is_refused_code(error, trusted):
             auto_map = PreTrainedConfig.get_config_dict(source)[0]["auto_map"]
             raise ConfigError(refused_code(path, auto_map)) from error
+        if Path(source).is_dir():
+            problem = printable(" ".join(str(error).split()) or type(error).__name__)
+            raise ConfigError(f"{path}: its config.json cannot be read ({problem}): {_ANOTHER}") from error
         raise ConfigError(
             f"{path} is neither a Hugging Face model folder nor a hub name that can be read here ({reason(error)}): "
             "pass model.path=/path/to/a/folder, or the shape of a shipped model with random weights: model=opt-125m"
@@ -210,7 +216,9 @@ def _remote_class(config: Any, reference: str) -> Any:
         return _generating(get_class_from_dynamic_module(reference, config.name_or_path))
     except Exception as error:
         file = printable(_python_file(reference))
-        raise ConfigError(f"{config.name_or_path}: its {file} cannot be loaded ({reason(error)})") from error
+        raise ConfigError(
+            f"{config.name_or_path}: its {file} cannot be loaded ({reason(error)}): {_ANOTHER}"
+        ) from error
 
 
 @cache  # one class for all callers: transformers derives a new one at each call
@@ -287,8 +295,8 @@ def _empty(config: Any, name: str) -> Any:
             model = config_class(config)
             model.tie_weights()
     except Exception as error:
-        problem = f"{config.model_type} cannot be built from these numbers: {reason(error)}"
-        raise ConfigError(f"model={name}: {problem}") from error
+        problem = f"{config.model_type} cannot be built from these numbers ({reason(error)})"
+        raise ConfigError(f"model={name}: {problem}: {_ANOTHER}") from error
     return model
 
 
@@ -425,7 +433,7 @@ def decoder_layers(model: Any) -> tuple[str, Any]:
     ]
     if not lists:
         raise ConfigError(
-            f"{type(model).__name__} has no list of decoder layers: it cannot be offloaded layer by layer"
+            f"{type(model).__name__} has no decoder layers, so it cannot be offloaded layer by layer: {_ANOTHER}"
         )
     decoder = {id(module) for module in model.get_decoder().modules()}
     within = [item for item in lists if id(item[1]) in decoder] or lists
