@@ -162,6 +162,31 @@ def test_what_does_not_fit(held, tmp_path, change, said):
     assert said in refusal(held, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"compile_config": {"fullgraph": true}}', "must be an instance of `CompileConfig`"),
+        ('{"suppress_tokens": [1], "forced_eos_token_id": 1}', "is also in `suppress_tokens`"),
+    ],
+)
+def test_what_transformers_does_not_load_of_generation_is_refused(held, tmp_path, text, said):
+    tiny.model("llama").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert said in refusal(held, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{bad", '{"do_sample": true, "num_beams": 4}'])
+def test_what_transformers_loads_all_the_same_is_held(held, tmp_path, text):
+    tiny.model("llama").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert held(tmp_path).num_layers == 3
+
+
 def test_a_large_checkpoint_is_held_at_once(held, tmp_path):
     """Of 100 GB only the header is there to be read."""
     config = tiny.config("llama")

@@ -35,7 +35,8 @@ Tensors = dict[str, Any]  # by their names in a file
 def load(run: Run) -> Architecture:
     """The architecture of a run's model; with `weights=pretrained`, as the tensors of its checkpoint have it.
 
-    Raises `ConfigError` for tensors that the model has no place for, that it lacks, or that have other shapes.
+    Raises `ConfigError` for tensors that the model has no place for, that it lacks, or that have other shapes, and for
+    other files without which transformers does not load it.
     """
     found = architecture.load(run)
     path = run.weights.path
@@ -45,7 +46,10 @@ def load(run: Run) -> Architecture:
     checkpoint.check(path)
     _expand_quantization(found.config, path)
     stored = _stored(path, found.config)
-    return found if stored is None else _held(found, stored, path, run.model.name)
+    if stored is None:
+        return found
+    _check_generation(path, stored.folder)
+    return _held(found, stored, path, run.model.name)
 
 
 def quantization(config: Any) -> str | None:
@@ -83,6 +87,22 @@ def _stored(path: str, config: Any) -> Checkpoint | None:
     with suppress(ConfigError):  # transformers gets the rest, or says that it cannot
         return checkpoint.find(str(Path(cached).parent)) if isinstance(cached, str) else None
     return None
+
+
+def _check_generation(path: str, folder: Path) -> None:
+    """Refuse a checkpoint that transformers does not load for its `generation_config.json`."""
+    from transformers import GenerationConfig
+
+    try:
+        with quietly():
+            GenerationConfig.from_pretrained(folder)
+    except OSError:
+        pass  # there is none, or none that is JSON: transformers does without
+    except Exception as error:
+        raise ConfigError(
+            f"{path}: transformers refuses its generation_config.json ({reason(error)}): "
+            "pass weights.path=… of a checkpoint with another or without one, or weights=random"
+        ) from error
 
 
 def _held(found: Architecture, stored: Checkpoint, path: str, name: str) -> Architecture:
