@@ -7,10 +7,11 @@ import sys
 import weakref
 from pathlib import Path
 
+import faults
 import pytest
 import tiny
 import torch
-from checkpoints import rewrite
+from checkpoints import rewrite, write
 from cli import Cli, wait_for
 from families import IDS, group_quantize, load, plain, save_checkpoint
 
@@ -136,6 +137,22 @@ def test_of_a_model_that_is_not_finite_itself_no_part_of_an_engine_is_to_blame(v
         found.problem,
     )
     assert found.max_rel_error is None
+
+
+def test_tokens_of_plain_generate_are_right_where_a_forward_pass_has_others(tmp_path):
+    """RoBERTa counts positions in another way when it generates."""
+    write(tmp_path / "checkpoint", "roberta", tiny.SMALL | {"intermediate_size": 48, "is_decoder": True})
+    plan, session = load(tmp_path / "checkpoint", "fp16", "cpu", engine="stream")
+    try:
+        found = verify(session, plan, progress.silent())
+        with faults.other_tokens(session) as other:
+            wrong = verify(other, plan, progress.silent())
+    finally:
+        session.close()
+
+    assert found.passed, found.problem
+    assert found.tokens_equal
+    assert "the cache of keys and values is not right" in wrong.problem
 
 
 @pytest.mark.parametrize("bits", [4, 8])
