@@ -167,6 +167,15 @@ def test_a_model_that_cannot_run_without_data_is_estimated_from_its_numbers():
     assert found.kv_elements(10) == 10 * 3 * 2 * routed.num_key_value_heads * routed.head_dim
 
 
+def test_without_attention_nothing_grows_with_a_sequence():
+    """xLSTM with kernels that need data."""
+    numbers = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "mode": "inference"}
+    kernels = {"sequence_kernel": "native_sequence__native", "step_kernel": "native", "return_last_states": True}
+    config = AutoConfig.for_model("xlstm", **numbers, **kernels, chunkwise_kernel="chunkwise--native_autograd")
+
+    assert architecture.describe(config, "tiny").kv_elements(10) == 0
+
+
 def test_a_tied_head_counts_once(load):
     names = [parameter.name for parameter in load("model=opt-125m").parameters]
 
@@ -338,6 +347,9 @@ def test_a_model_with_experts_is_routed(load, model, routed):
 def test_positions_are_limited_where_the_model_limits_them(load):
     assert load("model=opt-125m").max_positions == 2048
     assert load("model=bloom-560m").max_positions is None  # ALiBi
+    xlnet = AutoConfig.for_model("xlnet", vocab_size=128, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    assert xlnet.max_position_embeddings == -1
+    assert architecture.describe(xlnet, "tiny").max_positions is None
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("opt-125m", "float16"), ("bloom-176b", "bfloat16")])
@@ -380,8 +392,33 @@ def test_an_unknown_model_type_is_refused_by_name(compose_run):
 
 
 def test_a_folder_without_a_configuration_is_refused(compose_run, tmp_path):
-    with pytest.raises(ConfigError, match=r"has no config\.json"):
+    with pytest.raises(ConfigError, match=r"has no config\.json, .*: pass model=opt-125m"):
         architecture.load(compose_run("model=local", f"model.path={tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"model_type": "llama", "num_hidden_layers": "2"}', "'num_hidden_layers' expected int, got str"),
+        ('{"model_type": "llama", "dtype": "float99"}', "has no attribute 'float99'"),
+        ("[]", "Unrecognized model"),
+        ("null", "NoneType"),
+        ("", "not a valid JSON file"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_told_from_a_path_that_is_none(compose_run, tmp_path, text, said):
+    (tmp_path / "config.json").write_text(text)
+
+    with pytest.raises(ConfigError, match=r": its config\.json cannot be read \(.*: pass model=opt-125m") as refusal:
+        architecture.load(compose_run("model=local", f"model.path={tmp_path}"))
+
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("layers", [0, -1])
+def test_a_model_without_layers_is_refused(compose_run, layers):
+    with pytest.raises(ConfigError, match=r"OPTForCausalLM has no decoder layers.*: pass model=opt-125m"):
+        architecture.load(compose_run(f"model.architecture.num_hidden_layers={layers}"))
 
 
 def test_a_path_that_is_neither_folder_nor_hub_name_is_refused(compose_run):

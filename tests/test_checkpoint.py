@@ -523,7 +523,7 @@ def hub_snapshot(root, state):
 HASH = """
 import json, sys
 from pathlib import Path
-from zi_experiments import checkpoint, hashes
+from zi_experiments.models import checkpoint, hashes
 found = checkpoint.find(sys.argv[1])
 print(json.dumps(hashes.of(found, Path(sys.argv[2]), lambda amount: None)))
 """

@@ -25,6 +25,19 @@ def test_a_plan_says_what_limits_a_step_and_what_it_will_take(make_plan, machine
     assert "predicted" not in only_bound
 
 
+@pytest.mark.parametrize(
+    ("setting", "split"),
+    [
+        (("offload=cpu",), "0.54 GB GPU, 25.17 GB pinned host"),
+        (("offload=cpu", "offload.pin_memory=false"), "0.54 GB GPU, 25.17 GB host"),
+        (("offload=cpu", "offload.resident=1"), "25.71 GB GPU"),
+        (("offload=nvme",), "0.54 GB GPU, 25.17 GB disk"),
+    ],
+)
+def test_what_is_pinned_is_in_host_memory(make_plan, setting, split):
+    assert f"weights 25.71 GB ({split})," in shown(make_plan("model=opt-13b", "quant=fp16", "engine=stream", *setting))
+
+
 def test_a_skipped_run_of_a_sweep_is_no_failure(capsys):
     show_sweep([([f"a={status}"], record("ok") | {"status": status}) for status in ("ok", "kept", "skipped", "oom")])
 

@@ -12,10 +12,16 @@ import checkpoints
 import pytest
 import tiny
 import torch
+from checkpoints import HEAD
 from families import save_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.models import contents
+from zi_experiments.models.weights import PretrainedWeights
+
+NORM = "model.norm.weight"
 
 
 @pytest.fixture
@@ -66,6 +72,68 @@ def test_another_head_in_a_bin_file_is_one_of_its_own(held, tmp_path):
     assert found.config.tie_word_embeddings is False
 
 
+@pytest.fixture
+def split(tmp_path):
+    """`split(change)` → a llama in two files with its last norm in both, whose tensors are as `change` makes them.
+
+    Its index has the norm in the first.
+    """
+
+    def split(change):
+        tiny.model("llama").save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        (tmp_path / "model.safetensors").unlink()
+        norm, second = tensors[NORM], {HEAD: tensors.pop(HEAD)}
+        first, second = change(tensors, second | {NORM: norm})
+        for name, part in (("one.safetensors", first), ("two.safetensors", second)):
+            save_file(part, tmp_path / name, metadata={"format": "pt"})
+        index = dict.fromkeys(tensors, "one.safetensors") | {NORM: "one.safetensors", HEAD: "two.safetensors"}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        return tmp_path
+
+    return split
+
+
+def moved(first, second):
+    first.pop(NORM)
+    return first, second
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda first, second: (first, second | {NORM: second[NORM] * 2}),
+            "has model.norm.weight in one.safetensors, and two.safetensors has another of that name",
+        ),
+        (
+            lambda first, second: (first, second | {NORM: second[NORM].half()}),
+            "has model.norm.weight in one.safetensors, and two.safetensors has another of that name",
+        ),
+        (moved, "has model.norm.weight in one.safetensors, and two.safetensors has it"),
+    ],
+)
+def test_an_index_that_leads_to_another_tensor_than_plain_transformers_loads(held, split, change, said):
+    """Engines that read files in place would compute something else, or not find it."""
+    folder = split(change)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(plain.get_parameter(NORM), load_file(folder / "two.safetensors")[NORM].float())
+
+    assert said in refusal(held, folder)
+
+
+def test_a_tensor_that_is_there_twice_is_read_as_plain_transformers_does(held, split):
+    folder = split(lambda first, second: (first, second))
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+    weights = PretrainedWeights(str(folder), held(folder).config, torch.bfloat16)
+    for name, parameter in plain.named_parameters():
+        read = torch.empty_like(parameter)
+        weights.fill(name, read.data)
+        assert torch.equal(read, parameter), name
+    weights.close()
+
+
 def test_what_transformers_leaves_out_on_purpose_is_told(held, tmp_path):
     """Layers that predict further tokens, and masks that older versions stored."""
     tiny.model("qwen3_next").to(torch.bfloat16).save_pretrained(tmp_path)
@@ -92,6 +160,31 @@ def test_what_does_not_fit(held, tmp_path, change, said):
     checkpoints.rewrite(tmp_path, change)
 
     assert said in refusal(held, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"compile_config": {"fullgraph": true}}', "must be an instance of `CompileConfig`"),
+        ('{"suppress_tokens": [1], "forced_eos_token_id": 1}', "is also in `suppress_tokens`"),
+    ],
+)
+def test_what_transformers_does_not_load_of_generation_is_refused(held, tmp_path, text, said):
+    tiny.model("llama").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert said in refusal(held, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{bad", '{"do_sample": true, "num_beams": 4}'])
+def test_what_transformers_loads_all_the_same_is_held(held, tmp_path, text):
+    tiny.model("llama").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert held(tmp_path).num_layers == 3
 
 
 def test_a_large_checkpoint_is_held_at_once(held, tmp_path):

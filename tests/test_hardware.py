@@ -71,10 +71,10 @@ MIB = 1 << 20
 LOOK = """
 import sys
 from pathlib import Path
-from zi_experiments import hardware
+from zi_experiments.system import machines
 if len(sys.argv) > 1:
     Path(sys.argv[1]).write_bytes(bytes(int(sys.argv[2])))  # it stays in the file cache
-print(hardware.host_memory_available())
+print(machines.host_memory_available())
 """
 
 

@@ -90,7 +90,7 @@ SETTINGS = {
     "groups of 16-bit weights": (["quant=fp16", "quant.group_size=64"], r"quant\.group_size.*pass quant=int4"),
     "no type to compute in": (["hardware.dtypes=[]"], r"hardware\.dtypes=\[\]"),
     "a path for weights in host memory": (["offload.path=/tmp"], r"offload\.path is only used with offload=nvme"),
-    "a share of another engine's": (["offload.resident=0.5"], r"offload\.resident.*pass engine=stream"),
+    "a share of another engine's": (["offload.resident=0.5"], r"offload\.resident.*or engine=stream"),
     "a path on disk that is a file": (
         ["offload=nvme", "offload.path=a-file"],
         r"offload\.path=a-file is no folder: mkdir -p a-file, or pass offload\.path=/another/folder",

@@ -622,6 +622,22 @@ def test_more_tokens_than_positions_are_refused(refusal, prompt, gen, machine):
     assert f"workload.prompt_len={prompt} and workload.gen_len={gen} exceed the 2048 positions of opt-125m" in message
 
 
+@pytest.mark.parametrize("positions", [2, 3])
+def test_what_is_advised_of_few_positions_has_a_prompt(refusal, machine, positions):
+    overrides = ("model=llama-2-7b", f"model.architecture.max_position_embeddings={positions}")
+    advised = {2: "workload.gen_len=1 workload.prompt_len=1", 3: "workload.gen_len=1 workload.prompt_len=2"}
+
+    assert advised[positions] in refusal(*overrides, on=machine())
+
+
+@pytest.mark.parametrize("positions", [0, 1])
+def test_too_few_positions_for_any_run_are_refused(make_plan, positions):
+    said = rf"^llama-2-7b has too few positions \({positions}\) .*: pass model=opt-125m"
+
+    with pytest.raises(ConfigError, match=said):
+        make_plan("model=llama-2-7b", f"model.architecture.max_position_embeddings={positions}")
+
+
 def test_exactly_as_many_tokens_as_positions_are_fine(make_plan):
     make_plan("workload.prompt_len=2040", "workload.gen_len=8")
 
@@ -725,3 +741,16 @@ def test_keys_and_values_in_host_memory_are_counted_there(refusal, machine):
 @pytest.mark.parametrize("setting", [("offload=nvme", "offload.use_gds=true"), ("hardware.memory_gib=10",)])
 def test_what_needs_a_gpu_is_refused_on_a_cpu(refusal, machine, setting):
     assert "on the CPU" in refusal("model=opt-125m", *setting, on=machine("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "advised"),
+    [("kv_cache=cpu", "kv_cache=gpu"), ("workload.micro_batches=2", "workload.micro_batches=1")],
+)
+def test_what_a_model_s_own_cache_cannot_do_is_refused(compose_run, machine, setting, advised):
+    """MiniMax takes no cache but its own, whose layers hold states where their attention is linear."""
+    arch = architecture.describe(AutoConfig.for_model("minimax", **tiny.MINIMAX), "tiny")
+
+    with pytest.raises(ConfigError, match=rf"\(minimax\) has a cache of its own, .*: pass {advised}$"):
+        planning.build(compose_run("engine=stream", "quant=fp16", setting), arch, machine())
+    planning.build(compose_run("engine=stream", "quant=fp16", advised), arch, machine())

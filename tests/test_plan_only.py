@@ -5,6 +5,8 @@ import resource
 import time
 
 import pytest
+import remote_code
+import tiny
 from cli import Cli
 
 H200 = ("plan_only=true", "hardware=h200", "hardware.host_memory_gib=400", "tracking=none")
@@ -101,3 +103,24 @@ def test_a_candidate_of_a_search_can_be_planned_alone(cli):
     assert plan(cli, *few, "search.rank=0")[0] == 0
     code, text = plan(cli, *few, "search.rank=500")
     assert (code, text) == (1, "refused the search has no candidate of rank 500: pass search.rank=0\n")
+
+
+def test_in_a_sweep_an_unexpected_error_is_said_and_the_next_plan_shown(cli, tmp_path):
+    """A model whose own code breaks where nothing else does."""
+    remote_code.save(tmp_path / "broken", tmp_path / "mark")
+    with (tmp_path / "broken" / "modeling_brought.py").open("a") as file:
+        file.write(
+            "    @classmethod\n    def _supports_default_dynamic_cache(cls):\n        raise LookupError('no cache today')\n"
+        )
+    tiny.config("llama").save_pretrained(tmp_path / "sound")
+
+    done = cli.run(
+        *("-m", "plan_only=true", "model=local", f"model.path={tmp_path}/broken,{tmp_path}/sound", "quant=fp16"),
+        *("trust_remote_code=true", "tracking=none"),
+        HF_MODULES_CACHE=str(tmp_path / "modules"),
+    )
+
+    assert done.returncode == 1
+    assert re.search("^error no cache today$", done.stdout, re.MULTILINE), done.stdout + done.stderr
+    assert "what goes where" in done.stdout
+    assert "Error executing job" not in done.stdout + done.stderr

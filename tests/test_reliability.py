@@ -237,12 +237,12 @@ WATCH = """
 import threading, time
 from concurrent.futures import Future
 from types import SimpleNamespace
-from zi_experiments import launch
+from zi_experiments.execution import launcher
 
 running, silent = Future(), SimpleNamespace(heard_at=time.monotonic())
 print("watching", flush=True)
 threading.Timer(1.0, running.set_result, [None]).start()
-print(launch._watch(running, silent, 3.0))
+print(launcher._watch(running, silent, 3.0))
 """
 
 

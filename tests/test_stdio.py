@@ -8,7 +8,7 @@ import pytest
 
 SPEAK = """
 import subprocess, sys
-from zi_experiments import stdio
+from zi_experiments.runtime import stdio
 stdio.install()
 for _ in range(3):
     print("2 × 3", flush=True)

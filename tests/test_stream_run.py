@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import tiny
+from checkpoints import write
 from cli import Cli
 
 
@@ -61,3 +63,16 @@ def test_a_record_has_the_engines_own_configuration(cli):
     assert result["metrics"]["prefill_tok_per_s"] == pytest.approx(
         sequences * result["config"]["workload"]["prompt_len"] / ttft
     )
+
+
+def test_a_model_that_takes_no_cache_but_its_own(cli, tmp_path):
+    write(tmp_path / "checkpoint", "minimax", tiny.MINIMAX)
+    done = cli.run(
+        *("engine=stream", "model=local", f"model.path={tmp_path / 'checkpoint'}", "weights=pretrained"),
+        *("offload=cpu", "quant=fp16", "tracking=none"),
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = cli.results()
+    check(result)
+    assert result["verification"]["reference"] == "AutoModelForCausalLM"

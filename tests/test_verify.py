@@ -7,15 +7,19 @@ import sys
 import weakref
 from pathlib import Path
 
+import faults
 import pytest
+import tiny
 import torch
+from checkpoints import rewrite, write
 from cli import Cli, wait_for
-from families import IDS, group_quantize, plain, save_checkpoint
+from families import IDS, group_quantize, load, plain, save_checkpoint
 
 from zi_experiments.config.schema import Quant
 from zi_experiments.measurement import reference as references
 from zi_experiments.measurement.reference import round_trip
-from zi_experiments.measurement.verification import greedy_fraction, rel_error
+from zi_experiments.measurement.verification import greedy_fraction, rel_error, verify
+from zi_experiments.runtime import progress
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,62 @@ def test_a_run_says_that_it_was_not_verified(tmp_path):
     assert result["config"]["verify"] == "off"
     assert "not verified" in done.stdout
     assert "verify:" not in done.stdout
+
+
+@pytest.fixture
+def verified(tmp_path):
+    """`verified(change)` → what verification says of a llama whose tensors are as `change` makes them, streamed."""
+
+    def verified(change, quant="fp16"):
+        tiny.model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
+        rewrite(tmp_path / "checkpoint", change)
+        plan, session = load(tmp_path / "checkpoint", quant, "cpu", engine="stream")
+        try:
+            return verify(session, plan, progress.silent())
+        finally:
+            session.close()
+
+    return verified
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors[UP][0].fill_(float("nan")),
+        lambda tensors: tensors[UP][0].fill_(float("inf")),
+        lambda tensors: [tensor.mul_(1e30) for name, tensor in tensors.items() if ".mlp." in name],
+    ],
+    ids=["not a number", "infinite", "too large"],
+)
+def test_of_a_model_that_is_not_finite_itself_no_part_of_an_engine_is_to_blame(verified, change):
+    found = verified(change)
+
+    assert not found.passed
+    assert re.fullmatch(
+        r"the model itself computes values that are not finite, in plain transformers too: some of its weights are not "
+        r"finite, or too large for bfloat16: pass weights\.path=.*",
+        found.problem,
+    )
+    assert found.max_rel_error is None
+
+
+def test_tokens_of_plain_generate_are_right_where_a_forward_pass_has_others(tmp_path):
+    """RoBERTa counts positions in another way when it generates."""
+    write(tmp_path / "checkpoint", "roberta", tiny.SMALL | {"intermediate_size": 48, "is_decoder": True})
+    plan, session = load(tmp_path / "checkpoint", "fp16", "cpu", engine="stream")
+    try:
+        found = verify(session, plan, progress.silent())
+        with faults.other_tokens(session) as other:
+            wrong = verify(other, plan, progress.silent())
+    finally:
+        session.close()
+
+    assert found.passed, found.problem
+    assert found.tokens_equal
+    assert "the cache of keys and values is not right" in wrong.problem
 
 
 @pytest.mark.parametrize("bits", [4, 8])

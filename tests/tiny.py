@@ -68,6 +68,13 @@ FAMILIES = {
     },
 }
 
+# it takes no cache but its own
+MINIMAX = GROUPED | {
+    "num_local_experts": 4,
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+
 
 def config(family):
     """The configuration of a tiny model, whose longest window is `WINDOW` tokens."""

@@ -79,9 +79,11 @@ def run_job(
         try:
             _settle_caches(console)
             plan_only.show(cfg, console)
-        except ConfigError as error:
-            _say(console, f"refused {error}")
-            raise RunFailed(str(error)) from error
+        except Exception as error:
+            signals.check()  # a library may have made this error of an interrupt
+            status, failure = _explain(error)
+            _say(console, f"{status} {failure.message}" + (f"\n{failure.traceback}" if failure.traceback else ""))
+            raise RunFailed(failure.message) from error
         return
     job = _Job(cfg, console)
     try:

@@ -6,17 +6,26 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import is_dataclass
 from difflib import get_close_matches
+from enum import EnumType
 from itertools import takewhile
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from zi_experiments.config.schema import Run, conf_dir, typed
 
+_KINDS: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list",
+}
 _FREE = ("hydra", "model.architecture", "hardware.calibration.gemm_flops")  # below them keys are no settings of ours
 
 
@@ -42,6 +51,8 @@ def of_error(error: Exception, arguments: list[str]) -> str:
         for override in OverridesParser.create().parse_overrides(found.overrides):
             if problem := _of_override(override, found.multirun, str(error)):
                 return problem
+    if problem := _of_value(error):
+        return problem
     reason = (
         f" ({_first_line(error.__cause__)})" if isinstance(error, CompactHydraException) and error.__cause__ else ""
     )
@@ -135,6 +146,27 @@ def _of_override(override: Override, is_sweep: bool, error: str) -> str | None:
     meant = " or ".join(text.replace(key, name, 1) for name in of_stray(key, known))
     instead = f"pass {meant}" if meant else "python -m zi_experiments --cfg job shows those there are"
     return f"{key} is not a setting: {instead}"
+
+
+def _of_value(error: Exception) -> str | None:
+    """What to type instead of a value of another type than its setting takes; None: the error is another one."""
+    override = str(error).removeprefix("Error merging override ")
+    key = override.lstrip("+").partition("=")[0]
+    if not isinstance(error.__cause__, ValidationError) or key not in settings():
+        return None
+    hint: Any = Run
+    for name in key.split("."):
+        hint = get_type_hints(schema_of(hint))[name]
+    return f"{override}: {key} takes {_taken(hint)}: pass {shlex.quote(f'{key}={_example(key)}')}"
+
+
+def _taken(hint: Any) -> str:
+    """What values of a type are, in words."""
+    if isinstance(hint, UnionType):
+        return f"{_taken(get_args(hint)[0])}, or null"
+    if isinstance(hint, EnumType):
+        return " or ".join(name for name in hint.__members__)
+    return _KINDS.get(get_origin(hint) or hint, "settings in braces")
 
 
 def _groups() -> set[str]:

@@ -58,6 +58,9 @@ class Reference(Protocol):
         layer's own, and its weights are there while it runs.
         """
 
+    def generate(self, ids: Any, gen_len: int) -> Any | None:
+        """`ids` and the greedy tokens that transformers' own `generate` adds; None: there is no whole model to ask."""
+
     def close(self) -> None: ...
 
 
@@ -91,6 +94,16 @@ class Whole:
 
     def run(self, tokens: Any, layer: Layer) -> Any:
         return _logits(self._model, self._layers, self._forwards, tokens, layer)
+
+    def generate(self, ids: Any, gen_len: int) -> Any | None:
+        import torch
+        from transformers import GenerationConfig
+
+        for module, forward in zip(self._layers, self._forwards, strict=True):
+            module.forward = forward
+        # the model's own as well, from which transformers would fill in what is left open
+        self._model.generation_config = GenerationConfig(max_new_tokens=gen_len, do_sample=False, num_beams=1)
+        return self._model.generate(ids, self._model.generation_config, attention_mask=torch.ones_like(ids))
 
     def close(self) -> None:
         vars(self).clear()
@@ -152,6 +165,9 @@ class LayerByLayer:
         self._model = weights.empty_model(self._weights, config, self._dtype, device)
         self.layers_name, self._layers = decoder_layers(self._model)
         self._forwards = [self._bound(index, layer.forward) for index, layer in enumerate(self._layers)]
+
+    def generate(self, ids: Any, gen_len: int) -> Any | None:
+        return None
 
     def close(self) -> None:
         self._weights.close()

@@ -21,6 +21,7 @@ from zi_experiments.config.schema import (
 from zi_experiments.models import hub
 
 _LONGEST_QUOTE = 300  # characters
+_ANOTHER = "pass model=opt-125m, or model=local model.path=… of another"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,12 +64,13 @@ class Architecture:
     dtype: str | None  # the type the configuration names
     hidden_size: int
     num_layers: int
-    max_positions: int | None
+    max_positions: int | None  # None: without a limit
     layer_classes: tuple[str, ...]  # dotted paths of the decoder layers' classes: hybrids have several
     is_text_part: bool  # of a multimodal checkpoint, whose towers are dropped
     notes: tuple[str, ...]  # what is not done as the configuration says
     parameters: tuple[Parameter, ...] = field(repr=False)
     kv_layers: tuple[KVLayer, ...] = field(repr=False)
+    has_own_cache: bool  # a class of its own for keys and values, or for states: it takes no other
     # of the checkpoint, which the model leaves out on purpose
     ignored_tensors: tuple[str, ...] = field(default=(), repr=False)
 
@@ -109,12 +111,14 @@ def _from_numbers(model: Model) -> Any:
     numbers = dict(model.architecture or {})
     model_type = numbers.pop("model_type")
     if model_type not in CONFIG_MAPPING:
-        raise ConfigError(f"model.architecture.model_type={model_type} is not a model that transformers knows")
+        raise ConfigError(
+            f"model.architecture.model_type={model_type} is not a model that transformers knows: {_ANOTHER}"
+        )
     config_class = CONFIG_MAPPING[model_type]
     try:
         return config_class(**numbers)
     except Exception as error:
-        raise ConfigError(f"model={model.name}: {model_type} refuses these numbers: {error}") from error
+        raise ConfigError(f"model={model.name}: {model_type} refuses these numbers ({error}): {_ANOTHER}") from error
 
 
 def _from_path(path: str, trusted: bool) -> Any:
@@ -122,7 +126,7 @@ def _from_path(path: str, trusted: bool) -> Any:
 
     source = local_or_hub(path)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ConfigError(f"{source} has no config.json, so it is not a Hugging Face model folder")
+        raise ConfigError(f"{source} has no config.json, so it is not a Hugging Face model folder: {_ANOTHER}")
     if not Path(source).is_dir():
         hub.settle()
     try:
@@ -131,6 +135,9 @@ def _from_path(path: str, trusted: bool) -> Any:
         if is_refused_code(error, trusted):
             auto_map = PreTrainedConfig.get_config_dict(source)[0]["auto_map"]
             raise ConfigError(refused_code(path, auto_map)) from error
+        if Path(source).is_dir():
+            problem = printable(" ".join(str(error).split()) or type(error).__name__)
+            raise ConfigError(f"{path}: its config.json cannot be read ({problem}): {_ANOTHER}") from error
         raise ConfigError(
             f"{path} is neither a Hugging Face model folder nor a hub name that can be read here ({reason(error)}): "
             "pass model.path=/path/to/a/folder, or the shape of a shipped model with random weights: model=opt-125m"
@@ -209,7 +216,9 @@ def _remote_class(config: Any, reference: str) -> Any:
         return _generating(get_class_from_dynamic_module(reference, config.name_or_path))
     except Exception as error:
         file = printable(_python_file(reference))
-        raise ConfigError(f"{config.name_or_path}: its {file} cannot be loaded ({reason(error)})") from error
+        raise ConfigError(
+            f"{config.name_or_path}: its {file} cannot be loaded ({reason(error)}): {_ANOTHER}"
+        ) from error
 
 
 @cache  # one class for all callers: transformers derives a new one at each call
@@ -246,13 +255,20 @@ def describe(config: Any, name: str) -> Architecture:
         dtype=str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
         hidden_size=text.hidden_size,
         num_layers=len(layers),
-        max_positions=getattr(text, "max_position_embeddings", None),
+        max_positions=_max_positions(text),
         layer_classes=tuple(dict.fromkeys(f"{type(one).__module__}.{type(one).__qualname__}" for one in layers)),
         is_text_part=config.model_type != given.model_type,
         notes=tuple(_notes(given, config, attention)),
         parameters=tuple(_parameters(model, layers_name)),
         kv_layers=_kv_layers(model, len(layers)),
+        has_own_cache=not model._supports_default_dynamic_cache(),
     )
+
+
+def _max_positions(text: Any) -> int | None:
+    """The positions that a model has; None: it has no limit, which XLNet says by -1."""
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found >= 0 else None
 
 
 def text_part(config: Any) -> Any:
@@ -279,8 +295,8 @@ def _empty(config: Any, name: str) -> Any:
             model = config_class(config)
             model.tie_weights()
     except Exception as error:
-        problem = f"{config.model_type} cannot be built from these numbers: {reason(error)}"
-        raise ConfigError(f"model={name}: {problem}") from error
+        problem = f"{config.model_type} cannot be built from these numbers ({reason(error)})"
+        raise ConfigError(f"model={name}: {problem}: {_ANOTHER}") from error
     return model
 
 
@@ -365,7 +381,9 @@ def _kv_layers(model: Any, num_layers: int) -> tuple[KVLayer, ...]:
             model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
     except Exception:  # an estimate, for the few families whose routing to experts needs data: JetMoE, LongCat
         text = model.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+        if heads is None:
+            return ()  # xLSTM: without attention nothing grows with a sequence
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return (KVLayer(elements_per_token=2 * heads * head_dim, max_tokens=None),) * num_layers
     growing = ("keys", "values", "indexer_keys")  # sparse attention has the last
@@ -415,7 +433,7 @@ def decoder_layers(model: Any) -> tuple[str, Any]:
     ]
     if not lists:
         raise ConfigError(
-            f"{type(model).__name__} has no list of decoder layers: it cannot be offloaded layer by layer"
+            f"{type(model).__name__} has no decoder layers, so it cannot be offloaded layer by layer: {_ANOTHER}"
         )
     decoder = {id(module) for module in model.get_decoder().modules()}
     within = [item for item in lists if id(item[1]) in decoder] or lists

@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Checkpoint:
 
     folder: Path
     weights: tuple[Path, ...]
+    index: dict[str, Path] = field(default_factory=dict)  # the file of each tensor, of a checkpoint in several
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -57,8 +58,10 @@ def find(path: str) -> Checkpoint | None:
         raise ConfigError(
             f"{folder} has no weights ({', '.join(names)}): pass weights.path=… of a folder with some, or weights=random"
         )
-    weights = _named_in_index(found) if found.suffix == ".json" else (found,)
-    return Checkpoint(folder=folder, weights=weights)
+    if found.suffix != ".json":
+        return Checkpoint(folder=folder, weights=(found,))
+    index = _index(found)
+    return Checkpoint(folder=folder, weights=tuple(sorted(set(index.values()))), index=index)
 
 
 def _named_in_config(config: Path) -> tuple[str, ...]:
@@ -70,7 +73,8 @@ def _named_in_config(config: Path) -> tuple[str, ...]:
     return () if name is None else (_beside(config, name),)
 
 
-def _named_in_index(index: Path) -> tuple[Path, ...]:
+def _index(index: Path) -> dict[str, Path]:
+    """The file of each tensor by its name."""
     try:
         content = json.loads(index.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -78,13 +82,14 @@ def _named_in_index(index: Path) -> tuple[Path, ...]:
     for key in ("weight_map", "metadata"):
         if not isinstance(content, dict) or not isinstance(content.get(key), dict) or not content["weight_map"]:
             raise ConfigError(f"{index} has no {key}: download it again, or save the model again with save_pretrained")
-    names = sorted({_beside(index, name) for name in content["weight_map"].values()})
+    files = {tensor: _beside(index, name) for tensor, name in content["weight_map"].items()}
+    names = sorted(set(files.values()))
     if missing := [name for name in names if not os.path.isfile(index.parent / name)]:
         raise ConfigError(
             f"{index.parent} lacks {len(missing)} of the {len(names)} files that {index.name} names "
             f"({printable(', '.join(missing[:4]))}{' …' if len(missing) > 4 else ''}): copy or download them again"
         )
-    return tuple(index.parent / name for name in names)
+    return {tensor: index.parent / name for tensor, name in files.items()}
 
 
 def _beside(file: Path, name: Any) -> str:

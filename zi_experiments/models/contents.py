@@ -1,6 +1,7 @@
 """The tensors of a checkpoint, held against the model that they are for before anything is loaded.
 
-Only the headers of its files are read, and of the tensors two at most: those that the configuration says are one.
+Only the headers of its files are read, and of the tensors only those that may be one: by the configuration, or because
+two files have them.
 """
 
 import re
@@ -34,7 +35,8 @@ Tensors = dict[str, Any]  # by their names in a file
 def load(run: Run) -> Architecture:
     """The architecture of a run's model; with `weights=pretrained`, as the tensors of its checkpoint have it.
 
-    Raises `ConfigError` for tensors that the model has no place for, that it lacks, or that have other shapes.
+    Raises `ConfigError` for tensors that the model has no place for, that it lacks, or that have other shapes, and for
+    other files without which transformers does not load it.
     """
     found = architecture.load(run)
     path = run.weights.path
@@ -44,7 +46,10 @@ def load(run: Run) -> Architecture:
     checkpoint.check(path)
     _expand_quantization(found.config, path)
     stored = _stored(path, found.config)
-    return found if stored is None else _held(found, stored, path, run.model.name)
+    if stored is None:
+        return found
+    _check_generation(path, stored.folder)
+    return _held(found, stored, path, run.model.name)
 
 
 def quantization(config: Any) -> str | None:
@@ -84,8 +89,25 @@ def _stored(path: str, config: Any) -> Checkpoint | None:
     return None
 
 
+def _check_generation(path: str, folder: Path) -> None:
+    """Refuse a checkpoint that transformers does not load for its `generation_config.json`."""
+    from transformers import GenerationConfig
+
+    try:
+        with quietly():
+            GenerationConfig.from_pretrained(folder)
+    except OSError:
+        pass  # there is none, or none that is JSON: transformers does without
+    except Exception as error:
+        raise ConfigError(
+            f"{path}: transformers refuses its generation_config.json ({reason(error)}): "
+            "pass weights.path=… of a checkpoint with another or without one, or weights=random"
+        ) from error
+
+
 def _held(found: Architecture, stored: Checkpoint, path: str, name: str) -> Architecture:
     headers = {file: _headers(file) for file in stored.weights}
+    _check_index(path, stored.index, headers)
     model, report, ignored = _loaded_without_data(found.config, headers, path)
     _refuse(path, report)
     if any(not _are_equal(headers, *names) for names in _tied_twice(model, headers)):
@@ -93,6 +115,25 @@ def _held(found: Architecture, stored: Checkpoint, path: str, name: str) -> Arch
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         found = architecture.describe(config, name)
     return replace(found, ignored_tensors=tuple(sorted(ignored)))
+
+
+def _check_index(path: str, index: dict[str, Path], headers: dict[Path, Tensors]) -> None:
+    """Refuse an index that leads to other tensors than plain transformers loads, which go by it only to read in place.
+
+    Else transformers takes all that is in the files, and of two with one name that of the last file.
+    """
+    last = {name: file for file, tensors in headers.items() for name in tensors}
+    for name, file in index.items():
+        other = last.get(name, file)
+        if other == file or other.suffix != ".safetensors":
+            continue
+        is_twice = name in headers[file]
+        if not is_twice or not _same(_tensor(file, name), _tensor(other, name)):
+            raise ConfigError(
+                f"{path}: its index has {printable(name)} in {printable(file.name)}, and "
+                f"{printable(other.name)} has {'another of that name' if is_twice else 'it'}: "
+                "pass weights.path=… of a checkpoint saved anew with save_pretrained, or weights=random"
+            )
 
 
 def _headers(file: Path) -> Tensors:
@@ -206,10 +247,14 @@ def _tied_twice(model: Any, headers: dict[Path, Tensors]) -> list[tuple[str, str
 
 def _are_equal(headers: dict[Path, Tensors], *names: str) -> bool:
     """Whether tensors of these names have the same values; their files are mapped into memory."""
+    one, other = (_tensor(next(file for file, tensors in headers.items() if name in tensors), name) for name in names)
+    return _same(one, other)
+
+
+def _same(one: Any, other: Any) -> bool:
     import torch
 
-    one, other = (_tensor(next(file for file, tensors in headers.items() if name in tensors), name) for name in names)
-    return one.shape == other.shape and torch.equal(one, other)
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _tensor(file: Path, name: str) -> Any:

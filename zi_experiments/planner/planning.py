@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from zi_experiments.config.schema import (
+    CacheDevice,
     ConfigError,
     OffloadDevice,
     Run,
@@ -38,6 +39,7 @@ def _draft(run: Run, arch: Architecture, machine: Machine) -> Plan:
     """Return the plan, without a check that it fits. Raises `ConfigError` for what cannot work."""
     base.check(run)
     _check_lengths(run, arch)
+    _check_cache(run, arch)
     _check_groups(run, arch)
     if machine.device == "cpu":
         _check_choices(run)
@@ -129,14 +131,30 @@ def _pin(spec: Spec, storage: Storage) -> bool:
 
 def _check_lengths(run: Run, arch: Architecture) -> None:
     work, longest = run.workload, arch.max_positions
+    if longest is not None and longest < 2:
+        raise ConfigError(
+            f"{run.model.name} has too few positions ({longest}) for a prompt and a token after it: pass model=opt-125m, "
+            "or model=local model.path=… of one with more"
+        )
     if longest is not None and work.prompt_len + work.gen_len > longest:
         fits = f"workload.prompt_len={longest - work.gen_len}"
         if work.gen_len >= longest:
-            fits = f"workload.gen_len={max(1, longest // 2)} workload.prompt_len={longest - longest // 2 - 1}"
+            fits = f"workload.gen_len={longest // 2} workload.prompt_len={longest - longest // 2}"
         raise ConfigError(
             f"workload.prompt_len={work.prompt_len} and workload.gen_len={work.gen_len} exceed the {longest} positions of "
             f"{run.model.name}: pass {fits} or less"
         )
+
+
+def _check_cache(run: Run, arch: Architecture) -> None:
+    """Refuse what needs another cache than a model's own."""
+    if not arch.has_own_cache:
+        return
+    own = f"{run.model.name} ({arch.model_type}) has a cache of its own"
+    if run.kv_cache.device is CacheDevice.cpu:
+        raise ConfigError(f"{own}, which stays on the device: pass kv_cache=gpu")
+    if run.workload.micro_batches > 1:
+        raise ConfigError(f"{own}, which has no parts for micro-batches: pass workload.micro_batches=1")
 
 
 def _check_groups(run: Run, arch: Architecture) -> None:

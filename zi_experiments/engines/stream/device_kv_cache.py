@@ -11,8 +11,10 @@ from zi_experiments.engines.hf_session import host_cache
 from zi_experiments.engines.stream.micro_batches import BlockCache
 
 
-def make_cache(plan: Plan, device: torch.device) -> Cache:
-    """The cache of one rank's sequences, one part for each micro-batch."""
+def make_cache(plan: Plan, device: torch.device) -> Cache | None:
+    """The cache of one rank's sequences, one part for each micro-batch; None: the model makes one of its own."""
+    if plan.architecture.has_own_cache:
+        return None
     blocks = plan.run.workload.micro_batches
     parts = [_part(plan, device) for _ in range(blocks)]
     return BlockCache(parts) if blocks > 1 else parts[0]

@@ -104,15 +104,14 @@ class ConsoleSink:
 def show_plan(name: str, plan: Plan, prediction: Prediction, console: Console) -> None:
     """Say in a few lines what a run is about to do."""
     arch, place = plan.architecture, plan.placement
-    where = [("GPU", place.gpu_bytes), ("host", place.cpu_bytes), ("disk", place.nvme_bytes)]
+    host = "pinned host" if plan.pin_memory else "host"
+    where = [("GPU", place.gpu_bytes), (host, place.cpu_bytes), ("disk", place.nvme_bytes)]
     split = ", ".join(f"{gigabytes(amount)} {label}" for label, amount in where if amount)
-    pinned = " (pinned)" if plan.pin_memory else ""
     layers = " and ".join(one.rpartition(".")[2] for one in arch.layer_classes)
     lines = [
         f"[bold]{escape(name)}[/]: {_count(arch.num_parameters)} parameters, {arch.num_layers} layers of "
         f"{layers}, {plan.dtype} on {plan.machine.gpu_name or plan.machine.device}",
-        f"weights {gigabytes(plan.weight_bytes)} ({split}{pinned}){_copies(plan)}, "
-        f"KV cache {gigabytes(plan.kv_cache_bytes)}",
+        f"weights {gigabytes(plan.weight_bytes)} ({split}){_copies(plan)}, KV cache {gigabytes(plan.kv_cache_bytes)}",
     ]
     if plan.run.quant.bits < 16:
         lines.append(_quantized(plan))
