@@ -344,6 +344,16 @@ def test_a_model_with_experts_is_routed(load, model, routed):
     assert load(f"model={model}").is_routed is routed
 
 
+def test_a_vector_of_three_dimensions_is_no_stack_of_experts():
+    shape = {"hidden_size": 64, "attention_hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    rwkv = architecture.describe(AutoConfig.for_model("rwkv", vocab_size=128, **shape), "rwkv")
+
+    mixing = [parameter for parameter in rwkv.parameters if "time_mix" in parameter.name]
+    assert {len(parameter.shape) for parameter in mixing} == {3}
+    assert not any(parameter.quantizable for parameter in mixing)
+    assert not rwkv.is_routed
+
+
 def test_positions_are_limited_where_the_model_limits_them(load):
     assert load("model=opt-125m").max_positions == 2048
     assert load("model=bloom-560m").max_positions is None  # ALiBi

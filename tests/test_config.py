@@ -47,10 +47,10 @@ def cli(*arguments, cwd, python_options=()):
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_choice_composes_to_a_valid_run(compose_run, group, choice):
+def test_every_choice_composes_to_a_valid_run(compose, group, choice):
     needed = ["model.path=/models/tiny"] if choice == "local" else []
 
-    run = compose_run(f"{group}={choice}", *needed)
+    run = to_run(compose(f"{group}={choice}", *needed))
 
     assert isinstance(run, Run)
     node = getattr(run, group, None)

@@ -411,12 +411,12 @@ def is_quantizable(model: Any, name: str) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     owner, _, attribute = name.rpartition(".")
-    module, dim = model.get_submodule(owner), model.get_parameter(name).dim()
-    if dim == 3:
-        return not isinstance(module, _ConvNd)
+    module, shape = model.get_submodule(owner), model.get_parameter(name).shape
+    if len(shape) == 3:
+        return shape[-2] > 1 and not isinstance(module, _ConvNd)
     if "Positional" in type(module).__name__ or owner.endswith(".dt_proj"):
         return False
-    return dim == 2 and attribute == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+    return len(shape) == 2 and attribute == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
 
 
 def decoder_layers(model: Any) -> tuple[str, Any]:
