@@ -1,9 +1,9 @@
 # Everything that a run needs, compilers included, since DeepSpeed and Triton compile when they are first used.
 #
 #   docker build -t zi_experiments .
-#   docker run --rm --gpus all --shm-size=1g --ulimit memlock=-1 -v "$PWD/outputs:/work/outputs" zi_experiments model=opt-1.3b
+#   docker run --rm --gpus all --shm-size=1g --ulimit memlock=-1 -v "$PWD/outputs:/home/zi/outputs" zi_experiments model=opt-1.3b
 #
-# /work/outputs has to be writable for user 1000. offload=nvme needs a disk: -v /mnt/nvme:/mnt/nvme offload.path=/mnt/nvme.
+# /home/zi/outputs has to be writable for user 1000. offload=nvme needs a disk: -v /mnt/nvme:/mnt/nvme offload.path=/mnt/nvme.
 # Without a GPU leave out --gpus all.
 
 # devel has nvcc. Its CUDA has to be of the same major version as that of torch in constraints.txt.
@@ -27,8 +27,8 @@ RUN python3 -m venv /opt/venv \
 # Ubuntu's image has a user 1000 of its own
 RUN userdel --remove ubuntu 2>/dev/null; \
     useradd --uid 1000 --create-home zi \
-    && install -d -o zi -g zi /work /work/outputs
+    && install -d -o zi -g zi /home/zi/outputs
 USER zi
-WORKDIR /work
+WORKDIR /home/zi
 
 ENTRYPOINT ["python", "-m", "zi_experiments"]
