@@ -219,7 +219,7 @@ def wait_until(true, timeout_s=180):
 
 def test_a_worker_hangs(cli, conclude):
     """One rank stands still, so the other waits for it: where, is in the record."""
-    settings = ("model=deep", "quant=fp16", "workload.repeats=500", "hardware.num_gpus=2", "launch.timeout_s=25")
+    settings = ("model=deep", "quant=fp16", "workload.repeats=500", "hardware.num_gpus=2", "launch.timeout_s=60")
     process = cli.start(*settings, "tracking=none")
     wait_for(process, "measure:")
     wait_until(lambda: len(workers(process)) == 2)

@@ -68,7 +68,7 @@ FAULTS = {
     "groups": (3, {"quant": {"bits": 4, "group_size": 48, "group_dim": 1}}, None, None, "refused"),
     "sigkill": (7, LONG, "measure:", signalled(signal.SIGKILL), "killed"),
     "abort": (12, LONG, "measure:", signalled(signal.SIGABRT), "error"),
-    "hang": (16, LONG | {"launch": {"timeout_s": 12}}, "measure:", signalled(signal.SIGSTOP), "killed"),
+    "hang": (16, LONG | {"launch": {"timeout_s": 60}}, "measure:", signalled(signal.SIGSTOP), "killed"),
     "python": (21, LONG | {"offload": {"device": "nvme"}}, "measure:", cut_off, "error"),
     "memory": (
         26,
