@@ -20,12 +20,7 @@ import pytest
 import torch
 from cli import Cli, wait_for
 
-from zi_experiments.calibration import (
-    cache,
-    export,
-    launch_overhead,
-    suite,
-)
+from zi_experiments.calibration import cache, export, launch_overhead, suite
 from zi_experiments.calibration.disk import bytes_per_s
 from zi_experiments.config.schema import Calibration, ConfigError
 from zi_experiments.engines import base

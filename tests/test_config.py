@@ -15,14 +15,7 @@ from omegaconf import OmegaConf
 import zi_experiments
 from zi_experiments.config import schema
 from zi_experiments.config.composition import to_run
-from zi_experiments.config.schema import (
-    ConfigError,
-    OffloadDevice,
-    Run,
-    TrackingMode,
-    Verify,
-    conf_dir,
-)
+from zi_experiments.config.schema import ConfigError, OffloadDevice, Run, TrackingMode, Verify, conf_dir
 
 YAMLS = sorted(
     (path for path in conf_dir().glob("*/*.yaml") if path.parent.name != "hydra"),

@@ -17,13 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zi_experiments.config.composition import to_run
-from zi_experiments.config.schema import (
-    Calibration,
-    Ceilings,
-    ConfigError,
-    OffloadDevice,
-    Run,
-)
+from zi_experiments.config.schema import Calibration, Ceilings, ConfigError, OffloadDevice, Run
 from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.prediction import predict

@@ -7,12 +7,7 @@ import pytest
 from rich.console import Console
 
 from zi_experiments.runtime import progress
-from zi_experiments.runtime.progress import (
-    Display,
-    Event,
-    Progress,
-    silent,
-)
+from zi_experiments.runtime.progress import Display, Event, Progress, silent
 
 
 class Clock:

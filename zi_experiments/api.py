@@ -14,12 +14,7 @@ from zi_experiments.config.schema import ConfigError, Run, conf_dir
 from zi_experiments.engines import base
 from zi_experiments.execution import preflight
 from zi_experiments.execution.preparation import prepare
-from zi_experiments.runtime import (
-    caches,
-    distributed,
-    progress,
-    scratch,
-)
+from zi_experiments.runtime import caches, distributed, progress, scratch
 
 
 def get_ds_model(

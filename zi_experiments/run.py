@@ -23,32 +23,17 @@ from zi_experiments.config.schema import ConfigError, Run, TrackingMode
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.engines import base
-from zi_experiments.execution import (
-    failures,
-    launcher,
-    preflight,
-    sweep,
-)
+from zi_experiments.execution import failures, launcher, preflight, sweep
 from zi_experiments.execution.preparation import load_architecture, prepare
 from zi_experiments.measurement import perplexity
-from zi_experiments.models import (
-    architecture,
-    checkpoint,
-    hashes,
-)
+from zi_experiments.models import architecture, checkpoint, hashes
 from zi_experiments.models.architecture import Architecture
 from zi_experiments.results import fingerprints, initial, metrics
 from zi_experiments.results.record import Failure, Status
 from zi_experiments.results.sinks.base import Guarded, Sink
 from zi_experiments.results.sinks.console import ConsoleSink, display_path
 from zi_experiments.results.sinks.result_file import NAME, ResultFile, to_json
-from zi_experiments.runtime import (
-    caches,
-    peak_memory,
-    progress,
-    scratch,
-    signals,
-)
+from zi_experiments.runtime import caches, peak_memory, progress, scratch, signals
 from zi_experiments.system import machines
 from zi_experiments.units import gigabytes
 

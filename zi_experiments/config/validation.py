@@ -6,13 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from zi_experiments.config.schema import (
-    ConfigError,
-    DeviceType,
-    OffloadDevice,
-    Run,
-    WeightSource,
-)
+from zi_experiments.config.schema import ConfigError, DeviceType, OffloadDevice, Run, WeightSource
 
 
 def validate(run: Run) -> None:

@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zi_experiments.config.schema import ConfigError, OffloadDevice, Run
-from zi_experiments.cost_model.inventory import (
-    Home,
-    Inventory,
-    Stored,
-    held,
-    home_on,
-)
+from zi_experiments.cost_model.inventory import Home, Inventory, Stored, held, home_on
 from zi_experiments.cost_model.plan import Overlap, Plan, Storage, placement_of
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines import sixteen_bit

@@ -7,12 +7,7 @@ from functools import partial
 from typing import Any
 
 from zi_experiments.config.schema import CacheDevice
-from zi_experiments.cost_model.inventory import (
-    Inventory,
-    Stored,
-    held,
-    home_on,
-)
+from zi_experiments.cost_model.inventory import Inventory, Stored, held, home_on
 from zi_experiments.cost_model.plan import Plan
 
 

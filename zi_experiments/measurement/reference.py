@@ -10,12 +10,7 @@ from zi_experiments.config.schema import Quant
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.spec import ELEMENT_BYTES
 from zi_experiments.models import weights
-from zi_experiments.models.architecture import (
-    Parameter,
-    decoder_layers,
-    is_quantizable,
-    local_or_hub,
-)
+from zi_experiments.models.architecture import Parameter, decoder_layers, is_quantizable, local_or_hub
 
 Layer = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 

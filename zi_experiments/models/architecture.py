@@ -12,12 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from zi_experiments.config.schema import (
-    ConfigError,
-    Model,
-    Run,
-    WeightSource,
-)
+from zi_experiments.config.schema import ConfigError, Model, Run, WeightSource
 from zi_experiments.models import hub
 
 _LONGEST_QUOTE = 300  # characters

@@ -14,14 +14,7 @@ from typing import Any
 
 from zi_experiments.config.schema import ConfigError, Run
 from zi_experiments.models import architecture, checkpoint, weights
-from zi_experiments.models.architecture import (
-    Architecture,
-    local_or_hub,
-    model_class,
-    printable,
-    quietly,
-    reason,
-)
+from zi_experiments.models.architecture import Architecture, local_or_hub, model_class, printable, quietly, reason
 from zi_experiments.models.checkpoint import Checkpoint
 
 # what transformers expands to 16 bits while it loads, and is verified to here

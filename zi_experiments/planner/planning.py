@@ -6,13 +6,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from zi_experiments.config.schema import (
-    CacheDevice,
-    ConfigError,
-    OffloadDevice,
-    Run,
-    Verify,
-)
+from zi_experiments.config.schema import CacheDevice, ConfigError, OffloadDevice, Run, Verify
 from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.plan import Plan, Storage
 from zi_experiments.cost_model.spec import Spec

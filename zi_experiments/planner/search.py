@@ -7,13 +7,7 @@ from itertools import count, dropwhile, product, takewhile
 from math import log
 from typing import Any
 
-from zi_experiments.config.schema import (
-    CacheDevice,
-    ConfigError,
-    OffloadDevice,
-    Profile,
-    Run,
-)
+from zi_experiments.config.schema import CacheDevice, ConfigError, OffloadDevice, Profile, Run
 from zi_experiments.cost_model.bound import Bound, lower_bound
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction, predict, total_tok_per_s

@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zi_experiments import environment
-from zi_experiments.config.schema import (
-    Calibration,
-    Ceilings,
-    DeviceType,
-    Hardware,
-    conf_dir,
-)
+from zi_experiments.config.schema import Calibration, Ceilings, DeviceType, Hardware, conf_dir
 
 GIB = 1 << 30
 # limit, usage, and what of the usage is file cache that nobody has needed lately, of a group and all below it

@@ -3,13 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from zi_experiments.cost_model.inventory import (
-    Home,
-    Inventory,
-    Stored,
-    held,
-    home_on,
-)
+from zi_experiments.cost_model.inventory import Home, Inventory, Stored, held, home_on
 from zi_experiments.cost_model.spec import ELEMENT_BYTES
 from zi_experiments.runtime import distributed
 

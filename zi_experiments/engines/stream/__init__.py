@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zi_experiments.config.schema import Run
-from zi_experiments.cost_model.inventory import (
-    Home,
-    Inventory,
-    Stored,
-    held,
-    home_on,
-)
+from zi_experiments.cost_model.inventory import Home, Inventory, Stored, held, home_on
 from zi_experiments.cost_model.plan import Plan, Storage
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.disk_access import reading

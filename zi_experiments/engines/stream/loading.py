@@ -12,13 +12,7 @@ import torch
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.engines.stream.placement import BUFFERS, LayerPlacement
 from zi_experiments.engines.stream.quantized import expand, pack
-from zi_experiments.engines.stream.slab import (
-    Layout,
-    Place,
-    lay_out,
-    plain_views,
-    views,
-)
+from zi_experiments.engines.stream.slab import Layout, Place, lay_out, plain_views, views
 from zi_experiments.engines.stream.store import DirectFile, Store
 from zi_experiments.models.architecture import Parameter
 from zi_experiments.models.weights import PretrainedWeights, RandomWeights

@@ -6,11 +6,7 @@ from functools import cache
 from itertools import groupby
 from math import ceil
 
-from zi_experiments.config.schema import (
-    CacheDevice,
-    OffloadDevice,
-    Verify,
-)
+from zi_experiments.config.schema import CacheDevice, OffloadDevice, Verify
 from zi_experiments.cost_model.inventory import Home, Stored
 from zi_experiments.cost_model.plan import Overlap, Placement, Storage
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
