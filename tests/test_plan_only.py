@@ -122,5 +122,5 @@ def test_in_a_sweep_an_unexpected_error_is_said_and_the_next_plan_shown(cli, tmp
 
     assert done.returncode == 1
     assert re.search("^error no cache today$", done.stdout, re.MULTILINE), done.stdout + done.stderr
-    assert "what goes where" in done.stdout
+    assert "how long it takes" in done.stdout
     assert "Error executing job" not in done.stdout + done.stderr
