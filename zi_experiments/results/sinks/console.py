@@ -156,7 +156,7 @@ def show_sweep(jobs: list[tuple[list[str], dict[str, Any]]]) -> None:
         for label, name, form in (
             ("prefill tok/s", "prefill_tok_per_s", "{:,.2f}"),
             ("decode tok/s", "decode_tok_per_s", "{:,.2f}"),
-            ("share of the bound", "fraction_of_bound", "{:.0%}"),
+            ("of bound", "fraction_of_bound", "{:.0%}"),
             ("perplexity", "perplexity", "{:.4f}"),
         )
     }
