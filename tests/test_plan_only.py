@@ -25,7 +25,7 @@ def plan(cli, *arguments, **variables):
     """What it says of a model that is much larger than what the process may take, and its exit code."""
     began = time.monotonic()
     done = cli.run(*arguments, preexec_fn=limited, CUDA_VISIBLE_DEVICES="", **variables)
-    assert time.monotonic() - began < 60  # seconds, on a machine that is busy with other tests
+    assert time.monotonic() - began < 180  # seconds, on a machine that is busy with other tests
     assert "Traceback" not in done.stdout + done.stderr
     assert cli.results() == []
     assert not list(cli.folder.rglob("offload"))
@@ -59,6 +59,15 @@ def test_a_plan_shows_what_goes_where_how_long_it_takes_and_what_would_help(cli)
         re.MULTILINE,
     ), text
     assert len(re.findall("^faster", text, re.MULTILINE)) <= 3
+
+
+def test_what_goes_to_a_disk_that_nobody_has_seen_is_shown_without_what_is_free_there(cli):
+    overrides = ("plan_only=true", "hardware=rtx-4090", "hardware.host_memory_gib=64", "tracking=none")
+    code, text = plan(cli, *overrides, "model=llama-3.1-70b", "offload=nvme", "engine=stream")
+
+    assert code == 0, text
+    assert row(text, "weights")[2] == row(text, "total")[2] == "38.51 GB"
+    assert row(text, "available")[2] == ""
 
 
 def test_a_plan_that_cannot_fit_is_refused_with_what_does(cli):

@@ -226,3 +226,25 @@ def test_a_writer_killed_while_it_talks_does_not_hold_the_launcher_up():
             process.join()
             killed_at = time.monotonic()
         assert time.monotonic() - killed_at < 5
+
+
+def test_a_phase_that_says_nothing_is_shown_to_go_on(monkeypatch):
+    """As while an operator is compiled, which takes minutes."""
+    monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0.2)
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    file = io.StringIO()
+    with Display(reader, Console(file=file)) as display:
+        writer.send(Event("build async_io", 0, 1, "operator"))
+        heard_at = display.heard_at
+        until = time.monotonic() + 60
+        while file.getvalue().count("so far") < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        writer.send(Event("build async_io", 1, 1, "operator", ended=True))
+        time.sleep(0.5)
+
+    lines = file.getvalue().splitlines()
+    assert lines[0].startswith("build async_io: 1 operator")
+    assert all("so far" in line for line in lines[1:-1])
+    assert len(lines) >= 4
+    assert "done in" in lines[-1], "and said once"
+    assert display.heard_at > heard_at, "of the worker's own events"

@@ -117,9 +117,8 @@ class _Job:
         machine = machines.detect(run.hardware)
         self._update(environment=environment.describe(machine))
         may_keep = keep and not run.force and (self._folder / NAME).exists()
-        arch = (
-            None if may_keep else load_architecture(run)
-        )  # what is wrong with a checkpoint is said before it is hashed
+        # what is wrong with a checkpoint is said before it is hashed
+        arch = None if may_keep else load_architecture(run)
         self._identify(run)
         if may_keep and (before := self._finished_before()):
             return before
@@ -231,10 +230,11 @@ class _Job:
             message = f"verification failed: {measured.verification.problem}"
             self._fail("error", Failure(type="VerificationFailed", message=message, hint="nothing was measured"))
             return
+        assert self.record.prediction is not None
         derived = partial(
             metrics.derive,
             measured.samples,
-            prediction=predict(plan),
+            prediction=self.record.prediction,
             perplexity=measured.perplexity,
             gpu_peak_bytes=measured.gpu_peak_bytes,
             host_peak_bytes=peaks.host_peak_bytes,

@@ -264,6 +264,13 @@ def typed(arguments: list[str]) -> Namespace:
     return found
 
 
+def literal(value: Any) -> str:
+    """A value as one types it after `KEY=`."""
+    if isinstance(value, Enum):
+        return str(value.value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def conf_dir() -> Path:
     """The folder of YAML files: inside the package once installed from a wheel, beside it in a checkout."""
     installed = PACKAGE / "conf"

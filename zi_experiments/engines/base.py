@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from enum import Enum
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from zi_experiments.config.schema import ConfigError, Run, conf_dir
+from zi_experiments.config.schema import ConfigError, Run, conf_dir, literal
 from zi_experiments.cost_model.inventory import Inventory, Stored
 from zi_experiments.cost_model.plan import Plan, Storage
 from zi_experiments.cost_model.spec import Spec
@@ -115,16 +114,8 @@ def check(run: Run) -> None:
         value = reduce(getattr, key.split("."), cast(Any, run))
         if value != unset and key not in engine.OPTIONS:
             users = [name for name in names() if key in get(name).OPTIONS]
-            typed, without = (_typed(each) for each in (value, unset))
             raise ConfigError(
-                f"{key}={typed} is only used with engine={' or '.join(users)}, not engine={run.engine.name}: "
-                f"pass {key}={without}, or engine={users[0]}"
+                f"{key}={literal(value)} is only used with engine={' or '.join(users)}, not engine={run.engine.name}: "
+                f"pass {key}={literal(unset)}, or engine={users[0]}"
             )
     engine.check(run)
-
-
-def _typed(value: Any) -> str:
-    """A value as one types it on the command line."""
-    if isinstance(value, Enum):
-        return str(value.value)
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

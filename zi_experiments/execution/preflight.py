@@ -48,8 +48,7 @@ def _devices(plan: Plan) -> Iterator[str]:
 
 
 def _disk(scratch: Path) -> Iterator[str]:
-    base = scratch.parent
     for look in (toolchain.writable, toolchain.direct_io):
-        finding = look(base)
+        finding = look(scratch.parent)
         if finding.fix is not None:
             yield f"offload.path={finding.found}: {finding.fix}"

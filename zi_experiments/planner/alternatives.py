@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial, reduce
 
 from zi_experiments.config.composition import choose
-from zi_experiments.config.schema import ConfigError, Run
+from zi_experiments.config.schema import ConfigError, Run, literal
 from zi_experiments.config.validation import validate
 from zi_experiments.engines import base
 
@@ -44,8 +43,9 @@ def one(run: Run, gpus_visible: int) -> Iterator[Change]:
 def with_setting(run: Run, key: str, value: object) -> Iterator[Change]:
     """The run with a setting by its dotted name, if the configuration allows it."""
     *groups, name = key.split(".")
-    text = value.value if isinstance(value, Enum) else str(value).lower()
-    yield from _changed(run, f"{key}={text}", lambda copy: setattr(reduce(getattr, groups, copy), name, value))
+    yield from _changed(
+        run, f"{key}={literal(value)}", lambda copy: setattr(reduce(getattr, groups, copy), name, value)
+    )
 
 
 def _changed(run: Run, text: str, apply: Callable[[Run], None]) -> Iterator[Change]:

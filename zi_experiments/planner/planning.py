@@ -4,7 +4,6 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 from zi_experiments.config.schema import CacheDevice, ConfigError, OffloadDevice, Run, Verify
 from zi_experiments.cost_model import memory_fit
@@ -39,11 +38,16 @@ def _draft(run: Run, arch: Architecture, machine: Machine) -> Plan:
         _check_choices(run)
     if run.workload.batch_size == "auto":
         run = _with_largest_batch(run, arch, machine)
-    known: dict[str, Any] = {"run": run, "architecture": arch, "machine": machine}
-    known["dtype"] = choose_dtype(arch, machine)
-    spec = Spec(**known)
+    spec = Spec(run=run, architecture=arch, machine=machine, dtype=choose_dtype(arch, machine))
     storage = base.get(run.engine.name).storage(spec)
-    return Plan(**known, storage=storage, pin_memory=_pin(spec, storage))
+    return Plan(
+        run=run,
+        architecture=arch,
+        machine=machine,
+        dtype=spec.dtype,
+        storage=storage,
+        pin_memory=_pin(spec, storage),
+    )
 
 
 def attempt(run: Run, arch: Architecture, machine: Machine) -> Plan | None:

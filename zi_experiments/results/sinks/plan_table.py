@@ -49,13 +49,13 @@ def _memory(plan: Plan) -> Table:
     columns = {"each GPU" if use.where == "GPU" else use.where: use for use in memory_fit.uses(plan)}
     table = Table(title="memory")
     table.add_column("")
-    on_disk = plan.placement.nvme_bytes
-    for name in dict.fromkeys((*columns, *(["disk"] if on_disk else []))):
+    unseen = plan.placement.nvme_bytes if "disk" not in columns else 0  # on the disk of another machine
+    for name in (*columns, "disk") if unseen else columns:
         table.add_column(name, justify="right")
     for label, part in _PARTS.items():
         amounts = [getattr(use, part) for use in columns.values()]
-        if "disk" not in columns and on_disk:  # of another machine, whose disk nobody has seen
-            amounts.append(on_disk if part in ("weights", "total") else 0)
+        if unseen:
+            amounts.append(unseen if part in ("weights", "total") else 0)
         if any(amounts):
             table.add_row(label, *(gigabytes(amount) if amount else "" for amount in amounts))
     return table
