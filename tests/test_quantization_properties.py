@@ -14,8 +14,7 @@ from test_stream_quantized import expanded, packed
 from torch import nn
 
 from zi_experiments.config.schema import Quant
-from zi_experiments.cost_model.plan import Plan
-from zi_experiments.cost_model.spec import ELEMENT_BYTES
+from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.deepspeed import quantized as deepspeed_quantized
 from zi_experiments.engines.stream import quantized
 from zi_experiments.engines.stream.slab import ALIGNMENT, views
@@ -195,17 +194,17 @@ def test_weights_that_are_on_the_grid_already_are_kept(quant, dtype, start, data
 def test_what_is_stored_takes_what_the_plan_says(compose_run, describe, machine, quant, data):
     run = compose_run()
     run.quant = quant
-    plan = Plan(run=run, architecture=describe(run), machine=machine(), dtype="bfloat16")
+    spec = Spec(run=run, architecture=describe(run), machine=machine(), dtype="bfloat16")
     shape = data.draw(shapes(quant))
     weight = torch.zeros(shape, dtype=torch.bfloat16)
     stored = nn.Parameter(weight.clone(), requires_grad=False)
     deepspeed_quantized.quantize(stored, quant)
-    planned = plan.stored_numel(Parameter(name="weight", shape=shape, quantizable=True, layer=0))
+    planned = spec.stored_numel(Parameter(name="weight", shape=shape, quantizable=True, layer=0))
 
     assert stored.numel() == planned
     assert deepspeed_quantized.pack(stored, weight).numel() == planned
     slab, layout = packed({"weight": weight}, quant.bits, quant.group_size, quant.group_dim)
-    whole = plan.stored_numel(Parameter(name="weight", shape=(layout.elements,), quantizable=True, layer=0))
+    whole = spec.stored_numel(Parameter(name="weight", shape=(layout.elements,), quantizable=True, layer=0))
     padding = sum(region.stop - region.start for region in layout.regions) - whole * ELEMENT_BYTES
     assert 0 <= layout.elements - weight.numel() < lcm(quant.group_size, ALIGNMENT // ELEMENT_BYTES)
     assert 0 <= padding < 3 * ALIGNMENT
