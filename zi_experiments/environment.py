@@ -134,12 +134,12 @@ def set_sweep(folder: Path) -> None:
 
 
 @contextmanager
-def variables(values: dict[str, str]) -> Iterator[None]:
-    """Set variables for the processes that are started meanwhile, and put everything back."""
+def variables(values: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Set variables for the processes that are started meanwhile, yield all there are, and put everything back."""
     before = dict(os.environ)
     os.environ.update(values)
     try:
-        yield
+        yield dict(os.environ)
     finally:
         os.environ.clear()
         os.environ.update(before)

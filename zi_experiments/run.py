@@ -122,6 +122,7 @@ class _Job:
         self._identify(run)
         if may_keep and (before := self._finished_before()):
             return before
+        launcher.warm_up()
         self._is_begun = True
         self._file.write(self.record)  # of a run that is killed, launcher and all, this is what remains
         with self._turn(run, machine):

@@ -4,11 +4,9 @@ import logging
 import multiprocessing
 import os
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +18,7 @@ from zi_experiments import environment
 from zi_experiments.cost_model import inventory
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.execution import failures
-from zi_experiments.runtime import signals
+from zi_experiments.runtime import fork_server, scratch, signals
 from zi_experiments.runtime.progress import Display
 
 if TYPE_CHECKING:
@@ -30,6 +28,14 @@ if TYPE_CHECKING:
 _INTERVAL_S = 0.1
 _GRACE_S = 2.0  # for a worker to end by itself, or to say where it is
 _LONGEST_LOOK_S = 1.0  # that counts: in a longer one this process did not run
+
+
+def warm_up() -> None:
+    """Import what workers need, and have those of this command forked from here where that works."""
+
+    import zi_experiments.execution.worker  # noqa: F401
+
+    fork_server.start()
 
 
 def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, console: Console) -> "Measurement":
@@ -60,20 +66,20 @@ def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, cons
         rdzv_endpoint="127.0.0.1:0",  # a free port
         local_addr="127.0.0.1",
         max_restarts=0,
-        start_method="spawn",
+        start_method=fork_server.start_method(),
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
     )
     reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
     kills_before = failures.oom_kills()
-    inherited = environment.worker_environment(cuda=plan.machine.device == "cuda")
+    variables = environment.worker_environment(cuda=plan.machine.device == "cuda") | {"TMPDIR": str(temporary)}
     with (
-        _temporary_files_in(temporary),
-        environment.variables(inherited | {"TMPDIR": str(temporary)}),
+        scratch.temporary_files_in(temporary),  # torch leaves a file behind for each worker
+        environment.variables(variables) as inherited,
         Display(reader, console) as display,
         ThreadPoolExecutor(1, "launch") as threads,
     ):
         # in a thread it leaves signals to us, who look at the workers meanwhile
-        running = threads.submit(elastic_launch(launch_config, worker.main), plan, config, writer)
+        running = threads.submit(elastic_launch(launch_config, worker.main), plan, config, inherited, writer)
         try:
             timed_out = _watch(running, display, plan.run.launch.timeout_s)
             results = running.result()
@@ -90,17 +96,6 @@ def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, cons
     stored = inventory.total([result.stored for result in results.values()])
     measurement: Measurement = results[0]
     return replace(measurement, gpu_peak_bytes=peak, stored=stored)
-
-
-@contextmanager
-def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """Those of this process too: torch leaves a file behind for each worker."""
-    before = tempfile.tempdir
-    tempfile.tempdir = str(folder)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
 
 
 def _watch(running: Future[Any], display: Display, timeout_s: float) -> bool:

@@ -4,6 +4,7 @@ import faulthandler
 import gc
 import logging
 import signal
+import tempfile
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from zi_experiments import environment
 from zi_experiments.config.schema import Verify
 from zi_experiments.cost_model import inventory
 from zi_experiments.cost_model.inventory import Held
@@ -40,9 +42,15 @@ class Measurement:
 
 
 @record
-def main(plan: Plan, config: dict[str, Any], channel: Connection) -> Measurement:
-    """Entry point of a worker process, started by torch's elastic launcher with its variables set."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+def main(plan: Plan, config: dict[str, Any], variables: dict[str, str], channel: Connection) -> Measurement:
+    """Entry point of a worker process, started by torch's elastic launcher with its variables set.
+
+    `variables` are those of the launcher: a worker that is forked has those of when its command began.
+    """
+    environment.set_variables(variables | environment.distributed_variables())
+    tempfile.tempdir = None  # TMPDIR is another
+    # a worker that is forked has the launcher's handlers, which write to the launcher's files
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
     _belong_to_the_launcher()
     first = distributed.launched_rank() == 0
     progress = Progress(channel.send) if first else silent()
@@ -82,6 +90,8 @@ def _belong_to_the_launcher() -> None:
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(f"zi-worker-{distributed.launched_rank()}")  # for ps and top
 
 
 def _measure(

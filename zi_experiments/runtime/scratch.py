@@ -8,9 +8,10 @@ import os
 import platform
 import re
 import shutil
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import gettempdir
 
 from zi_experiments import environment
 from zi_experiments.config.schema import ConfigError, OffloadDevice, Run
@@ -42,14 +43,25 @@ def for_weights(run: Run, default: Path, run_id: str) -> Path | None:
 
 def for_temporary_files(run_id: str) -> Path:
     """Where the workers' temporary files go: one that is killed does not remove them."""
-    return Path(gettempdir()) / f"zi-{run_id}"
+    return Path(tempfile.gettempdir()) / f"zi-{run_id}"
+
+
+@contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """Meanwhile `tempfile`, and who uses it, makes its files there."""
+    before = tempfile.tempdir
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 class Scratch:
     """Makes the folder; `close` removes it with all that is in it."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         new = path.with_name(f".{path.name}")
         new.parent.mkdir(parents=True, exist_ok=True)
         new.mkdir(mode=0o700)
@@ -62,8 +74,8 @@ class Scratch:
             _link(path).symlink_to(path.absolute())
 
     def close(self) -> None:
-        shutil.rmtree(self._path, ignore_errors=True)
-        _forget(self._path)
+        shutil.rmtree(self.path, ignore_errors=True)
+        _forget(self.path)
         self._lock.release()
 
 

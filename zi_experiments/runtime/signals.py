@@ -16,6 +16,13 @@ def install(before: Callable[[], None] = lambda: None) -> None:
             signal.signal(number, partial(_stop, before))
 
 
+def restore() -> None:
+    """From now on they end the process again, but for those that are ignored."""
+    for number in _STOP:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def check() -> None:
     """Raise again what was raised and has not been acknowledged."""
     if signal.getitimer(signal.ITIMER_REAL)[1]:

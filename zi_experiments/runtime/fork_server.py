@@ -1,0 +1,70 @@
+"""A process that has imported what a worker needs, and from which each worker is forked: imports are paid once a command."""
+
+import os
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, resource_tracker, util
+
+from zi_experiments.runtime import scratch, signals
+
+_started = False
+
+
+def start() -> None:
+    """Fork the server from this process, with the modules that it has imported; once.
+
+    Does nothing where a copy of this process would not work: one with threads, or with a CUDA context.
+    """
+    global _started
+    if _started or threading.active_count() > 1 or _has_cuda_context():
+        return
+    place = scratch.Scratch(scratch.for_temporary_files(uuid.uuid4().hex[:12]))
+    util.Finalize(None, place.close, exitpriority=-200)  # after what multiprocessing removes in there
+    resource_tracker.ensure_running()  # executed, as it is anyway
+    # its socket is a file: of a command that is killed, the next one finds it there
+    with _forked_instead_of_executed(), scratch.temporary_files_in(place.path):
+        forkserver.ensure_running()
+    _started = True
+
+
+def start_method() -> str:
+    """How `multiprocessing` starts a worker: `forkserver`, or `spawn` where there is no server."""
+    return "forkserver" if _started else "spawn"
+
+
+def _has_cuda_context() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()
+
+
+@contextmanager
+def _forked_instead_of_executed() -> Iterator[None]:
+    """`multiprocessing` executes a new Python for its server, which would have to import everything again."""
+    execute = util.spawnv_passfds
+    util.spawnv_passfds = _fork  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        util.spawnv_passfds = execute
+
+
+def _fork(path: bytes, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
+    """Return the number of a new process, which does what `python -c` would: the last of the arguments."""
+    if number := os.fork():
+        return number
+    try:
+        from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
+
+        _prctl_pr_set_pdeathsig(signal.SIGKILL)  # and the workers go with the server
+        signals.restore()
+        for each in map(int, os.listdir("/proc/self/fd")):
+            if each > 2 and each not in descriptors:
+                with suppress(OSError):
+                    os.close(each)  # the server ends when the last process has closed its end of a pipe
+        exec(arguments[-1], {})
+    finally:
+        os._exit(0)
