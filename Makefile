@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 PY = $(or $(wildcard $(BIN)/python),$(PYTHON))
 IN_VENV = PATH="$(CURDIR)/$(BIN):$$PATH"
 .DEFAULT_GOAL := help
-.PHONY: help run test bench-gpu bench-cpu check format install system clean
+.PHONY: help run test-fast test test-all bench-gpu bench-cpu check format install system clean
 
 # DeepSpeed compiles its operators on first use: a C++ compiler, libaio's headers and Python's. Root, or sudo without a
 # password, installs what is missing; others are told what to type.
@@ -31,8 +31,14 @@ help: ## list the targets
 run: $(STAMP) ## one run or a sweep: make run ARGS="model=opt-30b offload=nvme quant=int4"
 	@$(IN_VENV) python -m zi_experiments $(ARGS)
 
-test: $(STAMP) ## the tests: make test ARGS="-k packaging"
+test-fast: $(STAMP) ## the unit tests
+	@$(IN_VENV) python -m pytest tests/unit $(ARGS)
+
+test: $(STAMP) ## the tests, as CI runs them: make test ARGS="-k packaging"
 	@$(IN_VENV) python -m pytest $(ARGS)
+
+test-all: $(STAMP) ## before a release: every combination too
+	@$(IN_VENV) python -m pytest --all $(ARGS)
 
 bench-gpu: $(STAMP) ## the engines against what this machine's GPU can do: make bench-gpu ARGS="--list"
 	@$(IN_VENV) python benchmarks/bench.py $(ARGS)
@@ -49,12 +55,13 @@ format: $(STAMP) ## rewrite the code as `make check` wants it
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-install: $(STAMP) ## create .venv with the project and its pinned dependencies (PYTHON=python3.12 picks another Python)
+install: $(STAMP) ## create .venv with the project and its dependencies, and compile DeepSpeed's operators (PYTHON=python3.12)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(check_system)
 	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --no-input --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(IN_VENV) python -m zi_experiments.doctor --compile || echo "runs will not start before that is mended" >&2
 	@touch $@
 
 system: ## what DeepSpeed compiles its operators with: check, and install with apt-get when allowed to

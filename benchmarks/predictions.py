@@ -28,7 +28,7 @@ ELSEWHERE = ("-m", "tracking=", "offload.path=", "hardware.ceilings.")  # what a
 NAMES = [field.name for field in fields(Calibration)]  # older records lack what was not measured then
 HEADER = """# Predictions against measurements
 
-Written by `make test ARGS="-n 0 tests/test_predictions.py --update-golden"`, and compared with the code by every
+Written by `make test ARGS="-n 0 tests/docs/test_predictions.py --update-golden"`, and compared with the code by every
 `make test`.
 
 Each row is a case of `make bench-gpu` or `make bench-cpu` ([`docs/results`](results)), with what its plan predicts

@@ -24,7 +24,7 @@ from zi_experiments.system.machines import GIB, Machine
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "published.md"
 HEADER = """# Published figures, and what their machines could do
 
-Written by `make test ARGS="-n 0 tests/test_published.py --update-golden"` from
+Written by `make test ARGS="-n 0 tests/docs/test_published.py --update-golden"` from
 [`published.yaml`](../benchmarks/published.yaml), and compared with it by every `make test`.
 
 Each row is a throughput that somebody has published, and the bound of the same model, placement and batch on that machine,

@@ -8,18 +8,19 @@ import signal
 import subprocess
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import hydra
 import pytest
+from made_up import MACHINES
 from reliability import Page
 
 from zi_experiments.config import schema
 from zi_experiments.config.composition import to_run
-from zi_experiments.config.schema import Calibration, Ceilings, ConfigError
+from zi_experiments.config.schema import ConfigError
 from zi_experiments.engines import base
 from zi_experiments.models import contents
 from zi_experiments.planner import planning
-from zi_experiments.system.machines import Machine
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test needs the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny models threads only wait for one another
@@ -30,76 +31,39 @@ for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)  # under nohup, too, runs that tests stop should not ignore it
 
-MACHINES = {
-    "h200": Machine(
-        device="cuda",
-        gpu_name="NVIDIA H200",
-        gpus_visible=8,
-        gpu_memory_bytes=150_000_000_000,
-        gpu_memory_is_capped=False,
-        host_memory_bytes=2_000_000_000_000,
-        disk_free_bytes=None,
-        dtypes=("float16", "bfloat16"),
-        ceilings=Ceilings(
-            link_bytes_per_s=63e9,
-            hbm_bytes_per_s=4.8e12,
-            flops=989e12,
-            disk_bytes_per_s=2.4e9,
-            source="by hand",
-        ),
-        calibration=None,
-        driver="580.00",
-    ),
-    "cpu": Machine(
-        device="cpu",
-        gpu_name=None,
-        gpus_visible=0,
-        gpu_memory_bytes=None,
-        gpu_memory_is_capped=False,
-        host_memory_bytes=2_000_000_000_000,
-        disk_free_bytes=None,
-        dtypes=("bfloat16",),
-        ceilings=Ceilings(link_bytes_per_s=None, hbm_bytes_per_s=None, flops=None, disk_bytes_per_s=None, source=None),
-        calibration=None,
-        driver=None,
-    ),
-}
-
-
-MACHINES["measured"] = replace(
-    MACHINES["h200"],
-    ceilings=Ceilings(
-        link_bytes_per_s=50e9, hbm_bytes_per_s=4e12, flops=800e12, disk_bytes_per_s=5e9, source="by hand"
-    ),
-    calibration=Calibration(
-        link_back_bytes_per_s=40e9,
-        link_both_bytes_per_s=45e9,
-        link_pageable_bytes_per_s=10e9,
-        pin_bytes_per_s=4e9,
-        host_bytes_per_s=20e9,
-        disk_write_bytes_per_s=2e9,
-        gemm_flops={name: {1: 2e12, 16: 32e12, 1024: 512e12} for name in ("float16", "bfloat16")},
-        attention_flops=None,
-        cache_bytes_per_s=None,
-        expand_elements_per_s=1e12,
-        layer_s=1e-4,
-        step_s=2e-3,
-        moments=None,
-    ),
-)
-
+TESTS = Path(__file__).parent
+LEFT_OUT = "takes long: make test-all"
 SLOWEST = ("test_sweep.py", "test_families.py", "test_documentation.py", "test_reliability.py", "test_verify.py")
 
 
-def pytest_collection_modifyitems(items):
-    """The files that take longest first, so that no process is left with one at the end."""
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also the tests marked `release`")
+    parser.addoption("--update-golden", action="store_true", help="write pages and golden files anew")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Each test has the name of its folder as a marker; the files that take longest come first."""
+    for item in items:
+        item.add_marker(item.path.relative_to(TESTS).parts[0])
+        if item.get_closest_marker("release") and not config.getoption("--all"):
+            item.add_marker(pytest.mark.skip(reason=LEFT_OUT))
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
 
 
-def pytest_addoption(parser):
-    parser.addoption(
-        "--update-golden", action="store_true", help="write tests/golden/ anew from what the code does now"
-    )
+def pytest_terminal_summary(terminalreporter):
+    """What was left out."""
+    left = sum(LEFT_OUT in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
+    if left:
+        terminalreporter.write_line(f"left out: {left} tests that make test-all runs")
+    asked = [Path(path) for path in terminalreporter.config.args]
+    if asked == [TESTS / "unit"]:
+        terminalreporter.write_line("left out: tests/integration, tests/numerics and tests/docs, which make test runs")
+
+
+@pytest.fixture(scope="session")
+def every_test(pytestconfig):
+    """Whether the tests marked `release` run too."""
+    return pytestconfig.getoption("--all")
 
 
 @pytest.fixture(autouse=True)

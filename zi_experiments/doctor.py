@@ -40,7 +40,9 @@ def main() -> int:
     stdio.install()
     parser = argparse.ArgumentParser(prog="python -m zi_experiments.doctor", description="Check this machine.")
     parser.add_argument("--path", type=Path, default=Path(), help="folder for offload=nvme; default: the current one")
-    folder = parser.parse_args().path.expanduser().resolve()
+    parser.add_argument("--compile", action="store_true", help="compile DeepSpeed's operators, as first runs do")
+    arguments = parser.parse_args()
+    folder = arguments.path.expanduser().resolve()
     if not folder.is_dir():
         sys.exit(f"refused: --path {folder} is no folder: mkdir -p {folder}, or pass --path /another/folder")
     # torch warns of what the table says
@@ -56,7 +58,19 @@ def main() -> int:
         table.add_row(name, f"[{_STYLES[state]}]{state}", escape(finding.found), escape(fix))
         states.add(state)
     Console().print(table)
+    if arguments.compile and "missing" not in states:
+        compile_operators()
     return 1 if "missing" in states else 0
+
+
+def compile_operators() -> None:
+    """Compile DeepSpeed's operators into torch's extensions cache, and say what is compiled."""
+    device = "cuda" if _gpus() else "cpu"
+    environment.set_variables(environment.worker_environment(cuda=device == "cuda"))
+    from zi_experiments.engines.deepspeed import operators
+    from zi_experiments.runtime import progress
+
+    operators.build(operators.usual(device), progress.shown(Console()))
 
 
 def checks(folder: Path) -> list[Check]:

@@ -114,6 +114,7 @@ class _Job:
         run = to_run(cfg)
         perplexity.check_text(run.workload.text)
         _settle_caches(self._console)
+        launcher.warm_up()  # before anything asks for GPUs
         machine = machines.detect(run.hardware)
         self._update(environment=environment.describe(machine))
         may_keep = keep and not run.force and (self._folder / NAME).exists()
@@ -122,7 +123,6 @@ class _Job:
         self._identify(run)
         if may_keep and (before := self._finished_before()):
             return before
-        launcher.warm_up()
         self._is_begun = True
         self._file.write(self.record)  # of a run that is killed, launcher and all, this is what remains
         with self._turn(run, machine):

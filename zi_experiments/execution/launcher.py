@@ -1,5 +1,6 @@
 """Start the worker processes, wait, and say what became of them."""
 
+import importlib
 import logging
 import multiprocessing
 import os
@@ -32,9 +33,9 @@ _LONGEST_LOOK_S = 1.0  # that counts: in a longer one this process did not run
 
 def warm_up() -> None:
     """Import what workers need, and have those of this command forked from here where that works."""
-
-    import zi_experiments.execution.worker  # noqa: F401
-
+    importlib.import_module("torch.distributed.launcher.api")
+    importlib.import_module("transformers.generation.utils")
+    importlib.import_module("zi_experiments.execution.worker")
     fork_server.start()
 
 

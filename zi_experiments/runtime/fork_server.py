@@ -17,7 +17,8 @@ _started = False
 def start() -> None:
     """Fork the server from this process, with the modules that it has imported; once.
 
-    Does nothing where a copy of this process would not work: one with threads, or with a CUDA context.
+    To be called before this process asks NVML or CUDA for GPUs, neither of which works in a copy of a process that has.
+    Does nothing where threads would be missing in the copy, or a CUDA context is there already.
     """
     global _started
     if _started or threading.active_count() > 1 or _has_cuda_context():

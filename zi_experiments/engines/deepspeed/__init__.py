@@ -10,9 +10,8 @@ from zi_experiments.config.schema import ConfigError, Run, WeightSource
 from zi_experiments.cost_model.inventory import Stored
 from zi_experiments.cost_model.plan import Plan, Storage
 from zi_experiments.cost_model.spec import Spec
-from zi_experiments.engines.deepspeed import ds_config, patches, placement, quantized
+from zi_experiments.engines.deepspeed import ds_config, operators, patches, placement, quantized
 from zi_experiments.engines.deepspeed.checked_writes import checking_writes
-from zi_experiments.engines.deepspeed.operators import build_ops
 from zi_experiments.engines.deepspeed.partitions import inventory
 from zi_experiments.engines.deepspeed.pinned import register_swap_buffers
 from zi_experiments.engines.deepspeed.prerequisites import problems
@@ -82,7 +81,7 @@ def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
 
 def prepare(plan: Plan, progress: Progress) -> None:
     """Compile the operators of this run, then start the distributed back end, which uses one of them on a CPU."""
-    build_ops(plan, progress)
+    operators.build(operators.operators(plan), progress)
     distributed.init(plan.machine.device)
     import deepspeed
 

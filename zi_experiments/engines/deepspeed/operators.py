@@ -28,11 +28,16 @@ def operators(plan: Plan) -> list[str]:
     return names
 
 
-def build_ops(plan: Plan, progress: Progress) -> None:
-    """Compile the operators that this run uses and that are not in torch's extensions cache yet."""
+def usual(device: str) -> list[str]:
+    """The builders of the operators that runs on "cuda" or "cpu" use with default settings or with offload=nvme."""
+    return ["PinMemoryBuilder", "AsyncIOBuilder", "QuantizerBuilder" if device == "cuda" else "ShareMemCommBuilder"]
+
+
+def build(names: list[str], progress: Progress) -> None:
+    """Compile the operators of these builders that are not in torch's extensions cache yet."""
     from deepspeed.accelerator import get_accelerator
 
-    for name in operators(plan):
+    for name in names:
         builder = get_accelerator().create_op_builder(name)
         wait_for_lock(toolchain.extensions_folder() / builder.name, progress)
         with _told_when_it_takes_long(f"build {builder.name}", progress):

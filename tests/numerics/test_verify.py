@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import faults
 import pytest
@@ -14,6 +13,7 @@ import torch
 from checkpoints import rewrite, write
 from cli import Cli, wait_for
 from families import IDS, group_quantize, load, plain, save_checkpoint
+from places import HELPERS
 
 from zi_experiments.config.schema import Quant
 from zi_experiments.measurement import reference as references
@@ -25,7 +25,7 @@ from zi_experiments.runtime import progress
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     """What verification said, by (engine, family, fault)."""
-    script = Path(__file__).parent / "faults.py"
+    script = HELPERS / "faults.py"
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path_factory.mktemp("faults"))], capture_output=True, text=True
     )

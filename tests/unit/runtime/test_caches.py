@@ -95,7 +95,7 @@ def test_a_user_whom_nobody_knows(tmp_path):
         own.chmod(0o700)
         for path in (own, *own.rglob("*")):
             os.chown(path, NOBODY, NOBODY)
-    done = cli.run("engine=stream", "quant=fp16", "verify=off", TMPDIR=str(own.parent))
+    done = cli.execute("engine=stream", "quant=fp16", "verify=off", TMPDIR=str(own.parent))
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("caches are in ") == 1

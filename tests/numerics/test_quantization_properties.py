@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_stream_quantized import expanded, packed
+from places import HELPERS
+from slabs import expanded, packed
 from torch import nn
 
 from zi_experiments.config.schema import Quant
@@ -297,8 +298,8 @@ def compare_kernel():
 
 def test_the_kernel_expands_special_groups_as_the_reference_does():
     done = subprocess.run(
-        [sys.executable, "-c", "import test_quantization_properties as t; t.compare_kernel()"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)},
+        [sys.executable, "-c", "import runpy, sys; runpy.run_path(sys.argv[1])['compare_kernel']()", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HELPERS)},
         capture_output=True,
         text=True,
     )

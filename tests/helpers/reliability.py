@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 from cli import Cli
+from places import DOCS
 
-PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
+PAGE = DOCS / "reliability.md"
 HEADER = """# Reliability
 
 ## Sweeps
@@ -33,11 +34,10 @@ HEADER = """# Reliability
 
 ## Faults
 
-This table is written by `make test ARGS="-n 0 tests/test_reliability.py tests/test_sweep.py --update-golden"` from what
-the tests see, and compared with it by every `make test`. Each fault is caused for real, by signals, limits, full disks
-and damaged files. After it the tests look for processes, shared memory, temporary files and weights on disk that nobody
-needs any more. The status is that of the record, which every run leaves in its `result.json`. What is shown is the line
-on the console.
+The tests write this table (`make test-all ARGS="-n 0 tests/integration -k 'reliability or sweep' --update-golden"`) and
+compare it with what they see. Each fault is caused for real, by signals, limits, full disks and damaged files. After it
+the tests look for processes, shared memory, temporary files and weights on disk that nobody needs any more. The status is
+that of the record, which every run leaves in its `result.json`. What is shown is the line on the console.
 
 | fault | status | what is shown | what is left behind |
 |---|---|---|---|
@@ -62,7 +62,14 @@ class Faulty(Cli):
         return result
 
     def processes(self) -> list[psutil.Process]:
-        return [process for process in psutil.process_iter() if _variable(process, "ZI_TEST") == self.marker]
+        return [process for process in psutil.process_iter() if self._is_mine(process)]
+
+    def _is_mine(self, process: psutil.Process) -> bool:
+        """By its first variables, or by its folder: a forked process has those of the process that it was forked from."""
+        try:
+            return process.environ().get("ZI_TEST") == self.marker or Path(process.cwd()).is_relative_to(self.folder)
+        except psutil.Error:
+            return False
 
     def left(self, *more: Path) -> str:
         """What is left behind of all runs so far, in words, once they have had ten seconds to go."""
@@ -83,13 +90,6 @@ class Faulty(Cli):
         found += ["weights" for path in weights if path.parent != self.temporary]
         found += [f"unfinished {path.name}" for path in self.folder.rglob(".result.json.tmp")]
         return found + [f"shared memory {name}" for name in sorted(abandoned_shared_memory() - self.shared_before)]
-
-
-def _variable(process: psutil.Process, name: str) -> str | None:
-    try:
-        return process.environ().get(name)
-    except psutil.Error:
-        return None
 
 
 def abandoned_shared_memory() -> set[str]:

@@ -97,7 +97,7 @@ def test_the_launcher_is_killed(cli, page, tmp_path_factory):
     (own / "zi_experiments").mkdir()
     (own / "zi_experiments" / "hardware").symlink_to(environment.cache_folder() / "hardware")
     cache = {"XDG_CACHE_HOME": str(own)}
-    process = cli.start("model=deep", *STREAM, "offload=nvme", "workload.repeats=5000", **cache)
+    process = cli.start_executed("model=deep", *STREAM, "offload=nvme", "workload.repeats=5000", **cache)
     wait_for(process, "measure:")
     (written,) = cli.folder.glob("outputs/**/*.wandb")
     wait_until(lambda: written.stat().st_size > 1000)  # W&B writes every 15 s
@@ -198,7 +198,7 @@ def test_nohup_is_respected(cli):
     def ignoring():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    process = cli.start(*STREAM, "tracking=none", "workload.repeats=50", preexec_fn=ignoring)
+    process = cli.start_executed(*STREAM, "tracking=none", "workload.repeats=50", preexec_fn=ignoring)
     wait_for(process, "load:")
     process.send_signal(signal.SIGHUP)
     output = end(process)
@@ -219,7 +219,7 @@ def wait_until(true, timeout_s=180):
 
 def test_a_worker_hangs(cli, conclude):
     """One rank stands still, so the other waits for it: where, is in the record."""
-    settings = ("model=deep", "quant=fp16", "workload.repeats=500", "hardware.num_gpus=2", "launch.timeout_s=60")
+    settings = ("model=deep", "quant=fp16", "workload.repeats=500", "hardware.num_gpus=2", "launch.timeout_s=30")
     process = cli.start(*settings, "tracking=none")
     wait_for(process, "measure:")
     wait_until(lambda: len(workers(process)) == 2)

@@ -4,16 +4,16 @@ import re
 from collections import Counter
 from itertools import product
 from math import ceil
-from pathlib import Path
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from places import ROOT
 
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.engines.deepspeed import ds_config, placement
 
-GOLDEN = Path(__file__).parent / "golden" / "ds_config"
+GOLDEN = ROOT / "tests" / "golden" / "ds_config"
 MODELS = ("opt-13b", "opt-175b", "bloom-176b", "llama-2-70b", "mixtral-8x7b")
 OFFLOADS, QUANTS, PROFILES = ("none", "cpu", "nvme"), ("fp16", "int4", "int8"), ("tuned", "reference")
 NVME = "/mnt/nvme/zi-0123456789ab"

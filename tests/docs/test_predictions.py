@@ -1,14 +1,10 @@
 """docs/predictions.md: what plans predict against what runs have measured."""
 
 import json
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import predictions
+import pytest
 
 from zi_experiments.config.schema import Calibration, Ceilings
 

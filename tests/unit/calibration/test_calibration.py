@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from cli import Cli, wait_for
+from places import HELPERS
 
 from zi_experiments.calibration import cache, export, launch_overhead, suite
 from zi_experiments.calibration.disk import bytes_per_s
@@ -328,7 +329,7 @@ ASK = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, str(Path({tests!r})))
-from conftest import MACHINES
+from made_up import MACHINES
 from dataclasses import replace
 from zi_experiments.config.composition import from_choices
 from zi_experiments.calibration import suite
@@ -346,7 +347,7 @@ def test_two_at_once_measure_once(elsewhere, on_disk):
     cache.folder().mkdir(parents=True)
     lock = FolderLock(cache.folder())
     assert lock.acquire()
-    code = ASK.format(tests=str(Path(__file__).parent), folder=str(on_disk.folder))
+    code = ASK.format(tests=str(HELPERS), folder=str(on_disk.folder))
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for process in both:
         wait_for(process, "another process measures this machine: waiting")

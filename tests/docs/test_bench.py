@@ -2,13 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench
 import cases
+import pytest
 
 METRICS = {
     "decode_tok_per_s": 30.0,

@@ -5,14 +5,14 @@ import os
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from places import ROOT
 
 from zi_experiments.config.schema import Calibration, Ceilings, Hardware, Model, Workload
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module")

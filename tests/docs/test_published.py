@@ -1,13 +1,9 @@
 """docs/published.md: published throughputs against the bounds of the machines they were measured on."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import published
+import pytest
 
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.planner import planning

@@ -8,11 +8,11 @@ from itertools import product
 import pytest
 import torch
 from families import group_quantize
+from places import HELPERS
+from slabs import expanded, packed
 
-from zi_experiments.config.schema import Quant
 from zi_experiments.engines.stream import quantized
-from zi_experiments.engines.stream.slab import lay_out, plain_views, views
-from zi_experiments.models.architecture import Parameter
+from zi_experiments.engines.stream.slab import plain_views, views
 
 
 def matrices(group_size, group_dim, dtype):
@@ -22,28 +22,6 @@ def matrices(group_size, group_dim, dtype):
     if group_dim == 0:
         shapes |= {"up": (5 * group_size, 14), "experts": (3, 2 * group_size, 10)}
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-
-
-def packed(weights, bits, group_size, group_dim):
-    """A slab of these weights, with its layout; vectors stay as they are."""
-    quant = Quant(name="", bits=bits, group_size=group_size, group_dim=group_dim)
-    parameters = [
-        (name, Parameter(name=f"layers.0.{name}", shape=tuple(w.shape), quantizable=w.dim() > 1, layer=0))
-        for name, w in weights.items()
-    ]
-    layout = lay_out(parameters, {p.name for _, p in parameters if p.quantizable}, quant, shares=1)
-    slab = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    for place in layout.quantized:
-        quantized.pack(weights[place.name], slab, layout, place)
-    for place in layout.plain:
-        plain_views(slab, layout, weights[place.name].dtype)[place.name].copy_(weights[place.name])
-    return slab, layout
-
-
-def expanded(slab, layout, dtype):
-    out = torch.full((layout.elements,), torch.nan, dtype=dtype)
-    quantized.expand(slab, layout, out)
-    return views(out, layout.quantized)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +96,8 @@ def minima_of(weight, group_size, group_dim):
 
 def test_the_kernel_expands_what_torch_does():
     done = subprocess.run(
-        [sys.executable, "-c", "import test_stream_quantized; test_stream_quantized.compare_kernel()"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)},
+        [sys.executable, "-c", "import runpy, sys; runpy.run_path(sys.argv[1])['compare_kernel']()", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HELPERS)},
         capture_output=True,
         text=True,
     )

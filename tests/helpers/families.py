@@ -1,13 +1,14 @@
 """Tiny models of every family, and what plain transformers computes with them.
 
-As a script, every quantization and offload of some families in one process, a line of JSON for each:
+As a script, the cells that standard input has, in one process, a line of JSON for each:
 
-python families.py FOLDER FAMILY…
+python families.py FOLDER < cells
 """
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -86,6 +87,65 @@ LAYOUTS = {  # checkpoints of other types and layouts, by (family, layout)
     ("mixtral", "bin"): torch.bfloat16,
     ("gpt2", "bin"): torch.float32,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What is loaded, and how."""
+
+    family: str
+    quant: str
+    offload: str
+    kv_cache: str = "gpu"
+    group_size: int = 64
+    group_dim: int = 1
+    layout: str = "safetensors"
+    engine: str = "deepspeed"
+    resident: float = 0
+    micro_batches: int = 1
+
+    def __str__(self) -> str:
+        return "-".join(str(value) for value in asdict(self).values())
+
+
+def by_deepspeed(family: str) -> list[Cell]:
+    """Every quantization with every offload, and the KV cache in host memory."""
+    cells = [Cell(family=family, quant=quant, offload=offload) for quant, offload in product(QUANTS, OFFLOADS)]
+    return [*cells, Cell(family=family, quant="int4", offload="cpu", kv_cache="cpu")]
+
+
+def by_stream(family: str) -> list[Cell]:
+    names = ("quant", "offload", "kv_cache", "resident", "micro_batches")
+    return [Cell(family=family, engine="stream", **dict(zip(names, each, strict=True))) for each in STREAMED]
+
+
+def in_groups(family: str) -> list[Cell]:
+    """Other sizes and dimensions of groups, by both engines."""
+    return [
+        Cell(family=family, quant=quant, offload="cpu", group_size=size, group_dim=dim, engine=engine)
+        for engine, groups in (("deepspeed", GROUPS), ("stream", STREAMED_GROUPS))
+        for quant, (size, dim) in groups
+    ]
+
+
+ALL = [cell for family in FAMILIES for cell in (*by_deepspeed(family), *by_stream(family))]
+ALL += [cell for family in GROUPED_FAMILIES for cell in in_groups(family)]
+ALL += [Cell(family=family, quant="int4", offload="nvme", layout=layout) for family, layout in LAYOUTS]
+
+
+def chosen() -> set[Cell]:
+    """One cell of each engine for every family, so that each setting meets several; and each other group once."""
+    cells = set()
+    for number, family in enumerate(FAMILIES):
+        for of_engine in (by_deepspeed(family), by_stream(family)):
+            cells.add(of_engine[number % len(of_engine)])
+        if "vocabulary" in family:  # what is outside of layers goes to disk too
+            cells |= {cell for cell in by_deepspeed(family) if (cell.quant, cell.offload) == ("int4", "nvme")}
+    for number, cells_of_group in enumerate(zip(*map(in_groups, GROUPED_FAMILIES), strict=True)):
+        cells.add(cells_of_group[number % len(GROUPED_FAMILIES)])
+    return cells | {cell for cell in ALL if cell.layout in ("sharded", "bin") and cell.family in ("opt", "mixtral")}
+
+
 GEN_LEN = 6
 IDS = torch.randint(5, 250, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -179,40 +239,25 @@ def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", engine: 
 
 
 def main() -> None:
-    folder, *families = sys.argv[1:]
-    everything = [cell for family in families for cell in cells(Path(folder) / family, family)]
+    folder, wanted = Path(sys.argv[1]), [Cell(**json.loads(line)) for line in sys.stdin]
+    # all of plain transformers' before any model is under ZeRO-3: from then on transformers puts all models under it
+    made = {cell: made_for(folder, cell) for cell in wanted}
     # streamed ones first, in a process that knows nothing of ZeRO-3 yet, as in a run
-    for cell, checkpoint, expected in sorted(everything, key=lambda one: "engine" not in one[0]):
-        print(json.dumps({**cell, **compare(checkpoint, *expected, **cell)}), flush=True)
+    for cell in sorted(wanted, key=lambda each: each.engine == "deepspeed"):
+        print(json.dumps(asdict(cell) | compare(cell, *made[cell])), flush=True)
 
 
-def cells(folder: Path, family: str):
-    """What to compare for a family: each cell with its checkpoint, and the logits and tokens of plain transformers.
+def made_for(folder: Path, cell: Cell) -> tuple[Path, torch.Tensor, torch.Tensor]:
+    """A cell's checkpoint, and the logits and tokens of plain transformers."""
+    return _made(folder, cell.family, cell.layout, cell.quant, cell.group_size, cell.group_dim)
 
-    All of them are made before any model is under ZeRO-3: from then on transformers puts all models under it.
-    """
-    save_checkpoint(folder / "checkpoint", family)
-    for quant, bits in QUANTS.items():
-        expected = outputs(plain(folder / "checkpoint", bits))
-        for offload in OFFLOADS:
-            yield {"family": family, "quant": quant, "offload": offload}, folder / "checkpoint", expected
-        if quant == "int4":
-            cell = {"family": family, "quant": quant, "offload": "cpu", "kv_cache": "cpu"}
-            yield cell, folder / "checkpoint", expected
-        for _, offload, kv_cache, resident, micro_batches in [one for one in STREAMED if one[0] == quant]:
-            cell = {"family": family, "quant": quant, "offload": offload, "kv_cache": kv_cache, "engine": "stream"}
-            yield cell | {"resident": resident, "micro_batches": micro_batches}, folder / "checkpoint", expected
-    for quant, (size, dim) in GROUPS if family in GROUPED_FAMILIES else ():
-        expected = outputs(plain(folder / "checkpoint", QUANTS[quant], group_size=size, group_dim=dim))
-        cell = {"family": family, "quant": quant, "offload": "cpu", "group_size": size, "group_dim": dim}
-        yield cell, folder / "checkpoint", expected
-        if (quant, (size, dim)) in STREAMED_GROUPS:
-            yield cell | {"engine": "stream"}, folder / "checkpoint", expected
-    for layout, dtype in [(layout, dtype) for (name, layout), dtype in LAYOUTS.items() if name == family]:
-        checkpoint = folder / layout / "checkpoint"
-        save_checkpoint(checkpoint, family, dtype, layout=layout)
-        cell = {"family": family, "quant": "int4", "offload": "nvme", "layout": layout}
-        yield cell, checkpoint, outputs(plain(checkpoint, 4))
+
+@cache
+def _made(folder: Path, family: str, layout: str, quant: str, group_size: int, group_dim: int):
+    checkpoint = folder / family / layout / "checkpoint"
+    if not checkpoint.exists():
+        save_checkpoint(checkpoint, family, LAYOUTS.get((family, layout), torch.float16), layout=layout)
+    return checkpoint, *outputs(plain(checkpoint, QUANTS[quant], group_size=group_size, group_dim=group_dim))
 
 
 def outputs(model) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,29 +265,17 @@ def outputs(model) -> tuple[torch.Tensor, torch.Tensor]:
         return model(IDS.to(model.device)).logits, generate(model, IDS.to(model.device))
 
 
-def compare(
-    checkpoint: Path,
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    *,
-    family: str,
-    quant: str,
-    offload: str,
-    kv_cache: str = "gpu",
-    engine: str = "deepspeed",
-    resident: float = 0,
-    micro_batches: int = 1,
-    layout: str = "safetensors",
-    **groups: int,
-) -> dict:
+def compare(cell: Cell, checkpoint: Path, logits: torch.Tensor, tokens: torch.Tensor) -> dict:
     from zi_experiments.cost_model import inventory
     from zi_experiments.engines import base
     from zi_experiments.measurement.verification import verify
     from zi_experiments.runtime import progress
 
-    settings = {f"quant.{key}": value for key, value in groups.items()}
-    settings |= {"offload.resident": resident, "workload.micro_batches": micro_batches}
-    plan, session = load(checkpoint, quant, offload, kv_cache, engine, **settings)
+    engine = cell.engine
+    settings = {"offload.resident": cell.resident, "workload.micro_batches": cell.micro_batches}
+    if cell.quant != "fp16":
+        settings |= {"quant.group_size": cell.group_size, "quant.group_dim": cell.group_dim}
+    plan, session = load(checkpoint, cell.quant, cell.offload, cell.kv_cache, engine, **settings)
     ids = IDS.to(logits.device)
     with torch.inference_mode():
         mine = session.model(ids).logits

@@ -47,7 +47,7 @@ def by_number(cli):
     return dict(sorted(numbered.items()))
 
 
-# --- 40 runs, 8 failures ----------------------------------------------------------------------------------------------
+# --- 16 runs, 8 failures ----------------------------------------------------------------------------------------------
 
 
 def signalled(number):
@@ -63,15 +63,16 @@ def fill_the_disk(cli, worker):
     fill(cli.folder / "disk")
 
 
+RUNS = 16
 # name of the run: its number, settings, when and what happens to it, and its status then
 FAULTS = {
-    "groups": (3, {"quant": {"bits": 4, "group_size": 48, "group_dim": 1}}, None, None, "refused"),
-    "sigkill": (7, LONG, "measure:", signalled(signal.SIGKILL), "killed"),
-    "abort": (12, LONG, "measure:", signalled(signal.SIGABRT), "error"),
-    "hang": (16, LONG | {"launch": {"timeout_s": 60}}, "measure:", signalled(signal.SIGSTOP), "killed"),
-    "python": (21, LONG | {"offload": {"device": "nvme"}}, "measure:", cut_off, "error"),
+    "groups": (1, {"quant": {"bits": 4, "group_size": 48, "group_dim": 1}}, None, None, "refused"),
+    "sigkill": (3, LONG, "measure:", signalled(signal.SIGKILL), "killed"),
+    "abort": (4, LONG, "measure:", signalled(signal.SIGABRT), "error"),
+    "hang": (6, LONG | {"launch": {"timeout_s": 30}}, "measure:", signalled(signal.SIGSTOP), "killed"),
+    "python": (8, LONG | {"offload": {"device": "nvme"}}, "measure:", cut_off, "error"),
     "memory": (
-        26,
+        10,
         {
             "model": {"architecture": {"vocab_size": 1 << 25}},
             "engine": {"name": "accelerate"},
@@ -82,21 +83,21 @@ FAULTS = {
         None,
         "oom",
     ),
-    "disk": (31, {"offload": {"device": "nvme", "path": "disk"}}, "disk: needs", fill_the_disk, "error"),
-    "sigterm": (38, LONG, "measure:", signalled(signal.SIGTERM), "killed"),
+    "disk": (12, {"offload": {"device": "nvme", "path": "disk"}}, "disk: needs", fill_the_disk, "error"),
+    "sigterm": (14, LONG, "measure:", signalled(signal.SIGTERM), "killed"),
 }
 
 
 def write_experiments(cli):
-    """Forty choices of the group `experiment`, in their order."""
+    """Sixteen choices of the group `experiment`, in their order."""
     folder = cli.folder / "choices" / "experiment"
     folder.mkdir()
     numbers = {number: (name, settings) for name, (number, settings, *_) in FAULTS.items()}
-    for number in range(40):
+    for number in range(RUNS):
         name, settings = numbers.get(number, (f"run{number}", {}))
         text = json.dumps({"name": name, "workload": {"prompt_len": 4 + number}} | settings)
         (folder / f"e{number:02}.yaml").write_text(f"# @package _global_\n{text}\n")
-    return "experiment=" + ",".join(f"e{number:02}" for number in range(40))
+    return "experiment=" + ",".join(f"e{number:02}" for number in range(RUNS))
 
 
 def limited():
@@ -105,7 +106,7 @@ def limited():
 
 def run_with_faults(cli, *arguments):
     """Run a sweep and do to each run what `FAULTS` says, once."""
-    process = cli.start(*arguments, preexec_fn=limited)
+    process = cli.start_executed(*arguments, preexec_fn=limited)
     lines, name = [], ""
     for line in process.stdout:
         lines.append(line)
@@ -120,25 +121,25 @@ def run_with_faults(cli, *arguments):
 
 
 @pytest.mark.timeout(1800)  # five minutes where nothing else runs
-def test_forty_runs_with_eight_failures(cli, page, small_disk):
+def test_sixteen_runs_with_eight_failures(cli, page, small_disk):
     experiments = write_experiments(cli)
     code, output = run_with_faults(cli, "-m", *QUICK, experiments)
 
     results = by_number(cli)
     planted = {number: status for number, _, _, _, status in FAULTS.values()}
     assert {number: result["status"] for number, result in results.items()} == {
-        number: planted.get(number, "ok") for number in range(40)
+        number: planted.get(number, "ok") for number in range(RUNS)
     }, output
     assert code == 1
     for name, (number, *_) in FAULTS.items():
         assert results[number]["error"]["message"] in output, name
-    table = output[output.index("40 runs") :]
+    table = output[output.index("16 runs") :]
     assert Counter(word for word in table.split() if word in ("ok", "refused", "killed", "error", "oom")) == Counter(
-        {"ok": 32, "killed": 3, "error": 3, "refused": 1, "oom": 1}
+        {"ok": 8, "killed": 3, "error": 3, "refused": 1, "oom": 1}
     )
     page.check(
-        "a sweep of 40 runs, 8 of which fail in all these ways",
-        "`ok` × 32, and 8 others",
+        "a sweep of 16 runs, 8 of which fail in all these ways",
+        "`ok` × 8, and 8 others",
         "each failure in its place, a table of all at the end, exit code 1",
         cli.left(small_disk),
     )
@@ -147,10 +148,10 @@ def test_forty_runs_with_eight_failures(cli, page, small_disk):
     done = cli.run("-m", *QUICK, experiments, preexec_fn=limited)
     assert done.returncode == 1
     again = by_number(cli)
-    kept = [number for number in range(40) if again[number]["run"]["id"] == results[number]["run"]["id"]]
-    assert kept == [number for number in range(40) if number not in planted]
-    assert done.stdout.count("kept run") == 32
-    assert [number for number, result in again.items() if result["status"] != "ok"] == [3, 26]
+    kept = [number for number in range(RUNS) if again[number]["run"]["id"] == results[number]["run"]["id"]]
+    assert kept == [number for number in range(RUNS) if number not in planted]
+    assert done.stdout.count("kept run") == 8
+    assert [number for number, result in again.items() if result["status"] != "ok"] == [1, 10]
     assert len(list(cli.folder.rglob("result-*.json"))) == 8, "what failed before is still there"
     assert cli.left(small_disk) == "nothing"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import IDS, plain, save_checkpoint, tiny_config
+from places import HELPERS
 
 
 def deepspeed_result(tmp_path: Path, *, offload: str = "cpu", ranks: int = 1, **arguments) -> dict:
@@ -21,7 +22,7 @@ def deepspeed_result(tmp_path: Path, *, offload: str = "cpu", ranks: int = 1, **
     }
     (tmp_path / "disk").mkdir(exist_ok=True)
     out = tmp_path / "out.pt"
-    script = Path(__file__).parent / "logits.py"
+    script = HELPERS / "logits.py"
     several = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", f"--log-dir={tmp_path}/logs"]
     launcher = several if ranks > 1 else []
     command = [sys.executable, *launcher, str(script), str(out), json.dumps(arguments)]

@@ -2,11 +2,10 @@
 
 import os
 import re
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import cli as command_line
 import pytest
 from cli import TINY, Cli
 
@@ -166,14 +165,8 @@ def run(folder: Path, arguments: list[str], yaml: str | bytes | None = None, in_
     if yaml is not None:
         (cli.folder / "choices" / "model" / "bad.yaml").write_bytes(yaml.encode() if isinstance(yaml, str) else yaml)
     arguments = [argument.replace("AROUND", str(folder / "around")) for argument in arguments]
-    done = subprocess.run(
-        [*cli.command(), *arguments] if in_order else cli.command(*arguments),
-        cwd=cli.folder,
-        env=cli.environment(),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    typed = [*cli.arguments(), *arguments] if in_order else cli.arguments(*arguments)
+    done = command_line.run(typed, cli.folder, cli.environment())
     return Outcome(cli, done.returncode, done.stdout + done.stderr)
 
 
@@ -189,12 +182,8 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What all of them do, some at a time: most of it is waiting for Python to start."""
-    with ThreadPoolExecutor(2) as pool:
-        started = {
-            name: pool.submit(run, tmp_path_factory.mktemp("case"), **asked) for name, (asked, _) in CASES.items()
-        }
-        return {name: future.result() for name, future in started.items()}
+    """What all of them do."""
+    return {name: run(tmp_path_factory.mktemp("case"), **asked) for name, (asked, _) in CASES.items()}
 
 
 @pytest.mark.parametrize("name", CASES)

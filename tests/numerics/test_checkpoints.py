@@ -5,18 +5,18 @@ import os
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 from checkpoints import CASES, ENGINES
+from places import DOCS, HELPERS
 
-DOCS = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+PAGE = DOCS / "checkpoints.md"
 pytestmark = pytest.mark.timeout(1800)  # the first one waits for all of them, and for operators to be compiled
 EQUAL = "runs, equal to plain transformers"
 HEADER = """# Checkpoints
 
-Written by `make test ARGS="tests/test_checkpoints.py --update-golden"`, from what the tests find, and compared with it by
-every `make test`.
+Written by `make test ARGS="tests/numerics/test_checkpoints.py --update-golden"` from what the tests find, and
+compared with it by every `make test`.
 
 Each row is a tiny checkpoint, built on the spot: one of Llama unless it says otherwise. `equal` means that logits and greedy
 tokens are those of `AutoModelForCausalLM.from_pretrained(folder)` bit for bit, as they are and with its matrices quantized and
@@ -31,7 +31,7 @@ expanded by code of the tests' own, and that the verification of every run agree
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """What `checkpoints.py` found, by (checkpoint, engine)."""
-    script, folder = Path(__file__).parent / "checkpoints.py", tmp_path_factory.mktemp("checkpoints")
+    script, folder = HELPERS / "checkpoints.py", tmp_path_factory.mktemp("checkpoints")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, script, folder], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -75,6 +75,6 @@ def test_the_page_says_what_was_found(outcomes, pytestconfig):
         for engine, outcome in [("both", found["stream"])] if same else found.items():
             page += f"| {case} | {engine} | {outcome} |\n"
     if pytestconfig.getoption("update_golden"):
-        DOCS.write_text(page)
+        PAGE.write_text(page)
 
-    assert DOCS.read_text() == page
+    assert PAGE.read_text() == page
