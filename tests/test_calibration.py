@@ -488,7 +488,7 @@ def test_only_its_own_files_are_written_again(cached, auto, here, tmp_path):
         (["--path", "/nowhere"], "--path /nowhere is no folder: mkdir -p /nowhere, or"),
         (["--output", "/tmp/x.yaml"], "pass --output FOLDER/hardware/x.yaml"),
         (["--name", "a", "--output", "/tmp/hardware/b.yaml"], "pass --output FOLDER/hardware/a.yaml"),
-        (["--name", "a/b"], "hardware=a/b cannot be typed"),
+        (["--name", "a/b"], "hardware=a/b is not a valid choice"),
         (["--name", "cpu"], "cpu.yaml exists already"),
     ],
 )

@@ -78,7 +78,7 @@ def destination(name: str, output: Path | None, shipped: Path) -> Path:
     Raises `ConfigError` for a file that Hydra would not find, and if it exists but was not written by this command.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"hardware={name} cannot be typed: pass --name with letters, digits, '.', '_' and '-'")
+        raise ConfigError(f"hardware={name} is not a valid choice: pass --name with letters, digits, '.', '_' and '-'")
     here = Path.cwd() / "hardware"
     path = output or (shipped if os.access(shipped, os.W_OK) else here) / f"{name}.yaml"
     path = path.expanduser().absolute()

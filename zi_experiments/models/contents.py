@@ -197,7 +197,7 @@ def _refuse(path: str, report: dict[str, Any]) -> None:
             "pass weights.path=… of a checkpoint that has them, or weights=random"
         )
     if different := report["mismatched_keys"]:
-        shapes = [f"{name} {list(is_)} where the model has {list(asked)}" for name, is_, asked in different]
+        shapes = [f"{name} {list(stored)} where the model has {list(expected)}" for name, stored, expected in different]
         raise ConfigError(
             f"{path} has tensors of other shapes than its config.json asks for ({_listed(shapes)}): "
             "pass weights.path=… of a checkpoint with its own config.json, or weights=random"
