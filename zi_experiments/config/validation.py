@@ -155,7 +155,7 @@ def _hardware(run: Run) -> str | None:
         for rows, rate in rates.items():
             if rows < 1 or not 1 <= rate < inf:
                 return (
-                    f"hardware.calibration.gemm_flops.{dtype}.{rows}={rate} is not a rate in FLOP/s of a number of rows: "
+                    f"hardware.calibration.gemm_flops.{dtype}.{rows}={rate} is not a rate in FLOP/s at 1 row or more: "
                     "pass hardware.calibration=null"
                 )
     if hardware.dtypes == []:
