@@ -2,8 +2,11 @@
 
 import os
 import re
+import shutil
+import tempfile
 import time
 import uuid
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,8 +53,8 @@ class Faulty(Cli):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.marker = uuid.uuid4().hex
-        self.temporary = folder / "tmp"
-        self.temporary.mkdir()
+        self.temporary = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # a socket in it has a short name
+        weakref.finalize(self, shutil.rmtree, self.temporary, ignore_errors=True)
         self.shared_before = abandoned_shared_memory()  # of others, who were there first
 
     def environment(self, **variables: str) -> dict[str, str]:

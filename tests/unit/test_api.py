@@ -22,7 +22,7 @@ def test_an_odd_number_of_bits_is_refused():
 def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
 
-    with pytest.raises(ConfigError, match="cannot be shared by 2 ranks"):
+    with pytest.raises(ConfigError, match="cannot be divided among 2 ranks"):
         get_ds_model("opt-125m", bits=4, **WHERE)
 
 

@@ -1,1 +1,1 @@
-"""What this machine was measured to do: rates, kept from one run to the next."""
+"""Measured rates of this machine, cached between runs."""

@@ -1,4 +1,4 @@
-"""Measured figures, kept from one run to the next under what identifies the machine or the disk."""
+"""Cache of measured rates, with an entry for each machine or disk, by its identity."""
 
 import hashlib
 import json
@@ -14,22 +14,22 @@ from zi_experiments.config.schema import Calibration, Ceilings
 from zi_experiments.system.disk import Disk, existing, mount_of
 from zi_experiments.system.machines import Machine
 
-FORMAT = 5  # raised when a figure is measured in another way, or the code that it is of becomes faster
+FORMAT = 5  # increased when a rate is measured differently, or the measured code becomes faster
 _NAMES = {field.name for field in (*fields(Ceilings), *fields(Calibration))} - {"source"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """What is measured at a time."""
+    """A machine or a disk to measure."""
 
     kind: str  # "machine" or "disk"
-    identity: dict[str, Any]  # figures are another's when any of it differs
-    request: dict[str, Any]  # to the process that measures
+    identity: dict[str, Any]  # an entry is valid only if all of it is equal
+    request: dict[str, Any]  # for the process that measures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """What was measured of a subject."""
+    """Measured rates of a subject."""
 
     measured_on: str  # a date
     figures: dict[str, Any]  # by the names in `Ceilings` and `Calibration`
@@ -40,7 +40,7 @@ def folder() -> Path:
 
 
 def of_machine(machine: Machine) -> Subject:
-    """The device, processor and memory of a machine."""
+    """Return the subject of a machine: device, CPU and memory."""
     import torch
 
     around = environment.describe(machine)
@@ -56,7 +56,7 @@ def of_machine(machine: Machine) -> Subject:
 
 
 def of_disk(disk: Disk, machine: Machine) -> Subject:
-    """A filesystem of that machine, as it is read with these settings."""
+    """Return the subject of a disk of that machine, read with the request size and count of `disk`."""
     around = environment.describe(machine)
     there = existing(disk.folder)
     mount = mount_of(there)
@@ -71,7 +71,7 @@ def of_disk(disk: Disk, machine: Machine) -> Subject:
 
 
 def load(subject: Subject) -> Entry | None:
-    """What is kept of a subject; None when that is nothing, or damaged."""
+    """Return the cached entry of a subject; None if there is none, or it is damaged."""
     try:
         content = json.loads(_path(subject).read_bytes())
         if content["identity"] != subject.identity:
@@ -82,7 +82,7 @@ def load(subject: Subject) -> Entry | None:
 
 
 def store(subject: Subject, entry: Entry) -> None:
-    """Write an entry whole or not at all. Raises `OSError` where that cannot be."""
+    """Write an entry atomically. Raises `OSError` if it cannot be written."""
     path = _path(subject)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"identity": subject.identity, "measured_on": entry.measured_on, "figures": entry.figures}
@@ -96,9 +96,9 @@ def store(subject: Subject, entry: Entry) -> None:
 
 
 def checked(figures: dict[str, Any]) -> dict[str, Any]:
-    """Figures as JSON has them, in their own types. Raises `ValueError` or its like for what is none."""
+    """Return figures read from JSON, with keys and rates in their types. Raises an error, mostly `ValueError`, if invalid."""
     if not figures or figures.keys() - _NAMES:
-        raise ValueError(f"figures are not called {', '.join(figures)}")
+        raise ValueError(f"unknown figures: {', '.join(figures)}")
     products = {
         dtype: {int(rows): _rate(rate) for rows, rate in rates.items()}
         for dtype, rates in figures.get("gemm_flops", {}).items()
@@ -111,7 +111,7 @@ def checked(figures: dict[str, Any]) -> dict[str, Any]:
 
 def _rate(value: Any) -> float:
     if not 0 < value < inf:
-        raise ValueError(f"{value} is no measurement")
+        raise ValueError(f"{value} is not a positive finite number")
     return float(value)
 
 

@@ -1,4 +1,4 @@
-"""A process of its own that measures: whatever happens to it, the launcher goes on, and its own memory stays as it was."""
+"""Measure in a separate process: the launcher survives whatever happens to it, and its own memory use does not change."""
 
 import ctypes
 import json
@@ -16,24 +16,24 @@ from zi_experiments.calibration import disk
 from zi_experiments.runtime import scratch, signals
 from zi_experiments.system.disk import Disk
 
-_LIMIT_S = 180.0  # a GPU that hangs must not keep a run from beginning
-_SET_PARENT_DEATH_SIGNAL = 1  # of prctl
+_LIMIT_S = 180.0  # a GPU that hangs must not block a run forever
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl
 
 
 class MeasuringError(Exception):
-    """The process did not answer: why, in one line."""
+    """The process gave no answer; the message says why, in one line."""
 
 
 def ask(request: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a request, `{"figures": …, "notes": […]}`, from a process that is gone by then.
+    """Return the answer of a new process to a request, `{"figures": …, "notes": […]}`; the process has ended by then.
 
-    Raises `MeasuringError`. A `KeyboardInterrupt` passes through once the process is gone.
+    Raises `MeasuringError`. A `KeyboardInterrupt` passes through after the process is killed.
     """
     try:
         temporary = scratch.for_temporary_files(uuid.uuid4().hex[:12])
         held = scratch.Scratch(temporary)
     except OSError as error:
-        raise MeasuringError(f"no temporary files can be made: {error}") from error
+        raise MeasuringError(f"temporary files cannot be created: {error}") from error
     inherited = environment.worker_environment(cuda=request.get("device") == "cuda")
     try:
         with environment.variables(inherited | {"TMPDIR": str(temporary)}):
@@ -43,10 +43,10 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _carry_out(request: dict[str, Any]) -> dict[str, Any]:
-    asked = json.dumps(request | {"parent": os.getpid()})
-    command = [sys.executable, "-m", "zi_experiments.hardware", "--request", asked]
+    argument = json.dumps(request | {"parent": os.getpid()})
+    command = [sys.executable, "-m", "zi_experiments.hardware", "--request", argument]
     pipe = subprocess.PIPE
-    # with a group of its own no key reaches it, and what it has started ends with it
+    # in its own process group Ctrl-C does not reach it, and its children can be killed with it
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, process_group=0) as process:
         try:
             out, err = process.communicate(timeout=_LIMIT_S)
@@ -67,21 +67,21 @@ def _carry_out(request: dict[str, Any]) -> dict[str, Any]:
     try:
         answered: dict[str, Any] = json.loads(out)
     except ValueError as error:
-        raise MeasuringError("what it said cannot be read") from error
+        raise MeasuringError("its answer cannot be parsed") from error
     return answered
 
 
 def answer(text: str) -> None:
-    """Measure what a request asks for, and write the answer to standard output: the child's side of `ask`."""
+    """Measure what `text`, a request in JSON, asks for, and write the answer to stdout: the child's side of `ask`."""
     request = json.loads(text)
     _end_with(request["parent"])
     with os.fdopen(os.dup(1), "w") as out:
-        os.dup2(2, 1)  # what libraries print is no answer
+        os.dup2(2, 1)  # output of libraries goes to stderr, not into the answer
         json.dump(_disk(request) if "folder" in request else _machine(request), out)
 
 
 def _end_with(parent: int) -> None:
-    """Whatever ends the launcher ends this process, and when memory runs out this one goes first."""
+    """End this process when the launcher ends, for whatever reason, and let it be killed first when memory runs out."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, ctypes.c_ulong(signal.SIGKILL))
@@ -101,7 +101,7 @@ def _disk(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _machine(request: dict[str, Any]) -> dict[str, Any]:
-    from zi_experiments.calibration import figures  # with torch, which the launcher does without here
+    from zi_experiments.calibration import figures  # imports torch, which the launcher does not need for this
 
     measured, notes = figures.measure(request["device"], request["dtypes"])
     return {"figures": measured, "notes": notes}

@@ -1,4 +1,4 @@
-"""How fast the disk of a folder writes and reads around the page cache, with as many requests as a run has under way."""
+"""Measure how fast a folder's disk reads and writes with O_DIRECT, with as many requests in flight as a run has."""
 
 import os
 import shutil
@@ -12,33 +12,33 @@ from pathlib import Path
 from zi_experiments.runtime.pinned_memory import Pages
 from zi_experiments.system.disk import Disk, existing, mount_of
 
-_MOST_BYTES = 1 << 30  # of the file: some filesystems take seconds to free a larger one
+_MOST_BYTES = 1 << 30  # size of the file: some filesystems take seconds to free a larger one
 _LEAST_REQUESTS = 4
-_MOMENTS = 4  # of which the best is a ceiling
-_MEMORY = ("tmpfs", "ramfs")  # newer kernels take O_DIRECT there, and copy
+_MOMENTS = 4  # the best of them is the ceiling
+_MEMORY = ("tmpfs", "ramfs")  # newer kernels accept O_DIRECT there, and copy from memory
 
 
 def bytes_per_s(disk: Disk, each_way_s: float = 2.0) -> tuple[list[float], float]:
-    """What the disk reads at several moments, and what it writes.
+    """Return the read rates at several moments and the write rate, in bytes per second.
 
-    It is measured over a file of its own that has no name and so never stays behind.
-    Raises `OSError`, in one line, where there is no room, no permission, or no disk below the filesystem.
+    Measured in a file that has no name, so it never stays behind.
+    Raises `OSError`, with a message of one line, if there is no space, no permission, or no disk below the filesystem.
     """
     folder = existing(disk.folder)
     if mount_of(folder).kind in _MEMORY:
         raise OSError(f"{folder} is memory, not a disk: pass offload.path=/a/folder/on/NVMe")
     blocks = min(_MOST_BYTES, shutil.disk_usage(folder).free // 2) // disk.block_bytes
     if blocks < _LEAST_REQUESTS:
-        raise OSError(f"{folder} has no room for {2 * _LEAST_REQUESTS} requests of {disk.block_bytes} bytes")
+        raise OSError(f"{folder} has no space for {2 * _LEAST_REQUESTS} requests of {disk.block_bytes} bytes")
     in_flight = min(disk.in_flight, blocks)
     region = blocks // in_flight * disk.block_bytes
     with ExitStack() as held:
         descriptor = _nameless(folder)
         held.callback(os.close, descriptor)
-        with suppress(OSError):  # without it a file grows as it is written
+        with suppress(OSError):  # if not supported, the file grows while it is written
             os.posix_fallocate(descriptor, 0, in_flight * region)
         buffers = [held.enter_context(Pages(disk.block_bytes)) for _ in range(in_flight)]
-        random = os.urandom(disk.block_bytes)  # a disk that compresses finds nothing in it
+        random = os.urandom(disk.block_bytes)  # a disk that compresses gains nothing
         for buffer in buffers:
             buffer.write(random)
         everything = [region // disk.block_bytes] * in_flight
@@ -56,9 +56,9 @@ def _nameless(folder: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
     except OSError as error:
-        with suppress(OSError):  # where O_DIRECT is refused, the file may have been made all the same
+        with suppress(OSError):  # if O_DIRECT is refused, the file may have been created nevertheless
             path.unlink()
-        raise OSError(f"no file can be made in {folder} with O_DIRECT ({error.strerror})") from error
+        raise OSError(f"a file with O_DIRECT cannot be created in {folder} ({error.strerror})") from error
     path.unlink()
     return descriptor
 
@@ -73,10 +73,11 @@ def _carry_out(
     *,
     again: bool,
 ) -> tuple[list[int], float]:
-    """Each buffer's requests, through so many blocks of a region of its own, and from its start `again`, until time is over.
+    """Return how many requests each buffer completed, and the bytes per second.
 
-    Engines read so too: a part of a layer by each request, far from the others, which disks of several devices like
-    better than one stretch for all. Returns how many requests each buffer had, and the bytes per second.
+    Each buffer goes through `blocks` of its own region, and with `again` restarts there, until the time is over. Engines
+    read in the same pattern, one part of a layer per request: distant requests suit arrays of several devices better than
+    a single sequential stream.
     """
     began = time.perf_counter()
 

@@ -1,4 +1,4 @@
-"""A measured machine as people read it, and as a file in `conf/hardware` that runs are planned for anywhere."""
+"""Show a measured machine as a table, and write it as a file for `hardware=…`, so that runs can be planned elsewhere."""
 
 import os
 import re
@@ -24,19 +24,19 @@ _HOW = {
     "pin_bytes_per_s": ("pinning", "new pages, written once and registered"),
     "host_bytes_per_s": ("host memory", "read and written by a copy with all threads"),
     "hbm_bytes_per_s": ("memory of the device", "read and written by a copy"),
-    "disk_bytes_per_s": ("disk, read", "O_DIRECT, requests as a run has them under way"),
-    "disk_write_bytes_per_s": ("disk, written", "O_DIRECT, requests as a run has them under way"),
-    "flops": ("arithmetic at best", "the fastest product of the first type"),
+    "disk_bytes_per_s": ("disk, read", "O_DIRECT, as many requests in flight as a run has"),
+    "disk_write_bytes_per_s": ("disk, written", "O_DIRECT, as many requests in flight as a run has"),
+    "flops": ("peak arithmetic", "the fastest product of any type"),
     "attention_flops": ("attention over a prompt", "32 heads of 64, 256 tokens"),
-    "cache_bytes_per_s": ("KV cache read", "by the attention of one more token"),
+    "cache_bytes_per_s": ("KV cache read", "by the attention of a decode step"),
     "expand_elements_per_s": ("INT4 weights expanded", "groups of 64, as engine=stream does it"),
     "layer_s": ("launching a layer", "decode of two very narrow OPT models"),
-    "step_s": ("a step besides its layers", "decode of two very narrow OPT models"),
+    "step_s": ("decode step outside layers", "decode of two very narrow OPT models"),
 }
 
 
 def table(machine: Machine) -> Table:
-    """A row for each figure."""
+    """Return a table with a row for each figure."""
     calibration = machine.calibration
     assert calibration is not None
     made = Table(title=f"{machine.gpu_name or machine.device}, {machine.ceilings.source}")
@@ -62,42 +62,41 @@ def _shown(name: str, value: float | None) -> str:
 
 
 def _spread(name: str, moments: list[float]) -> str:
-    """From the worst moment to the best."""
     return f"{_shown(name, min(moments))} to {_shown(name, max(moments))} at {len(moments)} moments"
 
 
 def default_name(machine: Machine) -> str:
-    """The GPU's or the processor's name as a file has it: nvidia-h200."""
+    """Return the name of the GPU, or else of the CPU, as a file name: nvidia-h200."""
     text = machine.gpu_name or str(environment.describe(machine)["cpu"])
     plain = re.sub(r"\((r|tm|c)\)|@.*", " ", text.lower())
     return re.sub(r"[^a-z0-9.]+", "-", plain).strip("-.") or "machine"
 
 
 def destination(name: str, output: Path | None, shipped: Path) -> Path:
-    """Where the file goes: `output`, or else among the choices that are `shipped`, or here where that cannot be written.
+    """Return the path of the file: `output`, else in the folder `shipped`, or `./hardware` if that is not writable.
 
-    Raises `ConfigError` for what Hydra would not find, and for a file that somebody else has written.
+    Raises `ConfigError` for a file that Hydra would not find, and if it exists but was not written by this command.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"hardware={name} cannot be typed: pass --name with letters, digits, '.', '_' and '-'")
+        raise ConfigError(f"hardware={name} is not a valid choice: pass --name with letters, digits, '.', '_' and '-'")
     here = Path.cwd() / "hardware"
     path = output or (shipped if os.access(shipped, os.W_OK) else here) / f"{name}.yaml"
     path = path.expanduser().absolute()
     if path.name != f"{name}.yaml" or path.parent.name != "hardware":
-        raise ConfigError(f"--output {output} is no choice that Hydra finds: pass --output FOLDER/hardware/{name}.yaml")
+        raise ConfigError(f"--output {output} cannot be found by Hydra: pass --output FOLDER/hardware/{name}.yaml")
     if path.exists() and not path.read_text(errors="replace").startswith(_FIRST_LINE):
-        raise ConfigError(f"{path} is there already and was not measured: pass another --name")
+        raise ConfigError(f"{path} exists already and was not written by this command: pass another --name")
     return path
 
 
 def usage(path: Path, shipped: Path) -> str:
-    """What to type to plan for the machine in a file."""
+    """Return the command that plans for the machine in a file."""
     added = "" if path.parent == shipped else f"--config-dir {path.parent.parent} "
     return f"python -m zi_experiments {added}hardware={path.stem}"
 
 
 def text(machine: Machine, name: str) -> str:
-    """The file: all that `hardware` has, with figures of four digits."""
+    """Return the content of the file: all `hardware` settings, with figures rounded to four digits."""
     assert machine.calibration is not None
     memory = machine.gpu_memory_bytes
     choice = Hardware(

@@ -1,4 +1,4 @@
-"""Everything that is measured of a machine but its disks, in one go of a few seconds."""
+"""Measure all rates of a machine, except those of its disks, in a few seconds."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 
 from zi_experiments.calibration import launch_overhead, rates
 
-_MORE_MOMENTS = 6  # on a machine so busy that more layers took no longer than fewer
+_MORE_MOMENTS = 6  # if the machine is so busy that more layers took no longer than fewer
 _GPU = {
     "link_back_bytes_per_s": rates.link_back_bytes_per_s,
     "link_both_bytes_per_s": rates.link_both_bytes_per_s,
@@ -19,9 +19,9 @@ _GPU = {
 
 
 def measure(device: str, dtypes: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Figures by the names in `Ceilings` and `Calibration`, None for what there is not; and why some are missing.
+    """Return figures by their names in `Ceilings` and `Calibration`, None if not applicable; and notes on missing ones.
 
-    `device` is "cuda" or "cpu", `dtypes` are 16-bit types, best first. Raises what torch raises, such as when memory runs out.
+    `device` is "cuda" or "cpu", `dtypes` are 16-bit types, best first. Raises torch's errors, such as out of memory.
     """
     first, notes = getattr(torch, dtypes[0]), list[str]()
     found: dict[str, Any] = dict.fromkeys(_GPU)
@@ -45,9 +45,9 @@ def measure(device: str, dtypes: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 class _Peaks:
-    """What bounds a run, at several moments: at some of them others compute, and nothing is faster than the machine.
+    """Peak rates, sampled at several moments: other processes may compute at some; the best comes closest to the peak.
 
-    `products` are rates by type and rows, which count as well.
+    `products` are rates by type and rows that are already measured; they count as samples too.
     """
 
     def __init__(self, device: str, products: dict[str, dict[int, float]]) -> None:
@@ -65,13 +65,13 @@ class _Peaks:
             self._moments[name].append(measure())
 
     def figures(self) -> dict[str, Any]:
-        """The ceilings, and the moments that they are the best of."""
+        """Return the ceilings, and all moments; a ceiling is the best of its moments."""
         products = self._products
         arithmetic = [rate for name in products for rate in (*self._moments[name], *products[name].values())]
-        # two operations with each row for every weight of two bytes
+        # a product takes two operations per row for each weight of two bytes, so this is its rate of reading weights
         reading = [rate / rows for curve in products.values() for rows, rate in curve.items()]
         return {
-            # memory of the host is that of a processor, and predictions take the mean
+            # on a CPU, the device's memory is host memory, and predictions take the mean
             **({} if self._on_gpu else {"host_bytes_per_s": harmonic_mean(self._moments["hbm_bytes_per_s"])}),
             "link_bytes_per_s": max(self._moments.get("link_bytes_per_s", []), default=None),
             "hbm_bytes_per_s": max(self._moments["hbm_bytes_per_s"] + reading),
@@ -81,7 +81,7 @@ class _Peaks:
 
 
 class _Pace:
-    """What one core of the host takes part in, which others may slow down for seconds: the mean of several moments."""
+    """Rates that depend on one core of the host: others may slow it down for seconds, so take the mean of moments."""
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         self._on_gpu = device == "cuda"
@@ -99,12 +99,12 @@ class _Pace:
                 break
             self.sample()
             layer_s, step_s = self._overhead.layer_and_step_s()
-        pageable = harmonic_mean(self._pageable) if self._on_gpu else None  # of the times that copies took
+        pageable = harmonic_mean(self._pageable) if self._on_gpu else None  # mean of the copy times
         found = {"link_pageable_bytes_per_s": pageable, "layer_s": layer_s, "step_s": step_s}
         if min(layer_s, step_s) > 0:
             return found
         notes.append(
-            f"a layer took {layer_s:.2g} s and a step {step_s:.2g} s, which the machine was too busy for to count"
+            f"launch overhead was not measured, the machine was too busy: {layer_s:.2g} s per layer, {step_s:.2g} s per step"
         )
         return found | {"layer_s": None, "step_s": None}
 
@@ -114,6 +114,6 @@ def _expansion(dtype: torch.dtype, device: str, notes: list[str]) -> float | Non
         return rates.expand_elements_per_s(dtype, device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # Triton raises whatever its compilers do
+    except Exception as error:  # Triton passes on any exception of its compilers
         notes.append(f"the expansion of INT4 weights was not measured ({type(error).__name__}: {error})")
         return None

@@ -1,4 +1,4 @@
-"""What plain transformers take for a token besides arithmetic, from two models that have next to none."""
+"""Measure the launch overhead of plain transformers per token, with two models that have almost no arithmetic."""
 
 from statistics import mean, median
 from typing import Any
@@ -22,7 +22,7 @@ SHAPE = {
 
 
 class Overhead:
-    """A decode step of plain transformers takes `step_s` + layers · `layer_s` when there is next to nothing to compute."""
+    """Launch overhead: with almost no arithmetic, a decode step of plain transformers takes step_s + layers · layer_s."""
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         self._sessions = [HFSession(_model(layers, dtype).to(device), device) for layers in LAYERS]
@@ -31,20 +31,20 @@ class Overhead:
         self._steps_s()  # the first ones are slower
 
     def sample(self) -> None:
-        """Measure it now: for a fraction of a second, during which a processor may be slower than a second later."""
+        """Take one sample, for a fraction of a second; the CPU may be much faster a second later, so take several."""
         few, many = self._steps_s()
         layer_s = (many - few) / (LAYERS[1] - LAYERS[0])
         self._found.append((layer_s, few - LAYERS[0] * layer_s))
 
     def layer_and_step_s(self) -> tuple[float, float]:
-        """Means of the samples. On a busy machine either may come out as nothing, or less."""
+        """Return the means of the samples, in seconds. On a busy machine either may be zero or negative."""
         layer_s, step_s = map(mean, zip(*self._found, strict=True))
         return layer_s, step_s
 
     def _steps_s(self) -> list[float]:
         steps: list[list[float]] = [[] for _ in self._sessions]
         for _ in range(PASSES):
-            # in turns, so that a machine that becomes slower does so for both
+            # alternate, so that a machine that becomes slower does so for both
             for session, found in zip(self._sessions, steps, strict=True):
                 found.extend(measure_pass(session, self._ids, GEN_LEN, silent()).step_s)
         return [median(found) for found in steps]

@@ -1,4 +1,4 @@
-"""What a device does at best, measured with nothing in the way: plain copies, products, the expansion of INT4 weights."""
+"""Peak rates of a device, measured with simple operations: copies, products, the expansion of INT4 weights."""
 
 import time
 from collections.abc import Callable
@@ -14,40 +14,40 @@ from zi_experiments.engines.stream.quantized import expand, pack
 from zi_experiments.engines.stream.slab import Layout, Place
 from zi_experiments.runtime.pinned_memory import host_empty
 
-COPY_BYTES = 1 << 29  # of one copy: larger than caches, and long beside its launch
+COPY_BYTES = 1 << 29  # of one copy: larger than caches, and much longer than its launch
 SQUARE = 8192  # rows and columns of a product that keeps a GPU busy
 ROWS = (1, 8, 32, 128, 512, 4096)
-WEIGHTS = {"cuda": (20480, 5120), "cpu": (8192, 2048)}  # of a transformer's shape
-TURNS = {"cuda": 4, "cpu": 8}  # weights that take turns, so that none waits in a cache for its next one
+WEIGHTS = {"cuda": (20480, 5120), "cpu": (8192, 2048)}  # a shape that transformers have
+TURNS = {"cuda": 4, "cpu": 8}  # number of weights used in turn, so that none is still in a cache when it is used again
 ATTENTION = (4, 32, 256, 64)  # sequences, heads, tokens, width of a head
 INT4 = Quant(name="int4", bits=4, group_size=64, group_dim=1)
 
-_BATCH_S = 0.005  # of calls that are timed together: launching the first of them counts for nothing beside that
+_BATCH_S = 0.005  # of calls that are timed together, so that the launch of the first is negligible
 _BUDGET_S = 0.15  # for one figure
 _LEAST_BATCHES = 3
-_LONGEST_S = 0.3  # of one product; slow processors leave out larger ones
+_LONGEST_S = 0.3  # of one product; larger ones are left out on slow CPUs
 
 
 def link_bytes_per_s() -> float:
-    """From pinned host memory to the first GPU."""
+    """Return the rate of copies from pinned host memory to the first GPU."""
     host, there = _pinned(), _on_gpu()
     return COPY_BYTES / _seconds(lambda: there.copy_(host, non_blocking=True), "cuda")
 
 
 def link_back_bytes_per_s() -> float:
-    """From the first GPU to pinned host memory."""
+    """Return the rate of copies from the first GPU to pinned host memory."""
     host, there = _pinned(), _on_gpu()
     return COPY_BYTES / _seconds(lambda: host.copy_(there, non_blocking=True), "cuda")
 
 
 def link_both_bytes_per_s() -> float:
-    """Each way while the other is as busy: until both copies are done, so it is the slower one's."""
-    ways = (_on_gpu(), _pinned()), (_pinned(), _on_gpu())  # target and source
+    """Return the rate of each direction while both are busy. It is timed until both copies end: the slower one's rate."""
+    directions = (_on_gpu(), _pinned()), (_pinned(), _on_gpu())  # target and source
     main = torch.cuda.current_stream()
     sides = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def both() -> None:
-        for side, (target, source) in zip(sides, ways, strict=True):
+        for side, (target, source) in zip(sides, directions, strict=True):
             side.wait_stream(main)
             with torch.cuda.stream(side):
                 target.copy_(source, non_blocking=True)
@@ -58,42 +58,42 @@ def link_both_bytes_per_s() -> float:
 
 
 def link_pageable_bytes_per_s() -> float:
-    """From host memory that CUDA does not know, through the driver's own buffers, to the first GPU."""
-    host = host_empty(COPY_BYTES, torch.uint8, pinned=False).fill_(1)  # pages that were never written are all the same
+    """Return the rate of copies from host memory that is not pinned, through the driver's buffers, to the first GPU."""
+    host = host_empty(COPY_BYTES, torch.uint8, pinned=False).fill_(1)  # pages never written share one zero page
     there = _on_gpu()
     return COPY_BYTES / _seconds(lambda: there.copy_(host), "cuda")
 
 
 def pin_bytes_per_s() -> float:
-    """Of host memory as engines take it: new pages, written once, then registered with CUDA."""
-    torch.cuda.synchronize()  # the context is there
+    """Return the rate of allocating pinned memory as engines do: new pages, written once, then registered with CUDA."""
+    torch.cuda.synchronize()  # create the CUDA context before timing
 
     def once() -> float:
         began = time.perf_counter()
         made = host_empty(COPY_BYTES, torch.uint8, pinned=True)
         seconds = time.perf_counter() - began
-        del made  # only now, since it has to be unregistered
+        del made  # not earlier: unregistering is not timed
         return seconds
 
     return COPY_BYTES / median(once() for _ in range(3))
 
 
 def copy_bytes_per_s(device: str) -> float:
-    """Bytes read and bytes written by a copy within a device's memory; on a CPU, with all threads."""
+    """Return bytes read plus bytes written per second, by a copy within a device's memory; on a CPU, with all threads."""
     source = torch.empty(2 * COPY_BYTES if device == "cuda" else COPY_BYTES, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
 
 
 def square_flops(dtype: torch.dtype) -> float:
-    """Of a product of large square matrices on the first GPU. Of random numbers: zeros draw less power and are faster."""
+    """Return the FLOP/s of large square matrices on the first GPU: random ones, since zeros need less power and are faster."""
     a, b = (torch.randn(SQUARE, SQUARE, dtype=dtype, device="cuda") for _ in range(2))
     out = torch.empty_like(a)
     return 2 * SQUARE**3 / _seconds(lambda: torch.mm(a, b, out=out), "cuda")
 
 
 def busy_flops(dtype: torch.dtype, device: str, rows: int) -> float:
-    """Of a product that keeps the device busy: on a processor, of so many rows, with a weight of its own."""
+    """Return the FLOP/s of a product that keeps the device busy; on a CPU, one of so many rows with a single weight."""
     if device == "cuda":
         return square_flops(dtype)
     weight = torch.randn(WEIGHTS[device], dtype=dtype)
@@ -101,7 +101,7 @@ def busy_flops(dtype: torch.dtype, device: str, rows: int) -> float:
 
 
 def gemm_flops(dtype: torch.dtype, device: str) -> dict[int, float]:
-    """Of `linear` on so many rows; on a slow processor only up to as many as take a moment."""
+    """Return the FLOP/s of `linear` by number of rows; on a slow CPU, large numbers that take too long are left out."""
     weight = torch.randn(WEIGHTS[device], dtype=dtype, device=device)
     weights = [weight, *(weight.clone() for _ in range(TURNS[device] - 1))]
     rates: dict[int, float] = {}
@@ -120,7 +120,7 @@ def _product_s(rows: int, weights: list[torch.Tensor]) -> float:
 
 
 def attention_flops(dtype: torch.dtype) -> float:
-    """Of causal attention over a prompt on the CPU: the products of each token with itself and those before it."""
+    """Return the FLOP/s of causal attention over a prompt on the CPU; each token counts itself and earlier tokens only."""
     q, k, v = (torch.randn(ATTENTION, dtype=dtype) for _ in range(3))
     sequences, heads, tokens, width = ATTENTION
     seconds = _seconds(lambda: scaled_dot_product_attention(q, k, v, is_causal=True), "cpu")
@@ -128,14 +128,14 @@ def attention_flops(dtype: torch.dtype) -> float:
 
 
 def cache_bytes_per_s(dtype: torch.dtype) -> float:
-    """Of keys and values, as the attention of one more token of each sequence reads them on the CPU."""
+    """Return the rate at which attention in a decode step reads the KV cache on the CPU."""
     k, v = (torch.randn(ATTENTION, dtype=dtype) for _ in range(2))
     q = k[:, :, :1].clone()
     return 2 * k.nbytes / _seconds(lambda: scaled_dot_product_attention(q, k, v), "cpu")
 
 
 def expand_elements_per_s(dtype: torch.dtype, device: str) -> float:
-    """Of INT4 weights in groups of 64, by what the stream engine does it with there."""
+    """Return the rate at which the stream engine expands INT4 weights in groups of 64 on that device."""
     place = Place(name="weight", shape=WEIGHTS[device], start=0)
     layout = Layout(plain=(), quantized=(place,), quant=INT4, shares=1)
     slab = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
@@ -153,7 +153,7 @@ def _on_gpu() -> torch.Tensor:
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
-    """Of one call: the median over batches of them, after one that warms up."""
+    """Return the seconds of one call: the median over batches of calls, after one warm-up call."""
     work()
     once = _elapsed_s(work, 1, device)
     calls = max(1, min(1000, round(_BATCH_S / once)))

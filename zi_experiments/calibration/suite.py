@@ -1,4 +1,4 @@
-"""With `hardware=auto` or `cpu`: this machine measured once, and what was found laid under what the user has set."""
+"""With `hardware=auto` or `cpu`, measure this machine once; measured rates fill in what the user has not set."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,23 +16,23 @@ from zi_experiments.system.machines import Machine
 
 Tell = Callable[[str], None]
 
-MEASURED = ("auto", "cpu")  # choices that stand for this machine; the files of others have their own figures
-_PATIENCE_S = 300.0  # with another process that measures, and may be stopped
+MEASURED = ("auto", "cpu")  # choices that mean this machine; the files of other choices have their own rates
+_PATIENCE_S = 300.0  # to wait for another process that measures; it may hang or be suspended
 _INTERVAL_S = 0.1
 
 
 def known(hardware: Hardware, machine: Machine, disk: Disk | None) -> Machine:
-    """The machine with what was measured of it before; with the figures of its file, for a `hardware` that has one."""
+    """Return `machine` with cached rates, without measuring; unchanged if its `hardware` file has its own rates."""
     if hardware.name not in MEASURED:
         return machine
     return _laid_under(hardware, machine, {one.kind: cache.load(one) for one in _subjects(machine, disk)})
 
 
 def ensure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) -> Machine:
-    """The same, once what is missing has been measured.
+    """Return `machine` with cached rates; measure and cache the missing ones.
 
-    `tell` gets a line for what takes time, and a warning for what could not be measured, without which a run goes on. A
-    `KeyboardInterrupt` passes through at once.
+    `tell` gets a line before something that takes time, and a warning for rates that could not be measured: the run goes on
+    without them. A `KeyboardInterrupt` passes through at once.
     """
     if hardware.name not in MEASURED:
         return machine
@@ -47,7 +47,7 @@ def ensure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) 
 
 
 def measure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) -> Machine:
-    """The same, with all of it measured anew."""
+    """Return `machine` with all rates measured anew."""
     subjects = [one for one in _subjects(machine, disk) if _is_there(one, machine)]
     with _turn(tell) as is_ours:
         entries = {one.kind: _measured(one, tell) for one in subjects if is_ours}
@@ -55,7 +55,7 @@ def measure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell)
 
 
 def again(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) -> Machine:
-    """The same, with all of it measured anew since a run was faster than it can be: the best of before and now counts."""
+    """Return `machine` with all rates measured again, because a run beat its bound: the best of old and new counts."""
     if hardware.name not in MEASURED:
         return machine
     subjects = [one for one in _subjects(machine, disk) if _is_there(one, machine)]
@@ -72,15 +72,15 @@ def _subjects(machine: Machine, disk: Disk | None) -> list[Subject]:
 
 
 def _is_there(subject: Subject, machine: Machine) -> bool:
-    """Whether it can be measured: a plan for a GPU can be made without one."""
+    """Return whether the subject can be measured here: a run on a GPU can also be planned on a machine without one."""
     return subject.kind == "disk" or machine.device == "cpu" or machine.gpus_visible > 0
 
 
 @contextmanager
 def _turn(tell: Tell) -> Iterator[bool]:
-    """Wait until no other process measures, which would disturb both; whether that came to pass.
+    """Wait until no other process measures, since that would disturb both; the value is False after a timeout.
 
-    Without locks, or a folder for them, nobody waits.
+    Without locks, or a folder for them, there is no wait.
     """
     try:
         cache.folder().mkdir(parents=True, exist_ok=True)
@@ -103,16 +103,16 @@ def _acquired(lock: FolderLock, tell: Tell) -> bool:
                 tell("another process measures this machine: waiting for it")
                 told = True
             if time.monotonic() > until:
-                tell("warning: it has not finished: this machine is not measured")
+                tell("warning: the other process has not finished: this machine is not measured")
                 return False
             time.sleep(_INTERVAL_S)
     except OSError:
-        pass  # a filesystem without locks
+        pass  # the filesystem has no locks
     return True
 
 
 def _measured(subject: Subject, tell: Tell, before: Entry | None = None) -> Entry | None:
-    """What was measured now, with the best of `before`, and is kept where that can be; None: it failed."""
+    """Return new measurements, combined with `before`, and cache them if possible; None if measuring failed."""
     what = "this machine" if subject.kind == "machine" else f"the disk of {subject.request['folder']}"
     tell(f"measuring {what} {'again' if before else 'once'}: ten to twenty seconds")
     try:
@@ -132,7 +132,7 @@ def _measured(subject: Subject, tell: Tell, before: Entry | None = None) -> Entr
 
 
 def _pooled(before: Entry, now: Entry) -> Entry:
-    """What was measured now, with the moments of before: ceilings are the best of all."""
+    """Return the new figures with the moments of both; ceilings are the best of both."""
     old, new = before.figures, now.figures
     moments = {name: [*old["moments"].get(name, []), *rates] for name, rates in new["moments"].items()}
     known = [field.name for field in fields(Ceilings) if old.get(field.name) and new.get(field.name)]
@@ -141,7 +141,7 @@ def _pooled(before: Entry, now: Entry) -> Entry:
 
 
 def _laid_under(hardware: Hardware, machine: Machine, entries: dict[str, Entry | None]) -> Machine:
-    """What the user has set counts before what was measured, and that before what is published."""
+    """Return `machine` with measured rates: values that the user set have priority, then measured, then published ones."""
     there = {kind: entry for kind, entry in entries.items() if entry is not None}
     if not there:
         return machine
@@ -151,10 +151,10 @@ def _laid_under(hardware: Hardware, machine: Machine, entries: dict[str, Entry |
         found |= _known(entry.figures)
         moments |= entry.figures["moments"]
     found["source"] = _source(there, machine.ceilings.source)
-    asked = _known(vars(hardware.ceilings))
-    arithmetic = {*machine.dtypes} if "flops" in asked else set()
-    found["moments"] = {name: rates for name, rates in moments.items() if name not in asked.keys() | arithmetic}
-    found |= asked
+    typed = _known(vars(hardware.ceilings))
+    arithmetic = {*machine.dtypes} if "flops" in typed else set()
+    found["moments"] = {name: rates for name, rates in moments.items() if name not in typed.keys() | arithmetic}
+    found |= typed
     found |= _known(vars(hardware.calibration)) if hardware.calibration is not None else {}
     nothing: dict[str, Any] = {field.name: None for field in fields(Calibration)} | {"gemm_flops": {}}
     return replace(

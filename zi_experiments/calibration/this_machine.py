@@ -1,4 +1,4 @@
-"""The machine as it is for a run: what is here, what was measured of it, and what is free where weights go."""
+"""The machine of a run: detected hardware, its measured rates, and the free disk space for weights."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,12 +13,12 @@ from zi_experiments.system.machines import Machine
 
 
 def known(run: Run, folder: Path) -> Machine:
-    """The machine with what was measured of it before, and with what is free in the folder for weights on disk.
+    """Return the machine with cached rates, and with the free disk space in the folder for weights.
 
-    Raises `ConfigError` when that is to be a folder which is not there.
+    Raises `ConfigError` if `offload.path` does not exist.
     """
     machine = machines.detect(run.hardware)
-    # of another machine nobody knows that
+    # the disks of another machine are unknown
     is_here = not machines.is_elsewhere(run.hardware, machine.gpu_name)
     if is_here:
         scratch.check_base("offload.path", run.offload.path)
@@ -27,12 +27,12 @@ def known(run: Run, folder: Path) -> Machine:
 
 
 def measured(run: Run, machine: Machine, folder: Path, tell: Callable[[str], None]) -> Machine:
-    """The machine with its rates, measured now if they are not known; `tell` gets a line for what takes time."""
+    """Return `machine` with its rates, measuring those that are not cached; `tell` gets a line for what takes time."""
     return suite.ensure(run.hardware, machine, _disk(run, folder), tell)
 
 
 def measured_again(run: Run, machine: Machine, folder: Path, tell: Callable[[str], None]) -> Machine:
-    """The machine with its rates measured anew, after a run that was faster than they allow."""
+    """Return `machine` with its rates measured again, after a run that beat its bound."""
     return suite.again(run.hardware, machine, _disk(run, folder), tell)
 
 

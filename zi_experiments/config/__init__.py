@@ -1,1 +1,1 @@
-"""What may be asked: the schema, its composition from YAML, validation, and errors that say what to type."""
+"""The configuration: schema, composition from YAML, validation, and error messages that say what to type."""

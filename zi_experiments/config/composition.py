@@ -1,4 +1,4 @@
-"""From a Hydra configuration to a typed, validated `Run`, and the same from choices outside Hydra."""
+"""Build a typed, validated `Run`, from a Hydra configuration or from choices without Hydra."""
 
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
@@ -14,9 +14,9 @@ from zi_experiments.config.validation import validate
 
 
 def to_run(cfg: DictConfig) -> Run:
-    """The typed run behind a composed configuration.
+    """Return the typed run of a composed configuration.
 
-    Raises `ConfigError` for a missing value, a key that no schema knows, or choices that cannot go together.
+    Raises `ConfigError` for a missing value, a key that is not in the schema, or choices that exclude each other.
     """
     try:
         if problem := errors.of_missing(cfg):
@@ -32,7 +32,7 @@ def to_run(cfg: DictConfig) -> Run:
 
 
 def from_choices(choices: dict[str, str], settings: dict[str, Any]) -> Run:
-    """A run outside Hydra: the defaults of `conf/config.yaml`, other choices, then settings by their dotted names."""
+    """Return a run without Hydra: the defaults of `conf/config.yaml`, then `choices`, then `settings` by dotted name."""
     register()
     main: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "config.yaml"))
     defaults = {
@@ -52,7 +52,7 @@ def from_choices(choices: dict[str, str], settings: dict[str, Any]) -> Run:
 
 
 def choose(run: Run, group: str, choice: str) -> None:
-    """Change a run as `GROUP=CHOICE` on its command line would: what the user has set in that group stays."""
+    """Change `run` in place as `GROUP=CHOICE` on its command line would: values the user set in that group stay."""
     node = getattr(run, group)
     before, after = _choice(group, getattr(node, "name", None) or node.device.value), _choice(group, choice)
     for field in fields(node):
@@ -63,7 +63,7 @@ def choose(run: Run, group: str, choice: str) -> None:
 
 @cache
 def _choice(group: str, choice: str) -> Any:
-    """What the YAML file of a choice holds; None: it is in a folder of the user's."""
+    """Return the content of a choice's YAML file; None when it is not a shipped file but one in a user's folder."""
     path = conf_dir() / group / f"{choice}.yaml"
     schema = get_type_hints(Run)[group]
     return (
@@ -84,11 +84,11 @@ def _refuse_stray_keys(cfg: DictConfig, schema: type, prefix: str) -> None:
         node, kind = cfg._get_node(key), errors.schema_of(hints[key])
         if not isinstance(node, DictConfig | ListConfig) or OmegaConf.is_missing(cfg, key):
             continue
-        value = cfg[key]  # an interpolation can stand for anything
+        value = cfg[key]  # an interpolation can resolve to any type
         plain, form = (list, "[…]") if isinstance(node, ListConfig) else (dict, "{…}")
         found = OmegaConf.get_type(value) if OmegaConf.is_config(value) else type(value)
         if found is not (kind if is_dataclass(kind) else plain) and not (value is None and node._is_optional()):
-            raise ConfigError(f"{prefix}{key}={value} does not belong there: pass {prefix}{key}={form}")
+            raise ConfigError(f"{prefix}{key}={value} has the wrong type: pass {prefix}{key}={form}")
         if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, DictConfig):
             _refuse_stray_keys(value, kind, f"{prefix}{key}.")
 

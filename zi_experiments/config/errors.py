@@ -1,4 +1,4 @@
-"""What to type instead of what Hydra cannot read, find or fill in."""
+"""Error messages that say what to type instead of an argument that Hydra cannot parse, find or resolve."""
 
 import re
 import shlex
@@ -26,28 +26,28 @@ _KINDS: dict[Any, str] = {
     str: "a text",
     list: "a list",
 }
-_FREE = ("hydra", "model.architecture", "hardware.calibration.gemm_flops")  # below them keys are no settings of ours
+_FREE = ("hydra", "model.architecture", "hardware.calibration.gemm_flops")  # keys below these are not in the schema
 
 
 def of_flags(arguments: list[str]) -> str | None:
-    """What to type instead of settings that look like flags, as `wandb agent` passes them, or that flags have torn apart."""
+    """Return what to type instead of settings passed as flags, as `wandb agent` does, or split by flags; None: no such."""
     unknown = typed(arguments).unknown
     flags = [flag for flag in unknown if flag.startswith("--")]
     if not flags:
         torn = [word for word in unknown if not word.startswith("-")]
         return f"{' '.join(torn)}: pass flags such as -m before all settings, or after them" if torn else None
     settings = [flag.lstrip("-") if "=" in flag else f"{flag.lstrip('-')}=…" for flag in flags]
-    return f"{' '.join(flags)}: pass {' '.join(settings)}; wandb agent does with ${{args_no_hyphens}} in the sweep's command"
+    return f"{' '.join(flags)}: pass {' '.join(settings)}; wandb agent does so if the sweep's command has ${{args_no_hyphens}}"
 
 
 def of_error(error: Exception, arguments: list[str]) -> str:
-    """An error of Hydra's in one line, with what to type where that is known."""
+    """Return a Hydra error in one line, with what to type where that is known."""
     found = typed(arguments)
     if isinstance(error, OverrideParseException):
         return _of_grammar(error, found.overrides, found.multirun)
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         return _of_choice(error.missing_cfg_file, error.options)
-    with suppress(ValueError):  # numbers that Python does not read: the error says so itself
+    with suppress(ValueError):  # numbers that Python cannot parse: the error itself says so
         for override in OverridesParser.create().parse_overrides(found.overrides):
             if problem := _of_override(override, found.multirun, str(error)):
                 return problem
@@ -60,7 +60,7 @@ def of_error(error: Exception, arguments: list[str]) -> str:
 
 
 def of_stray(key: str, known: Iterable[str]) -> list[str]:
-    """The settings of which one was probably meant by a key that is none; none, where nothing is like it."""
+    """Return the settings that an unknown key probably means; empty when none is similar."""
     group, _, last = key.rpartition(".")
     ends = [(name.rpartition("."), name) for name in known]
     beside = {end: name for (parent, _, end), name in ends if parent == group}
@@ -70,7 +70,7 @@ def of_stray(key: str, known: Iterable[str]) -> list[str]:
 
 
 def of_missing(cfg: DictConfig) -> str | None:
-    """Every setting without a value in one line, each with a value that could be typed; None: there is none."""
+    """Return one line that names every setting without a value, with an example for each; None when all have one."""
     missing = sorted(_missing(OmegaConf.to_container(cfg), ""))
     if not missing:
         return None
@@ -79,14 +79,14 @@ def of_missing(cfg: DictConfig) -> str | None:
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """What is there and spelt most like a word; None: nothing is."""
+    """Return the known word whose spelling is closest, upper and lower case being equal; None when none is close."""
     folded = {each.casefold(): each for each in known}
     found = get_close_matches(word.casefold(), folded, n=1)
     return folded[found[0]] if found else None
 
 
 def settings(schema: type = Run, prefix: str = "") -> Iterator[str]:
-    """The dotted name of every setting, and of every group of them."""
+    """Yield the dotted name of every setting and of every group of settings."""
     for name, hint in get_type_hints(schema).items():
         yield f"{prefix}{name}"
         kind = schema_of(hint)
@@ -95,7 +95,7 @@ def settings(schema: type = Run, prefix: str = "") -> Iterator[str]:
 
 
 def schema_of(hint: Any) -> Any:
-    """The type itself of one that may be None."""
+    """Return the dataclass in a type hint such as `Calibration | None`; any other hint unchanged."""
     return next((kind for kind in get_args(hint) if is_dataclass(kind)), hint)
 
 
@@ -105,30 +105,30 @@ def _of_grammar(error: OverrideParseException, overrides: list[str], is_sweep: b
         return _of_word(error.override, overrides)
     quoted = _quoted(key, value, is_sweep)
     if not _is_grammar(quoted):
-        return f"{error.override} is not KEY=VALUE as Hydra reads it: {_first_line(error)}"
-    return f"{error.override} is not as Hydra reads it: quote it, with all of these quotes: {shlex.quote(quoted)}"
+        return f"{error.override} cannot be parsed by Hydra as KEY=VALUE: {_first_line(error)}"
+    return f"{error.override} cannot be parsed by Hydra: quote it, with all of these quotes: {shlex.quote(quoted)}"
 
 
 def _of_word(word: str, overrides: list[str]) -> str:
-    """What to say of a word without an equals sign: mostly a part of the value before it, which has spaces."""
+    """Return the message for a word without an equals sign: mostly a part of the value before it, which has spaces."""
     at = overrides.index(word)
     if at == 0:
         return f"{word} has no value: pass GROUP=CHOICE or KEY=VALUE"
     words = takewhile(lambda each: "=" not in each, overrides[at:])
     key, _, value = " ".join([overrides[at - 1], *words]).partition("=")
     whole = shlex.quote(_quoted(key, value, is_sweep=False))
-    return f"{word} has no value: where it belongs to the value before it, quote both: {whole}"
+    return f"{word} has no value: if it belongs to the value before it, quote both: {whole}"
 
 
 def _of_choice(missing: str, options: Iterable[str]) -> str:
     group, _, choice = missing.rpartition("/")
     meant = closest(choice, options)
     instead = f"pass {group}={meant}; there are" if meant else "pass one of"
-    return f"{group}={choice} is no choice: {instead} {', '.join(options)}"
+    return f"{group}={choice} is not a choice: {instead} {', '.join(options)}"
 
 
 def _of_override(override: Override, is_sweep: bool, error: str) -> str | None:
-    """What is wrong with an override that can be read."""
+    """Return the message for an override that parses but is wrong; None when nothing is found."""
     text, key = override.input_line or "", override.key_or_group
     _, _, value = text.partition("=")
     if not key:
@@ -144,12 +144,12 @@ def _of_override(override: Override, is_sweep: bool, error: str) -> str | None:
     if override.is_add() or key in known or any(f"{key}.".startswith((f"{free}.", f"{free}/")) for free in _FREE):
         return None
     meant = " or ".join(text.replace(key, name, 1) for name in of_stray(key, known))
-    instead = f"pass {meant}" if meant else "python -m zi_experiments --cfg job shows those there are"
+    instead = f"pass {meant}" if meant else "python -m zi_experiments --cfg job shows all settings"
     return f"{key} is not a setting: {instead}"
 
 
 def _of_value(error: Exception) -> str | None:
-    """What to type instead of a value of another type than its setting takes; None: the error is another one."""
+    """Return what to type instead of a value of the wrong type; None when the error is a different one."""
     override = str(error).removeprefix("Error merging override ")
     key = override.lstrip("+").partition("=")[0]
     if not isinstance(error.__cause__, ValidationError) or key not in settings():
@@ -161,7 +161,7 @@ def _of_value(error: Exception) -> str | None:
 
 
 def _taken(hint: Any) -> str:
-    """What values of a type are, in words."""
+    """Return a description of the values of a type: "an integer, or null"."""
     if isinstance(hint, UnionType):
         return f"{_taken(get_args(hint)[0])}, or null"
     if isinstance(hint, EnumType):
@@ -179,7 +179,7 @@ def _quoted(key: str, value: str, is_sweep: bool) -> str:
 
 
 def _readable(value: str) -> str:
-    """A value as Hydra's grammar has it: as it is, or with keys without quotes, or in quotes."""
+    """Return a value in Hydra's grammar: unchanged, or with its keys unquoted, or in quotes."""
     forms = (value, re.sub(r"""(["'])(\w+)\1\s*:""", r"\2:", value), _in_quotes(value))
     return next((form for form in forms if _is_grammar(f"key={form}")), value)
 
@@ -197,7 +197,7 @@ def _is_grammar(override: str) -> bool:
 
 
 def _missing(node: Any, prefix: str) -> Iterator[str]:
-    """The settings without a value, whether or not others can be resolved."""
+    """Yield the settings without a value, even if interpolations in others cannot be resolved."""
     for key, value in node.items() if isinstance(node, dict) else ():
         if value == MISSING:
             yield f"{prefix}{key}"
@@ -205,7 +205,7 @@ def _missing(node: Any, prefix: str) -> Iterator[str]:
 
 
 def _example(key: str) -> str:
-    """A value that a setting could have: that of the default choice."""
+    """Return an example value for a setting: that of the default choice."""
     if key.endswith(".name") and key != "engine.name":
         return "mine"
     main = OmegaConf.load(conf_dir() / "config.yaml")

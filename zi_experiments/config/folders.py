@@ -3,12 +3,12 @@
 import hashlib
 import re
 
-# settings that a result does not depend on
+# settings that do not affect the result
 ASIDE = {"name", "tracking", "launch", "plan_only", "force"}
 
 
 def sweep_name(overrides: list[str]) -> str:
-    """The folder of a sweep: the same for the same overrides, but for those that a result does not depend on."""
+    """Return the folder name of a sweep: equal overrides give an equal name; those in `ASIDE` do not count."""
     telling = [text for text in overrides if re.split(r"[./=]", text.lstrip("+~"))[0] not in ASIDE | {"hydra"}]
     varied = [text for text in telling if "," in text] or telling
     digest = hashlib.sha256("\n".join(telling).encode()).hexdigest()[:8]
@@ -16,5 +16,5 @@ def sweep_name(overrides: list[str]) -> str:
 
 
 def slug(text: str) -> str:
-    """A text as the name of one file or folder."""
+    """Return `text` as a valid name of a file or folder."""
     return re.sub(r"[^\w=,.+-]+", "_", text)[:100].strip(".") or "_"

@@ -1,4 +1,4 @@
-"""A callback of Hydra's: the output folder is tried before Hydra writes to it, which would end in a traceback."""
+"""A Hydra callback that tests the output folder before Hydra writes to it: Hydra itself would end in a traceback."""
 
 import sys
 import tempfile
@@ -8,7 +8,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-_PROBE_BYTES = 1 << 16  # more than Hydra writes there
+_PROBE_BYTES = 1 << 16  # more than Hydra writes there, so that a full disk is noticed
 
 
 class OutputFolder(Callback):
@@ -25,5 +25,5 @@ def _try(key: str, folder: str) -> None:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x" * _PROBE_BYTES)
     except OSError as error:
-        # Hydra makes a warning of any other exception
+        # Hydra turns any other exception into a warning
         sys.exit(f"refused {key}={folder}: {error.strerror}: pass {key}=/a/writable/folder")

@@ -1,4 +1,4 @@
-"""The schema of a run. Types live here, values in `conf/`: no field below has a default."""
+"""The schema of a run. Types are here, values are in `conf/`: no field below has a default."""
 
 import sys
 from argparse import Namespace
@@ -20,10 +20,10 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class ConfigError(CompactHydraException, ValueError):
-    """What the user asked for cannot be: one line that says what is wrong and what to type instead."""
+    """The configuration is invalid or cannot be run: one line that says what is wrong and what to type instead."""
 
     def __init__(self, message: str) -> None:
-        # values and other people's messages, which are quoted, may have several
+        # the values and library messages that it quotes may have several lines
         super().__init__(" ".join(line.strip() for line in message.splitlines()))
 
 
@@ -75,7 +75,7 @@ class Model:
 
 @dataclass
 class Aio:
-    """DeepSpeed's asynchronous I/O. A null takes the profile's value."""
+    """DeepSpeed's asynchronous I/O; null: the profile's value."""
 
     block_size: int | None
     queue_depth: int | None
@@ -89,8 +89,8 @@ class Offload:
     name: str
     device: OffloadDevice
     path: str | None  # null: inside the run's output folder
-    pin_memory: bool | None  # null: whenever host memory allows it
-    resident: Any  # share of the decoder layers' weights that stays on the GPU, from 0 to 1, or "auto": as much as fits
+    pin_memory: bool | None  # null: pinned if enough host memory stays free
+    resident: Any  # share of the decoder layers' weights kept on the GPU, from 0 to 1, or "auto": as much as fits
     buffer_count: int | None
     buffer_size: int | None  # elements, not bytes
     use_gds: bool
@@ -112,33 +112,33 @@ class KVCache:
 
 @dataclass
 class Ceilings:
-    """What the machine can do at best, from which bounds follow; null: unknown."""
+    """Peak rates of the machine, used for bounds; null: unknown."""
 
     link_bytes_per_s: float | None  # from pinned host memory to one GPU
-    hbm_bytes_per_s: float | None  # read and written together, in the memory of the device that computes
-    flops: float | None  # of one device
-    disk_bytes_per_s: float | None  # read
+    hbm_bytes_per_s: float | None  # bytes read plus bytes written, in the memory of the device that computes
+    flops: float | None  # per second, of one device
+    disk_bytes_per_s: float | None  # reads
     source: str | None
 
 
 @dataclass
 class Calibration:
-    """What else a prediction needs, as measured on a machine; null: it has no such thing, or it was not measured."""
+    """Further measured rates, used for predictions; null: not measured, or the machine has no such part."""
 
     link_back_bytes_per_s: float | None  # from the GPU to pinned host memory
-    link_both_bytes_per_s: float | None  # each way, when both are busy
-    link_pageable_bytes_per_s: float | None  # from host memory that is not pinned
-    pin_bytes_per_s: float | None  # host memory pinned, page by page
-    host_bytes_per_s: float | None  # read and written together, by a copy within host memory
+    link_both_bytes_per_s: float | None  # each direction, when both are busy
+    link_pageable_bytes_per_s: float | None  # from host memory that is not pinned to the GPU
+    pin_bytes_per_s: float | None  # host memory allocated and pinned
+    host_bytes_per_s: float | None  # bytes read plus bytes written, by a copy within host memory
     disk_write_bytes_per_s: float | None
-    gemm_flops: dict[str, dict[int, float]]  # by 16-bit type, then by rows: those of a decode step, and of a prefill
-    attention_flops: float | None  # of causal attention over a prompt; null, as on GPUs: as fast as products
+    gemm_flops: dict[str, dict[int, float]]  # by 16-bit type, then by rows: few as in a decode step, many as in prefill
+    attention_flops: float | None  # of causal attention over a prompt; null, as on GPUs: the rate of matrix products
     cache_bytes_per_s: float | None  # at which attention reads the KV cache; null, as on GPUs: that of memory
     expand_elements_per_s: float | None  # INT4 weights expanded to 16 bits
-    layer_s: float | None  # one decoder layer of plain transformers, arithmetic aside: launching its kernels
-    step_s: float | None  # what `generate` does for a token besides its layers
-    # rates of several moments by their names in `Ceilings`, arithmetic by 16-bit type: a ceiling is the best of them, and
-    # what a prediction takes their mean; null: measured once
+    layer_s: float | None  # launch overhead of one decoder layer of plain transformers, without arithmetic
+    step_s: float | None  # time of a decode step of `generate` outside the layers
+    # rates measured at several moments, by their names in `Ceilings`, arithmetic by 16-bit type: the ceiling is the best
+    # of them, a prediction takes their mean; null: measured once
     moments: dict[str, list[float]] | None
 
 
@@ -146,19 +146,19 @@ class Calibration:
 class Hardware:
     name: str
     device: DeviceType
-    gpu: str | None  # what the driver calls it, as a substring
+    gpu: str | None  # model name, contained in the driver's name of the GPU
     num_gpus: int
     memory_gib: float | None  # GPU memory a run may use; null: all of it
     host_memory_gib: float | None  # host memory a run may use; null: what is available
-    dtypes: list[str] | None  # 16-bit types it computes, best first; null: ask the device
+    dtypes: list[str] | None  # 16-bit types it computes in, best first; null: detect them
     ceilings: Ceilings
-    calibration: Calibration | None  # null: this machine's own, once measured, with hardware=auto
+    calibration: Calibration | None  # null: measured on this machine with hardware=auto, else unknown
 
 
 @dataclass
 class Engine:
     name: str
-    profile: Profile | None  # DeepSpeed's only
+    profile: Profile | None  # only DeepSpeed has profiles
 
 
 @dataclass
@@ -170,30 +170,30 @@ class Weights:
 
 @dataclass
 class Workload:
-    batch_size: Any  # sequences over all ranks, of one micro-batch; "auto": as many as fit
-    micro_batches: int  # that go through each layer while its weights are there
+    batch_size: Any  # sequences of one micro-batch, over all ranks; "auto": as many as fit
+    micro_batches: int  # each layer processes all of them before its weights are dropped
     prompt_len: int
     gen_len: int
     warmup: int
     repeats: int
     seed: int
-    text: str | None  # a file on which perplexity is measured; null: none
+    text: str | None  # file on which perplexity is measured; null: no perplexity
 
     @property
     def sequences(self) -> int:
-        """Sequences of a pass, over all ranks and micro-batches; of a plan, which has a number for "auto"."""
+        """Sequences of a pass, over all ranks and micro-batches. Only in a plan, where "auto" is replaced by a number."""
         assert isinstance(self.batch_size, int)
         return self.batch_size * self.micro_batches
 
 
 @dataclass
 class Search:
-    rank: int | None  # of the candidates for the best throughput, from 0 on; null: run what is asked
+    rank: int | None  # index among the candidates for the best throughput, from 0; null: no search, the run itself
 
 
 @dataclass
 class Launch:
-    timeout_s: float  # without a sign of progress: the run is stopped
+    timeout_s: float  # the run is stopped after so long without progress
 
 
 @dataclass
@@ -222,13 +222,13 @@ class Run:
     search: Search
     launch: Launch
     verify: Verify
-    trust_remote_code: bool  # of a checkpoint that brings Python files
+    trust_remote_code: bool  # run the Python files of a checkpoint
     plan_only: bool
-    force: bool  # run again what a sweep has finished before
+    force: bool  # repeat runs that a sweep has already finished
 
 
 def register() -> None:
-    """Make the schema known to Hydra as `schema`, which `conf/config.yaml` lists first."""
+    """Register the schema as `schema`, which `conf/config.yaml` lists first, and the resolvers that YAML files use."""
     ConfigStore.instance().store(name="schema", node=Run)
     OmegaConf.register_new_resolver("zi.basename", lambda path: Path(path).name if path else "local", replace=True)
     OmegaConf.register_new_resolver("zi.folder", _folder, replace=True)
@@ -239,7 +239,7 @@ def register() -> None:
 
 
 def _variable(name: str, default: Any) -> Any:
-    """What a variable of the environment says, as a list where the default is one; the default where it is not set."""
+    """Return an environment variable, split into a list if the default is a list; the default when it is not set."""
     said = environment.variable(name)
     if said is None:
         return default
@@ -249,7 +249,7 @@ def _variable(name: str, default: Any) -> Any:
 
 
 def _folder(*, _root_: Any) -> str:
-    """The name of a run as that of a folder; of one without, which is about to be refused, too."""
+    """Return the name of a run as a folder name. A run without a name gets one too: it is refused later, with a message."""
     try:
         name = OmegaConf.select(_root_, "name")
     except OmegaConfBaseException:
@@ -258,20 +258,20 @@ def _folder(*, _root_: Any) -> str:
 
 
 def typed(arguments: list[str]) -> Namespace:
-    """A command line as Hydra takes it apart: `overrides`, `config_dir` and its other flags, and those `unknown` to it."""
+    """Return a command line as Hydra parses it: `overrides`, `config_dir`, its other flags, and what it leaves `unknown`."""
     found, unknown = get_args_parser().parse_known_args(arguments)
     found.unknown = unknown
     return found
 
 
 def literal(value: Any) -> str:
-    """A value as one types it after `KEY=`."""
+    """Return a value as typed after `KEY=`."""
     if isinstance(value, Enum):
         return str(value.value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def conf_dir() -> Path:
-    """The folder of YAML files: inside the package once installed from a wheel, beside it in a checkout."""
+    """Return the folder of YAML files: inside the package when installed from a wheel, beside it in a checkout."""
     installed = PACKAGE / "conf"
     return installed if installed.is_dir() else PACKAGE.parent / "conf"

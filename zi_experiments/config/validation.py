@@ -1,4 +1,4 @@
-"""What of a run cannot be, or cannot go together, whatever the machine."""
+"""Validation of a run that needs neither model nor machine: single values, and values that exclude each other."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -10,14 +10,14 @@ from zi_experiments.config.schema import ConfigError, DeviceType, OffloadDevice,
 
 
 def validate(run: Run) -> None:
-    """Raise `ConfigError` for values that cannot be, or cannot go together."""
+    """Raise `ConfigError` for the first invalid value, or pair of values that exclude each other."""
     for check in _CHECKS:
         if problem := check(run):
             raise ConfigError(problem)
 
 
 def _settings(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting by its dotted name."""
+    """Yield the dotted name and value of every setting."""
     for field in fields(node):
         value = getattr(node, field.name)
         if is_dataclass(value):
@@ -42,7 +42,7 @@ def _paths(run: Run) -> str | None:
         try:
             Path(value).expanduser()
         except RuntimeError:
-            return f"{key}={value} begins with the home of a user who is not known here: pass {key}=/a/path"
+            return f"{key}={value} begins with the home of an unknown user: pass {key}=/a/path"
     return None
 
 
@@ -61,7 +61,7 @@ def _workload(run: Run) -> str | None:
     if not is_auto and work.batch_size % ranks:
         below = max(ranks, work.batch_size // ranks * ranks)
         return (
-            f"workload.batch_size={work.batch_size} cannot be shared by {ranks} ranks: "
+            f"workload.batch_size={work.batch_size} cannot be divided among {ranks} ranks: "
             f"pass workload.batch_size={below} or {below + ranks}"
         )
     return None
@@ -88,7 +88,7 @@ def _quant(run: Run) -> str | None:
     if quant.bits not in (4, 8):
         return f"quant.bits={quant.bits} is not supported: pass quant=int4, quant=int8 or quant=fp16"
     if quant.group_size is None or quant.group_size < 2:
-        return f"quant.group_size={quant.group_size} is not a group: pass quant.group_size=64"
+        return f"quant.group_size={quant.group_size} is not a group size: pass quant.group_size=64"
     if quant.group_dim not in (0, 1):
         return f"quant.group_dim={quant.group_dim} is not a dimension of a weight: pass quant.group_dim=1 (or 0)"
     return None
@@ -118,7 +118,7 @@ def _offload(run: Run) -> str | None:
     for key in ("block_size", "queue_depth", "intra_op_parallelism"):
         value = getattr(offload.aio, key)
         if value is not None and value < 1:
-            return f"offload.aio.{key} must be at least 1, not {value}: pass offload.aio.{key}=null for the profile's"
+            return f"offload.aio.{key} must be at least 1, not {value}: pass offload.aio.{key}=null for the profile's value"
     if offload.aio.block_size is not None and offload.aio.block_size % 4096:
         return f"offload.aio.block_size={offload.aio.block_size} is not a multiple of 4096 bytes: pass 1048576"
     for key in ("buffer_count", "buffer_size"):
@@ -146,9 +146,7 @@ def _hardware(run: Run) -> str | None:
     for key in ("memory_gib", "host_memory_gib"):
         value = getattr(hardware, key)
         if value is not None and not 0 < value * 2**30 < inf:
-            return (
-                f"hardware.{key} must be positive and finite, not {value}: pass hardware.{key}=null for what is there"
-            )
+            return f"hardware.{key} must be positive and finite, not {value}: pass hardware.{key}=null for no cap"
     for key, value in _settings(hardware):
         least = 1 if key.endswith(("_per_s", "flops")) else 0
         if "." in key and isinstance(value, float) and not least <= value < inf:
@@ -157,11 +155,11 @@ def _hardware(run: Run) -> str | None:
         for rows, rate in rates.items():
             if rows < 1 or not 1 <= rate < inf:
                 return (
-                    f"hardware.calibration.gemm_flops.{dtype}.{rows}={rate} is not a rate of a product of that many rows: "
+                    f"hardware.calibration.gemm_flops.{dtype}.{rows}={rate} is not a rate in FLOP/s at 1 row or more: "
                     "pass hardware.calibration=null"
                 )
     if hardware.dtypes == []:
-        return "hardware.dtypes=[] leaves no type to compute in: pass hardware.dtypes=null for those of the device"
+        return "hardware.dtypes=[] leaves no type to compute in: pass hardware.dtypes=null to detect them"
     for dtype in hardware.dtypes or []:
         if dtype not in ("float16", "bfloat16"):
             return f"hardware.dtypes={hardware.dtypes}: {dtype} is not a 16-bit type: pass [float16] or [bfloat16]"

@@ -1,1 +1,1 @@
-"""What a plan costs: bytes, the lower bound on its time, the predicted time. Pure figures."""
+"""The cost of a plan: bytes, the lower bound on its time, the predicted time. Pure computation."""

@@ -1,4 +1,4 @@
-"""The lower bound on the time of a plan, from what the machine can do at best."""
+"""The lower bound on the time of a plan, from the machine's peak rates (roofline model)."""
 
 from dataclasses import dataclass
 
@@ -10,28 +10,28 @@ RATES = {
     "disk": "disk_bytes_per_s",
     "hbm": "hbm_bytes_per_s",
     "gemm": "flops",
-}  # that bound a pass, by their names in `hardware.ceilings`
-PUBLISHED = "published"  # how the source of a vendor's rates begins
+}  # resources that bound a pass: the names of their rates in `hardware.ceilings`
+PUBLISHED = "published"  # prefix of the source of a vendor's rates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bound:
-    """No run of this plan can be faster; None where a rate is not known that it depends on."""
+    """Times that no run of this plan can beat; None where a rate that they depend on is unknown."""
 
     prefill_s: float | None
     decode_step_s: float | None
     prefill_limited_by: str | None
-    limited_by: str | None  # what bounds a decode step: "link", "disk", "hbm" or "gemm"
-    unknown: tuple[str, ...]  # the rates that are missing, by their names in `hardware.ceilings`
+    limited_by: str | None  # bottleneck of a decode step: "link", "disk", "hbm" or "gemm"
+    unknown: tuple[str, ...]  # missing rates, by their names in `hardware.ceilings`
 
 
 def lower_bound(plan: Plan) -> Bound:
-    """The plan's lower bound on time. Sources: the roofline model, with a link and a disk beside memory and arithmetic.
+    """Return the plan's lower bound on time. Source: the roofline model, extended by link (PCIe) and disk.
 
-    A pass takes at least streamed bytes / link, disk bytes / disk rate, and weights + KV cache / HBM; streamed
-    are weights, and in a decode step a KV cache that lives in host memory, that of the prompt at least;
-    arithmetic takes 2 · parameters · tokens, plus 2 · B · P² · h · L for causal attention in prefill. Weights that
-    meet a token are those of the decoder layers, and of experts those that one token is routed to.
+    A pass takes at least streamed bytes / link, disk bytes / disk rate, (weights + KV cache) / HBM in a decode step, and
+    operations / arithmetic. Streamed are weights and, in a decode step, a KV cache in host memory: at least the prompt's.
+    Operations are 2 · parameters · tokens, plus 2 · B · P² · h · L for causal attention in prefill. Only weights that a
+    token uses count: those of the decoder layers, and of experts those that one token is routed to.
     """
     work, arch = plan.run.workload, plan.architecture
     traffic: dict[str, float] = {"link": plan.streamed_bytes_per_pass, "disk": plan.placement.nvme_bytes}
@@ -56,21 +56,21 @@ def lower_bound(plan: Plan) -> Bound:
 
 
 def rate(plan: Plan, limit: str) -> float | None:
-    """What bounds a pass, at best and on all devices together, which share the disk; None: unknown."""
+    """Return the peak rate of a resource in `RATES`, summed over all devices, which share the disk; None if unknown."""
     known = plan.machine.calibration
     each: float | None = getattr(plan.machine.ceilings, RATES[limit])
     if limit == "gemm" and known and (moments := (known.moments or {}).get(plan.dtype)):
-        each = max((*moments, *known.gemm_flops.get(plan.dtype, {}).values()))  # another type may be faster
+        each = max((*moments, *known.gemm_flops.get(plan.dtype, {}).values()))  # the ceiling may be another type's
     return each and each * (1 if limit == "disk" else plan.run.hardware.num_gpus)
 
 
 def is_published(plan: Plan, limit: str | None) -> bool:
-    """Whether the rate is from a vendor's data sheet; no such sheet knows the disk."""
+    """Return whether the rate is from a vendor's data sheet, which never covers the disk."""
     return limit not in (None, "disk") and (plan.machine.ceilings.source or "").startswith(PUBLISHED)
 
 
 def _longest(plan: Plan, amounts: dict[str, float]) -> tuple[str, float] | tuple[None, None]:
-    """What of a pass takes longest, and how long; None where that depends on an unknown rate."""
+    """Return the resource that takes longest in a pass, and its seconds; None if a rate is unknown."""
     if _unknown(plan, amounts):
         return None, None
     seconds = {name: amount / known for name, amount in amounts.items() if (known := rate(plan, name))}

@@ -1,15 +1,15 @@
-"""Where a model's weights lie between passes: as planned, and as an engine holds them."""
+"""Where a model's weights are stored between passes: as planned, and as an engine really holds them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
-MOST_NAMED = 3  # parameters that a difference names
+MOST_NAMED = 3  # parameters named in a difference
 
 
 class Home(Enum):
-    """Where a parameter lives between passes."""
+    """The memory where a parameter is stored between passes."""
 
     gpu = "gpu"
     cpu = "cpu"
@@ -20,35 +20,35 @@ class Home(Enum):
 class Stored:
     """One parameter as it is stored, over all ranks."""
 
-    numel: int  # 16-bit elements: its own, or those of its packed integers, scales and minima; without padding
+    numel: int  # 16-bit elements, without padding; if quantized, those of packed integers, scales and minima
     home: Home
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Held:
-    """Bytes of weights that one rank holds, or all ranks together."""
+    """Bytes of weights that one rank holds, or all ranks in total."""
 
     gpu_bytes: int
     cpu_bytes: int
     nvme_bytes: int
-    padding_bytes: int  # the part of them that is padding, or a second copy
+    padding_bytes: int  # included above: padding and second copies
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inventory:
-    """What an engine holds of a loaded model on one rank, read off its tensors and files."""
+    """The weights that an engine holds on one rank after loading, found in its tensors and files."""
 
-    parameters: dict[str, Stored]  # by name; tied ones once
+    parameters: dict[str, Stored]  # by name; tied parameters once
     held: Held
 
 
 def home_on(device: Any) -> Home:
-    """The memory of a torch device."""
+    """Return the memory of a torch device."""
     return Home.gpu if device.type == "cuda" else Home.cpu
 
 
 def held(pieces: Iterable[tuple[Home, int]], parameter_bytes: int) -> Held:
-    """The sum of tensors and files, given as (home, bytes), in which parameters take `parameter_bytes`."""
+    """Return the sum of tensors and files, given as (home, bytes); what exceeds `parameter_bytes` is padding."""
     total = dict.fromkeys(Home, 0)
     for home, nbytes in pieces:
         total[home] += nbytes
@@ -61,12 +61,12 @@ def held(pieces: Iterable[tuple[Home, int]], parameter_bytes: int) -> Held:
 
 
 def total(ranks: list[Held]) -> Held:
-    """What all ranks hold together."""
+    """Return the sum over all ranks."""
     return Held(**{field.name: sum(getattr(rank, field.name) for rank in ranks) for field in fields(Held)})
 
 
 def difference(planned: dict[str, Stored], found: dict[str, Stored]) -> str | None:
-    """The parameters that are not stored as planned, in one line; None: all are."""
+    """Return one line on the parameters that are not stored as planned; None if all are."""
     names = [name for name in planned | found if planned.get(name) != found.get(name)]
     if not names:
         return None

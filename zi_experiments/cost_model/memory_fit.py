@@ -1,4 +1,4 @@
-"""What a plan takes of each kind of memory, and what does not fit. Pure figures."""
+"""How much of each kind of memory a plan uses, and what does not fit. Pure computation."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,14 @@ from zi_experiments.units import gigabytes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Use:
-    """What a plan takes of one kind of memory, in bytes: of each GPU's, of the host's, or of the disk's."""
+    """Bytes that a plan uses of one kind of memory: of each GPU, of the host, or of the disk."""
 
     where: str  # "GPU", "host" or "disk"
     weights: int
-    buffers: int  # weights on their way, or expanded
+    buffers: int  # for weights that are copied or expanded
     kv_cache: int
     workspace: int  # activations and logits
-    processes: int  # CUDA's context and libraries, or the worker processes
+    processes: int  # CUDA context and libraries on a GPU, worker processes on the host
     available: int
 
     @property
@@ -25,7 +25,7 @@ class Use:
 
 
 def uses(plan: Plan) -> tuple[Use, ...]:
-    """Of the GPU's memory, if there is one, of the host's, and of the disk's, if anything goes there."""
+    """Return the use of GPU memory (if there is a GPU), host memory, and disk (if weights go there), in this order."""
     free, weights = plan.machine.disk_free_bytes, plan.placement.nvme_bytes
     if not weights or free is None:
         return _memory(plan)
@@ -64,7 +64,7 @@ def _host(plan: Plan, *, copies: int, kv_cache: int, workspace: int) -> Use:
 
 
 def problem(plan: Plan) -> str | None:
-    """What does not fit, with the numbers; None: everything does."""
+    """Return what does not fit, with the numbers; None if everything fits."""
     for use in uses(plan):
         if use.total > use.available:
             return f"{plan.run.model.name} needs {_described(use)}"
@@ -72,7 +72,7 @@ def problem(plan: Plan) -> str | None:
 
 
 def _verification_problem(plan: Plan) -> str | None:
-    """The same of the reference, which runs once the model has, and before what is measured."""
+    """Return what does not fit while the verification reference runs, which is before the measured passes."""
     use, parked = uses(plan)[0], plan.storage.parked_bytes
     beside = use.weights - parked + use.buffers + use.processes
     if beside + plan.reference_bytes > use.available:
@@ -83,14 +83,14 @@ def _verification_problem(plan: Plan) -> str | None:
     host = next(each for each in uses(plan) if each.where == "host")
     if host.total + parked > host.available:
         return (
-            f"verification moves {gigabytes(parked, 1)} of the GPU's weights to host memory meanwhile, beside "
+            f"verification moves {gigabytes(parked, 1)} of the GPU's weights to host memory for a while, beside "
             f"{gigabytes(host.total, 1)}, and there are {gigabytes(host.available, 1)}"
         )
     return None
 
 
 def _described(use: Use) -> str:
-    """The amount and its parts, largest first, against what there is."""
+    """Return the total and its parts, largest first, and the available amount, in words."""
     named = {
         "weights": use.weights,
         "buffers": use.buffers,

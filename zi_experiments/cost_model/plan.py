@@ -1,4 +1,4 @@
-"""The plan of a run: what is stored where, and what crosses the link. Pure figures; nothing is decided here."""
+"""The plan of a run: what is stored where, and what is copied to the GPU. Pure data; the planner makes the decisions."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """Where the weights live between passes, in bytes: each of them counted once."""
+    """Bytes of weights in each memory between passes, each weight counted once."""
 
     gpu_bytes: int
     cpu_bytes: int
@@ -21,7 +21,7 @@ class Placement:
 
 
 def placement_of(stored: dict[str, Stored]) -> Placement:
-    """Where parameters live that are each held once, without padding."""
+    """Return the placement of parameters, each counted once and without padding."""
     numel = Counter[Home]()
     for each in stored.values():
         numel[each.home] += each.numel
@@ -34,39 +34,39 @@ def placement_of(stored: dict[str, Stored]) -> Placement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overlap:
-    """How an engine's copies, arithmetic and launches share the time of a pass: fitted to measurements, docs/limits.md."""
+    """How an engine overlaps copies, arithmetic and launches; fitted to measurements, see docs/limits.md."""
 
-    hidden: float  # share of the shorter of copies and computing that hides behind the longer
-    launch: float  # host work of a decoder layer, as a multiple of plain transformers'
-    stall: float  # the same of the time in which neither the link nor the device works
+    hidden: float  # share of the shorter of copies and computing that overlaps with the longer
+    launch: float  # launch overhead of a decoder layer, as a multiple of plain transformers'
+    stall: float  # time of a layer in which neither PCIe nor the device works, as the same multiple
     expand: float = 1.0  # time to expand quantized weights, as a multiple of the stream engine's
-    copies: float = 0.0  # times that all weights are copied within the device's memory
-    load_s: float = 2.0  # of loading that does not depend on the model's size
-    load_s_per_parameter: float = 0.0  # to make or convert one
+    copies: float = 0.0  # how often a pass copies all weights within the device's memory
+    load_s: float = 2.0  # part of the loading time that does not depend on the model's size
+    load_s_per_parameter: float = 0.0  # to create or convert one
     load_s_per_quantized: float = 0.0  # to quantize one
-    pinning: float = 1.0  # rate at which loading pins, as a multiple of that of one block at a time
+    pinning: float = 1.0  # pinning rate while loading, as a multiple of the measured rate of one block at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Storage:
-    """What an engine does with the weights of a plan, in bytes over all ranks unless said otherwise."""
+    """How an engine stores and moves the weights of a plan, in bytes over all ranks unless noted."""
 
     placement: Placement
-    copied_bytes: int = 0  # of weights that every rank has to itself, on all ranks but the first
-    expanded_numel: int = 0  # of quantized weights, those that are kept in 16 bits
+    copied_bytes: int = 0  # copies of weights that every rank holds, on all ranks but the first
+    expanded_numel: int = 0  # quantized weights that are kept expanded, in 16 bits
     streamed_bytes_per_pass: int  # from host memory to the devices
     host_buffer_bytes: int = 0  # between disk and device
-    gpu_buffer_bytes: int = 0  # on each GPU: weights on their way, or expanded
-    parked_bytes: int = 0  # of a GPU's weights, what is in host memory while the reference needs room there
-    pinnable: bool = True  # whether the engine can keep weights in pinned host memory
-    pins_by_default: bool = True  # whether it does unless `offload.pin_memory` says otherwise
-    locked_bytes: int = 0  # of the host's buffers, those that the process locks in memory itself
+    gpu_buffer_bytes: int = 0  # on each GPU: for weights that are copied or expanded
+    parked_bytes: int = 0  # of each GPU's weights: moved to host memory while the reference needs the space
+    pinnable: bool = True  # True if the engine can keep weights in pinned host memory
+    pins_by_default: bool = True  # True if it pins them when `offload.pin_memory` is null
+    locked_bytes: int = 0  # part of the host buffers that the process itself locks in memory
     overlap: Overlap
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Spec):  # and not beside one: what is known before an engine has placed the weights is known afterwards
-    """Everything that is decided before anything is loaded."""
+class Plan(Spec):  # a subclass: everything known before the engine places the weights is also known afterwards
+    """Everything that is decided before the model is loaded."""
 
     storage: Storage
     pin_memory: bool
@@ -82,20 +82,20 @@ class Plan(Spec):  # and not beside one: what is known before an engine has plac
 
     @property
     def streamed_bytes_per_pass(self) -> int:
-        """Bytes of weights that cross from host memory to the device in one forward pass, over all ranks."""
+        """Bytes of weights copied from host memory to the device in one forward pass, over all ranks."""
         return self.storage.streamed_bytes_per_pass
 
     @property
     def link_bytes_per_pass(self) -> int:
-        """Bytes that have to cross from host memory to the device in a decode step, over all ranks."""
+        """Bytes copied at least from host memory to the device in a decode step, over all ranks: weights and KV cache."""
         return self.streamed_bytes_per_pass + self.kv_link_bytes_per_pass
 
     @property
     def packed_fraction(self) -> float:
-        """Share of the model's parameters that are stored as integers: what is quantized and not kept expanded."""
+        """Share of the model's parameters that are stored as integers: quantized and not kept expanded."""
         return (self.quantized_numel - self.storage.expanded_numel) / self.architecture.num_parameters
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that a parameter takes on average as stored: scales, minima and what is not quantized included."""
+        """Average bits per stored parameter, including scales, minima and parameters that are not quantized."""
         return 8 * self.weight_bytes / self.architecture.num_parameters

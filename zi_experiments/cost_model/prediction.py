@@ -1,4 +1,4 @@
-"""How long a plan will take, from what was measured on its machine. Pure; docs/limits.md has the formulas."""
+"""Predict how long a plan takes, from rates measured on its machine. Pure; docs/limits.md has the formulas."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,12 +10,12 @@ from zi_experiments.config.schema import CacheDevice, Calibration, WeightSource
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.spec import ELEMENT_BYTES
 
-APPENDED = 2  # the KV cache is read and written to append to it
-CACHE_LAUNCH = 0.5  # of a layer of plain transformers, to move its KV cache between host memory and the GPU
-CPU_MADE_S = 5e-9  # for one thread of a processor to make a random weight
-CPU_QUANTIZED_S = 3e-9  # for a processor to quantize one
-CPU_TRAFFIC = 0.35  # of the rate of a copy that element-wise operations of a processor reach
-EXPANDED_BYTES = 2.5  # of memory traffic for each INT4 weight that is expanded to 16 bits
+APPENDED = 2  # to append to the KV cache, it is read and written
+CACHE_LAUNCH = 0.5  # overhead to move a layer's KV cache between host and GPU, as a share of a plain layer's launches
+CPU_MADE_S = 5e-9  # for one CPU thread to create a random weight
+CPU_QUANTIZED_S = 3e-9  # for a CPU to quantize a weight
+CPU_TRAFFIC = 0.35  # share of a copy's rate that element-wise operations reach on a CPU
+EXPANDED_BYTES = 2.5  # memory traffic for each INT4 weight that is expanded to 16 bits
 
 
 _Figure = TypeVar("_Figure")
@@ -23,32 +23,32 @@ _Figure = TypeVar("_Figure")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What a plan will take on a machine that was measured; None where a rate is not known that it depends on."""
+    """Predicted times of a plan on a measured machine; None where a rate that they depend on is unknown."""
 
     load_s: float | None
     prefill_s: float | None
     decode_step_s: float | None
     prefill_limited_by: str | None
-    limited_by: str | None  # what a decode step spends most on: "link", "disk", "hbm", "gemm" or "launch"
+    limited_by: str | None  # largest part of a decode step: "link", "disk", "hbm", "gemm" or "launch"
     total_tok_per_s: float | None  # generated tokens over prefill and decode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pass:
-    """One forward pass of all sequences: each brings some tokens, and finds others in the cache."""
+    """One forward pass of all sequences."""
 
-    tokens: int
-    cached: int
+    tokens: int  # new tokens of each sequence
+    cached: int  # tokens of each sequence that are in the KV cache
 
 
-class _Unknown(Exception):  # noqa: N818 - no error: what depends on it is not predicted
-    """A rate is not known."""
+class _Unknown(Exception):  # noqa: N818 - not an error: what depends on the rate is not predicted
+    """A rate is unknown."""
 
 
 def predict(plan: Plan) -> Prediction:
-    """The times of a plan, with the copies and launches of its engine."""
+    """Return the predicted times of a plan, including the copies and launch overhead of its engine."""
     work = plan.run.workload
-    # the KV cache grows by a token in each step: the middle one counts
+    # the KV cache grows by a token in each step: take the middle one
     prefill_s, prefill_limited_by = _timed(plan, _Pass(tokens=work.prompt_len, cached=0))
     step_s, limited_by = _timed(plan, _Pass(tokens=1, cached=work.prompt_len + work.gen_len // 2))
     return Prediction(
@@ -62,7 +62,7 @@ def predict(plan: Plan) -> Prediction:
 
 
 def total_tok_per_s(plan: Plan, prefill_s: float | None, decode_step_s: float | None) -> float | None:
-    """Generated tokens over prefill and decode; None where either time is not known."""
+    """Return generated tokens per second over prefill and decode; None if either time is unknown."""
     work = plan.run.workload
     if prefill_s is None or decode_step_s is None:
         return None
@@ -70,7 +70,7 @@ def total_tok_per_s(plan: Plan, prefill_s: float | None, decode_step_s: float | 
 
 
 def _timed(plan: Plan, one: _Pass) -> tuple[float, str] | tuple[None, None]:
-    """How long a pass takes, and what most of it is spent on."""
+    """Return the seconds of a pass and its largest part; None if a rate is unknown."""
     try:
         seconds = _pass_s(plan, one)
         return _duration(plan, seconds), max(seconds, key=lambda name: seconds[name])
@@ -79,10 +79,10 @@ def _timed(plan: Plan, one: _Pass) -> tuple[float, str] | tuple[None, None]:
 
 
 def _duration(plan: Plan, seconds: dict[str, float]) -> float:
-    """Partial overlap: the longer of copies and computing, and what of the shorter the engine does not hide behind it."""
+    """Return the seconds of a pass with partial overlap: the longer of copies and computing, and the rest of the shorter."""
     overlap = plan.storage.overlap
     copies = max(seconds["link"], seconds["disk"])
-    # a GPU computes while its host launches what comes next; a CPU does one after the other
+    # a GPU computes while the host launches the next kernels; a CPU does one after the other
     work, launch = seconds["gemm"] + seconds["hbm"], seconds["launch"]
     computing = max(work, launch) if plan.machine.device == "cuda" else work + launch
     stalled = overlap.stall * plan.architecture.num_layers * _known(_measured(plan).layer_s)
@@ -90,7 +90,7 @@ def _duration(plan: Plan, seconds: dict[str, float]) -> float:
 
 
 def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
-    """Seconds of each kind of work in a pass, if nothing else were to be done."""
+    """Return the seconds of each kind of work in a pass, each by itself."""
     known, ranks = _measured(plan), plan.run.hardware.num_gpus
     pinned = _typical(plan, "link_bytes_per_s")
     link = pinned if plan.pin_memory else known.link_pageable_bytes_per_s
@@ -108,7 +108,7 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
 
 
 def _cache_bytes_on_link(plan: Plan, one: _Pass) -> int:
-    """Bytes of the KV cache that come to the GPU, for which weights have to wait; those that go back take the other way."""
+    """Return the bytes of KV cache copied to the GPU, which delay weights; copies back use the other direction of PCIe."""
     if not _moves_cache(plan):
         return 0
     return ELEMENT_BYTES * plan.run.workload.sequences * plan.architecture.kv_elements(one.cached)
@@ -119,7 +119,7 @@ def _moves_cache(plan: Plan) -> bool:
 
 
 def _gemm_s(plan: Plan, one: _Pass) -> float:
-    """Products with all weights that tokens meet, and attention over a prompt."""
+    """Return the seconds of products with all weights that tokens use, and of attention over a prompt."""
     work, arch = plan.run.workload, plan.architecture
     sequences = work.batch_size / plan.run.hardware.num_gpus  # of a micro-batch, on each device
     tokens, routed = sequences * one.tokens, plan.routed_experts
@@ -127,11 +127,11 @@ def _gemm_s(plan: Plan, one: _Pass) -> float:
     seconds = _product_s(plan, dense, tokens)
     for p in arch.parameters:
         if p.layer is not None and p.is_experts:
-            # tokens spread over the experts, and each of those that are met is read whole
+            # tokens spread evenly over the experts, and each expert that is used is read whole
             met = min(p.shape[0], tokens * routed)
             seconds += _product_s(plan, p.numel / p.shape[0] * met, max(1.0, tokens * routed / met))
     vocabulary = arch.config.get_text_config().vocab_size
-    seconds += _product_s(plan, vocabulary * arch.hidden_size, sequences)  # of the last token alone
+    seconds += _product_s(plan, vocabulary * arch.hidden_size, sequences)  # the head, for the last token only
     if one.tokens > 1:
         attention = 2 * sequences * one.tokens**2 * arch.hidden_size * arch.num_layers
         seconds += _over(attention, _measured(plan).attention_flops or _rate(plan, tokens))
@@ -139,18 +139,18 @@ def _gemm_s(plan: Plan, one: _Pass) -> float:
 
 
 def _product_s(plan: Plan, elements: float, rows: float) -> float:
-    """Of `rows` rows with matrices of so many elements."""
+    """Return the seconds of a product of `rows` rows with matrices of so many elements."""
     return _over(2 * elements * rows, _rate(plan, rows))
 
 
 def _rate(plan: Plan, rows: float) -> float:
-    """Operations per second of a product of so many rows."""
+    """Return the operations per second of a product with so many rows."""
     curve = _measured(plan).gemm_flops.get(plan.dtype)
     return _interpolate(_known(curve or None), rows)
 
 
 def _interpolate(curve: dict[int, float], rows: float) -> float:
-    """Between the measured points both axes are logarithmic; fewer rows take as long as the fewest, more are as fast."""
+    """Return the rate at `rows`: log-log between measured points; fewer rows take the time of the fewest, more their rate."""
     points = sorted(curve.items())
     (fewest, slowest), (most, fastest) = points[0], points[-1]
     if rows <= fewest:
@@ -163,22 +163,22 @@ def _interpolate(curve: dict[int, float], rows: float) -> float:
 
 
 def _traffic_s(plan: Plan, one: _Pass) -> float:
-    """What moves in the device's memory beside the products: activations, KV cache, weights that are expanded."""
+    """Return the seconds of memory traffic beside products: activations, KV cache, copied and expanded weights."""
     arch, work, ranks = plan.architecture, plan.run.workload, plan.run.hardware.num_gpus
-    # a layer reads or writes its residual stream about a dozen times, and what is inside of its feed-forward part four
+    # a layer reads or writes its residual stream about 14 times, and the inner activations of its feed-forward part 4 times
     activations = work.sequences / ranks * one.tokens * arch.num_layers * (14 * arch.hidden_size + 4 * plan.widest)
     cache = work.sequences / ranks * arch.kv_elements(one.cached + one.tokens)
     rate = _known(_typical(plan, "hbm_bytes_per_s"))
     share = CPU_TRAFFIC if plan.machine.device == "cpu" else 1.0
     moved_s = _over(ELEMENT_BYTES * (activations + APPENDED * cache), share * rate)
-    # over a prompt, attention is arithmetic
+    # over a prompt, attention counts as arithmetic
     attended_s = _over(ELEMENT_BYTES * cache, _measured(plan).cache_bytes_per_s or rate) if one.tokens == 1 else 0.0
     copied_s = _over(2 * plan.storage.overlap.copies * plan.weight_bytes, rate)
     return moved_s + attended_s + copied_s + _expanding_s(plan)
 
 
 def _expanding_s(plan: Plan) -> float:
-    """Quantized weights of the layers become 16-bit ones in every pass."""
+    """Return the seconds to expand the layers' quantized weights to 16 bits, once per pass."""
     known = _measured(plan)
     elements = sum(p.numel for p in plan.architecture.parameters if plan.is_quantized(p) and p.layer is not None)
     if known.expand_elements_per_s:
@@ -189,7 +189,7 @@ def _expanding_s(plan: Plan) -> float:
 
 
 def _load_s(plan: Plan) -> float | None:
-    """Random weights made, quantized, and put where they stay; a checkpoint is read meanwhile."""
+    """Return the loading time: weights are created, quantized and placed, while a checkpoint is read; None if unknown."""
     overlap, known = plan.storage.overlap, plan.machine.calibration
     if known is None:
         return None
@@ -209,7 +209,7 @@ def _load_s(plan: Plan) -> float | None:
 
 
 def _typical(plan: Plan, name: str) -> float | None:
-    """The mean over the moments that a ceiling is the best of; the ceiling where it was measured once, or typed."""
+    """Return the harmonic mean over a rate's moments; the ceiling if it was measured only once, or typed."""
     moments = (_measured(plan).moments or {}).get(name)
     ceiling: float | None = getattr(plan.machine.ceilings, name)
     return harmonic_mean(moments) if moments else ceiling

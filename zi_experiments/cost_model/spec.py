@@ -1,4 +1,4 @@
-"""What is known of a run before its engine places the weights: sizes, formats, the KV cache. Pure figures."""
+"""The part of a plan that is known before the engine places the weights: sizes, formats, KV cache. Pure computation."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from zi_experiments.system.machines import Machine
 
 ELEMENT_BYTES = 2  # every run computes in a 16-bit type
 GIB = 1 << 30
-CONTEXT_BYTES = GIB  # of CUDA on each GPU, with its kernels; a cap on the memory of a run leaves it out
-WORKER_BYTES = 2_500_000_000  # of host memory, for a process with CUDA, torch and transformers beside its weights
-LIBRARY_BYTES = GIB // 8  # workspaces of its libraries, and what the allocator cannot use
-VERIFIED_SEQUENCES, VERIFIED_TOKENS = 4, 19  # what is computed to verify a model, prompt and generated tokens of each
+CONTEXT_BYTES = GIB  # CUDA context and kernels on each GPU; not counted in a cap on the memory of a run
+WORKER_BYTES = 2_500_000_000  # host memory of a process with CUDA, torch and transformers, without weights
+LIBRARY_BYTES = GIB // 8  # workspaces of CUDA libraries, and memory that the allocator cannot use
+VERIFIED_SEQUENCES, VERIFIED_TOKENS = 4, 19  # size of the verified pass; tokens of each sequence, prompt and generated
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """A run, the model and the machine that it is for, and the 16-bit type that it computes in."""
+    """A run, its model and machine, and the 16-bit type in which it computes."""
 
     run: Run
     architecture: Architecture
@@ -31,9 +31,9 @@ class Spec:
         return self.run.quant.bits < 16 and parameter.quantizable
 
     def stored_numel(self, parameter: Parameter) -> int:
-        """16-bit elements that one parameter takes in the reference's format, over all ranks.
+        """Return the 16-bit elements that one parameter takes in the reference's format, over all ranks.
 
-        A quantized weight holds its packed integers, then a 16-bit scale and a 16-bit minimum per group.
+        A quantized weight consists of packed integers, then a 16-bit scale and a 16-bit minimum per group.
         """
         if not self.is_quantized(parameter):
             return parameter.numel
@@ -58,7 +58,7 @@ class Spec:
 
     @cached_property
     def expanded_bytes(self) -> int:
-        """The largest quantized matrix, or stack of experts, as it is expanded to be multiplied with: often the head."""
+        """Bytes of the largest quantized matrix or stack of experts when expanded to 16 bits: often the head."""
         return ELEMENT_BYTES * max((p.numel for p in self.architecture.parameters if self.is_quantized(p)), default=0)
 
     @cached_property
@@ -69,7 +69,7 @@ class Spec:
 
     @cached_property
     def kv_slot_bytes(self) -> int:
-        """Bytes of the KV cache on the GPUs with `kv_cache=cpu`: that of two layers, over all ranks."""
+        """Bytes of KV cache on the GPUs with `kv_cache=cpu`: two times the largest layer's, over all ranks."""
         work = self.run.workload
         tokens = work.prompt_len + work.gen_len
         largest = max((layer.elements(tokens) for layer in self.architecture.kv_layers), default=0)
@@ -77,16 +77,16 @@ class Spec:
 
     @cached_property
     def widest(self) -> int:
-        """Rows or columns of a decoder layer's widest matrix."""
+        """Number of rows or columns, whichever is larger, of the decoder layers' widest matrix."""
         return max(max(p.shape[-2:]) for p in self.architecture.parameters if p.layer is not None and len(p.shape) > 1)
 
     @cached_property
     def workspace_bytes(self) -> int:
-        """Bytes that a rank's pass holds beside weights and KV cache: an estimate from the widths of a layer's matrices."""
+        """Bytes that a rank's pass needs beside weights and KV cache, estimated from the widths of a layer's matrices."""
         work, arch = self.run.workload, self.architecture
         sequences: int = work.batch_size // self.run.hardware.num_gpus
         within = sequences * work.prompt_len * (3 * self.widest + 6 * arch.hidden_size)
-        # the model keeps its embeddings; micro-batches are put together into a layer's output while its input is still read
+        # the embeddings are kept; with micro-batches, a layer's output is assembled while its input is still in use
         kept = 3 if work.micro_batches == 1 else 4
         between = kept * sequences * work.micro_batches * work.prompt_len * arch.hidden_size
         logits: int = 5 * sequences * work.micro_batches * arch.config.get_text_config().vocab_size
@@ -94,7 +94,7 @@ class Spec:
 
     @property
     def context_bytes(self) -> int:
-        """What CUDA and its libraries take of the memory of each GPU that the run may use."""
+        """Bytes that CUDA and its libraries take of the usable memory of each GPU."""
         return LIBRARY_BYTES + (0 if self.machine.gpu_memory_is_capped else CONTEXT_BYTES)
 
     @property
@@ -109,26 +109,26 @@ class Spec:
 
     @cached_property
     def reference_bytes(self) -> int:
-        """What verification holds beside the model: plain 16-bit weights of one decoder layer, embeddings and head."""
+        """Bytes of the verification reference: 16-bit weights of the largest decoder layer, embeddings and head."""
         outside, layers = self._sizes(lambda p: p.numel)
         return ELEMENT_BYTES * (outside + max(layers))
 
     @property
     def observed_bytes(self) -> int:
-        """What verification keeps of the engine's own pass: the hidden states between all layers."""
+        """Bytes that verification keeps of the engine's own pass: the hidden states between all layers."""
         arch = self.architecture
         return ELEMENT_BYTES * VERIFIED_SEQUENCES * VERIFIED_TOKENS * (arch.num_layers + 1) * arch.hidden_size
 
     @property
     def observing_bytes(self) -> int:
-        """What the engine's pass takes that is verified, beside weights and buffers: the logits of all tokens too."""
+        """Bytes of the engine's verified pass beside weights and buffers; unlike other passes, it keeps all logits."""
         arch, tokens = self.architecture, VERIFIED_SEQUENCES * VERIFIED_TOKENS
         within: int = 3 * self.widest + 9 * arch.hidden_size + 5 * arch.config.get_text_config().vocab_size
         return self.observed_bytes + ELEMENT_BYTES * tokens * within + self.observing_kv_bytes
 
     @property
     def observing_kv_bytes(self) -> int:
-        """The KV cache of that pass on the GPU until the run begins: its sequences have the room of those of the run."""
+        """Bytes of KV cache of the verified pass on each GPU, kept until the run begins: it has the run's full length."""
         work, arch, ranks = self.run.workload, self.architecture, self.run.hardware.num_gpus
         if self.run.kv_cache.device is CacheDevice.cpu:
             largest = max((layer.elements(VERIFIED_TOKENS) for layer in arch.kv_layers), default=0)
@@ -139,11 +139,11 @@ class Spec:
 
     @cached_property
     def outside_numel(self) -> int:
-        """Stored elements of embeddings, head and final norm."""
+        """Stored elements outside of the decoder layers: embeddings, head and final norm."""
         return self._sizes(self.stored_numel)[0]
 
     def _sizes(self, size: Callable[[Parameter], int]) -> tuple[int, list[int]]:
-        """Size of what is outside of decoder layers, and of each layer."""
+        """Return the total size outside of the decoder layers, and the size of each layer."""
         sizes: Counter[int | None] = Counter()
         for p in self.architecture.parameters:
             sizes[p.layer] += size(p)
@@ -152,21 +152,21 @@ class Spec:
 
     @property
     def kv_link_bytes_per_pass(self) -> int:
-        """Bytes of the KV cache that cross to the device in a decode step, over all ranks: at least the prompt's."""
+        """Bytes of KV cache copied at least to the device in a decode step, over all ranks: the prompt's."""
         if self.run.kv_cache.device is CacheDevice.gpu or self.machine.device == "cpu":
             return 0
         return ELEMENT_BYTES * self.run.workload.sequences * self.architecture.kv_elements(self.run.workload.prompt_len)
 
     @property
     def routed_experts(self) -> int:
-        """Experts of a layer that one token is sent to; of a configuration that does not say, all."""
+        """Number of experts per layer that one token is routed to; all if the configuration does not say."""
         experts = [p.shape[0] for p in self.architecture.parameters if p.is_experts]
         return getattr(self.architecture.config.get_text_config(), "num_experts_per_tok", None) or max(
             experts, default=0
         )
 
     def active(self, size: Callable[[Parameter], int]) -> int:
-        """Size of the decoder layers' weights that one token is multiplied with."""
+        """Return the total `size` of the decoder layers' weights that one token uses."""
         routed, total = self.routed_experts, 0
         for p in self.architecture.parameters:
             if p.layer is not None and p.is_experts:

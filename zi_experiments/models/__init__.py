@@ -1,1 +1,1 @@
-"""What a model is: its architecture, its checkpoint, its weights."""
+"""Models: architecture, checkpoint, weights."""

@@ -1,6 +1,6 @@
-"""Facts about a model, read off its Hugging Face configuration; no weights are made or read.
+"""The architecture of a model, derived from its Hugging Face configuration; no weights are created or read.
 
-The model is built on torch's meta device, so every family that transformers knows is described by its own code.
+The model is built on torch's meta device, so every family that transformers supports is described by its own code.
 """
 
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ _ANOTHER = "pass model=opt-125m, or model=local model.path=… of another"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameter:
-    """One parameter tensor of the model; tied ones appear once."""
+    """One parameter tensor of the model; tied parameters appear once."""
 
     name: str
     shape: tuple[int, ...]
     quantizable: bool
-    layer: int | None  # index of the decoder layer it belongs to; None outside of them
+    layer: int | None  # index of its decoder layer; None outside of the layers
 
     @property
     def numel(self) -> int:
@@ -34,44 +34,44 @@ class Parameter:
 
     @property
     def is_experts(self) -> bool:
-        """Whether it is a stack of matrices, of which a router picks some for each token."""
+        """True if it is a stack of expert matrices, of which a router selects some for each token."""
         return self.quantizable and len(self.shape) == 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVLayer:
-    """What the cache of one attention layer holds of one sequence."""
+    """Size of one attention layer's KV cache."""
 
     elements_per_token: int  # of keys and values together
-    max_tokens: int | None  # a layer with a sliding window forgets older ones
+    max_tokens: int | None  # of a sliding window; None: all tokens are kept
 
     def elements(self, tokens: int) -> int:
-        """Elements that it holds of one sequence of so many tokens."""
+        """Return the cached elements of one sequence of so many tokens."""
         return self.elements_per_token * (tokens if self.max_tokens is None else min(tokens, self.max_tokens))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """What a plan needs to know of a model."""
+    """Everything that a plan needs to know about a model."""
 
     config: Any = field(repr=False)  # the transformers configuration
     model_type: str
-    dtype: str | None  # the type the configuration names
+    dtype: str | None  # the type in the configuration
     hidden_size: int
     num_layers: int
-    max_positions: int | None  # None: without a limit
+    max_positions: int | None  # None: no limit
     layer_classes: tuple[str, ...]  # dotted paths of the decoder layers' classes: hybrids have several
-    is_text_part: bool  # of a multimodal checkpoint, whose towers are dropped
-    notes: tuple[str, ...]  # what is not done as the configuration says
+    is_text_part: bool  # of a multimodal checkpoint, whose other towers are dropped
+    notes: tuple[str, ...]  # deviations from the configuration
     parameters: tuple[Parameter, ...] = field(repr=False)
     kv_layers: tuple[KVLayer, ...] = field(repr=False)
-    has_own_cache: bool  # a class of its own for keys and values, or for states: it takes no other
-    # of the checkpoint, which the model leaves out on purpose
+    has_own_cache: bool  # its own class for the KV cache or for states; it accepts no other cache
+    # tensors in the checkpoint that the model leaves out on purpose
     ignored_tensors: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def is_routed(self) -> bool:
-        """Whether a token meets only some of the weights: those of the experts to which a router sends it."""
+        """True if the model has experts: each token uses only those that a router selects."""
         return any(parameter.is_experts for parameter in self.parameters)
 
     @property
@@ -80,19 +80,19 @@ class Architecture:
         return sum(parameter.numel for parameter in self.parameters)
 
     def kv_elements(self, tokens: int) -> int:
-        """Elements of the keys and values that the cache holds of one sequence of so many tokens, over all layers."""
+        """Return the KV cache elements of one sequence of so many tokens, over all layers."""
         return sum(layer.elements(tokens) for layer in self.kv_layers)
 
 
 def load(run: Run) -> Architecture:
-    """The architecture behind `model=…`. Raises `ConfigError` when it is not a causal language model."""
+    """Return the architecture of a run's model. Raises `ConfigError` when it is not a causal language model."""
     return describe(read_config(run), run.model.name)
 
 
 def read_config(run: Run) -> Any:
-    """The transformers configuration of a run's model: the numbers in its YAML, or those of `model.path`.
+    """Return the transformers configuration of a run's model: from the numbers in its YAML file, or from `model.path`.
 
-    With `weights=pretrained` and a path of its own, the checkpoint's configuration counts.
+    With `weights=pretrained` and `weights.path`, the checkpoint's configuration is used. Raises `ConfigError`.
     """
     source = run.weights.path if run.weights.source is WeightSource.pretrained else None
     if source is not None or run.model.architecture is None:
@@ -140,12 +140,12 @@ def _from_path(path: str, trusted: bool) -> Any:
 
 
 def is_refused_code(error: Exception, trusted: bool) -> bool:
-    """Whether transformers says that it cannot do without the Python files of a checkpoint, which it has not run."""
+    """Return whether the error says that a checkpoint needs its own Python files, which transformers has not run."""
     return not trusted and isinstance(error, ValueError) and "trust_remote_code" in str(error)
 
 
 def refused_code(path: str, auto_map: Any) -> str:
-    """What to say of such a checkpoint; its `auto_map` names a class, or a list of them, for each purpose."""
+    """Return the message for such a checkpoint; its `auto_map` has a class, or a list of classes, for each purpose."""
     values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
     references = [one for value in values for one in (value if isinstance(value, list) else [value]) if one]
     files = ", ".join(sorted({_python_file(str(one)) for one in references}))
@@ -156,33 +156,33 @@ def refused_code(path: str, auto_map: Any) -> str:
 
 
 def _python_file(reference: str) -> str:
-    """The file of `module.Class`, or of `owner/repository--module.Class`, which is on the hub."""
+    """Return the file of `module.Class`, or of `owner/repository--module.Class`, which is on the hub."""
     repository, _, name = reference.rpartition("--")
     return f"{repository}/{name.partition('.')[0]}.py".lstrip("/")
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error says, printable: it may quote a checkpoint."""
+    """Return the first line of an error message, made printable: it may quote a checkpoint."""
     return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def printable(text: str) -> str:
-    """Text by others, without what breaks a line or steers a terminal, and with an end."""
+    """Return text from an untrusted source without line breaks or terminal control characters, and truncated."""
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}…"
 
 
 def local_or_hub(path: str) -> str:
-    """The folder that a path names, with its `~` resolved, or else the path itself: a name on the hub."""
+    """Return the folder at `path`, with `~` resolved; if there is none, `path` itself as a name on the hub."""
     folder = Path(path).expanduser()
     return str(folder) if folder.is_dir() else path
 
 
 def model_class(config: Any) -> Any:
-    """The causal-LM class of a configuration: transformers' own, or that of the checkpoint whose code made `config`.
+    """Return the causal-LM class of a configuration: transformers' own, or the checkpoint's if its code made `config`.
 
-    Code is loaded for a configuration of such a class only: it exists because the checkpoint is trusted. Raises
-    `ConfigError` when there is no causal-LM class.
+    Code is loaded only in the second case: such a `config` exists only if the checkpoint is trusted. Raises `ConfigError`
+    when there is no causal-LM class.
     """
     from transformers import AutoModelForCausalLM
 
@@ -218,7 +218,7 @@ def _remote_class(config: Any, reference: str) -> Any:
 
 @cache  # one class for all callers: transformers derives a new one at each call
 def _generating(remote: Any) -> Any:
-    """A model class of a checkpoint as `AutoModelForCausalLM` prepares it."""
+    """Return a checkpoint's model class, prepared for generation as `AutoModelForCausalLM` does it."""
     from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
     remote.register_for_auto_class("AutoModelForCausalLM")
@@ -226,9 +226,9 @@ def _generating(remote: Any) -> Any:
 
 
 def describe(config: Any, name: str) -> Architecture:
-    """The architecture of a transformers configuration; `name` is what errors call it.
+    """Return the architecture of a transformers configuration; `name` is the model's name in error messages.
 
-    Raises `ConfigError` when it is not a causal language model, or when its numbers do not make one.
+    Raises `ConfigError` when it is not a causal language model, or cannot be built from its numbers.
     """
     given, config = config, text_part(config)
     _refuse_encoder(config, name)
@@ -236,13 +236,13 @@ def describe(config: Any, name: str) -> Architecture:
     attention = _unavailable_attention(config)
     if attention is not None:
         config = deepcopy(config)
-        config._attn_implementation = None  # the best there is
+        config._attn_implementation = None  # transformers takes the best available
     if not config.return_dict:
         config = deepcopy(config)
-        config.return_dict = True  # a model's output is asked for its logits by name
+        config.return_dict = True  # the logits are read from the output by name
     text = config.get_text_config(decoder=True)
     if not hasattr(text, "hidden_size"):
-        raise ConfigError(f"model={name}: {config.model_type} has no one width (hidden_size): pass model=opt-125m")
+        raise ConfigError(f"model={name}: {config.model_type} has no single width (hidden_size): pass model=opt-125m")
     layers_name, layers = decoder_layers(model)
     return Architecture(
         config=config,
@@ -261,15 +261,15 @@ def describe(config: Any, name: str) -> Architecture:
 
 
 def _max_positions(text: Any) -> int | None:
-    """The positions that a model has; None: it has no limit, which XLNet says by -1."""
+    """Return the number of positions of a model; None: no limit, which XLNet expresses as -1."""
     found = getattr(text, "max_position_embeddings", None)
     return found if isinstance(found, int) and found >= 0 else None
 
 
 def text_part(config: Any) -> Any:
-    """The configuration that a causal-LM class is made from: of some multimodal models the text part, or else itself.
+    """Return the configuration for the causal-LM class: the text part of some multimodal models, or else `config` itself.
 
-    This is how `AutoModelForCausalLM` chooses; the text class leaves out what a checkpoint has for other modalities.
+    `AutoModelForCausalLM` chooses in the same way; the text class leaves out the checkpoint's other modalities.
     """
     if getattr(model_class(config), "config_class", None) is not config.sub_configs.get("text_config"):
         return config
@@ -281,7 +281,7 @@ def text_part(config: Any) -> Any:
 
 
 def _empty(config: Any, name: str) -> Any:
-    """The model on the meta device."""
+    """Return the model on the meta device."""
     import torch
 
     config_class = model_class(config)
@@ -296,7 +296,7 @@ def _empty(config: Any, name: str) -> Any:
 
 
 def _refuse_encoder(config: Any, name: str) -> None:
-    """Refuse a model in which tokens see those after them, although its family can be told to decode."""
+    """Raise `ConfigError` for a model whose attention is not causal, even if its family can be configured to decode."""
     from transformers import AutoModelForMaskedLM
 
     kind = None
@@ -312,7 +312,7 @@ def _refuse_encoder(config: Any, name: str) -> None:
 
 
 def _unavailable_attention(config: Any) -> str | None:
-    """The implementation of attention that a configuration wants and that cannot be had here, or None."""
+    """Return the attention implementation that the configuration requests, if it is not available here, or None."""
     import torch
 
     wanted = config._attn_implementation
@@ -328,13 +328,13 @@ def _unavailable_attention(config: Any) -> str | None:
 
 def _notes(given: Any, config: Any, attention: str | None) -> Iterator[str]:
     if config.model_type != given.model_type:
-        yield f"only the text part of {given.model_type} is loaded: what it has for images or sound is dropped"
+        yield f"only the text part of {given.model_type} is loaded: its parts for images or sound are dropped"
     if attention is not None:
-        yield f"{attention}, which the configuration asks for, is not available here: attention is transformers' default"
+        yield f"{attention}, which the configuration asks for, is not available here: transformers' default attention is used"
 
 
 def _parameters(model: Any, layers_name: str) -> Iterator[Parameter]:
-    """Each parameter by the first of its names. One that several layers share belongs to none of them."""
+    """Yield each parameter under the first of its names. One that several layers share belongs to no layer."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -354,7 +354,7 @@ def _layer_index(name: str, layers_name: str) -> int | None:
 
 
 def _without_data(config: Any) -> Any:
-    """The same model, computed by operations whose shapes do not depend on data, so that it runs on the meta device."""
+    """Return a copy with implementations whose shapes do not depend on data, so that the model runs on the meta device."""
     config = deepcopy(config)
     config._attn_implementation = "eager"
     config._experts_implementation = "batched_mm"
@@ -362,10 +362,10 @@ def _without_data(config: Any) -> Any:
 
 
 def _kv_layers(model: Any, num_layers: int) -> tuple[KVLayer, ...]:
-    """The cache that one token leaves behind it in a model on the meta device.
+    """Return the KV cache size of each layer, measured by a pass of one token through a model on the meta device.
 
-    A configuration does not say it: with latent attention some families cache the latents and others whole heads, which
-    has also changed from one version of transformers to the next. What does not grow with a sequence is not counted.
+    The configuration does not tell: with latent attention some families cache the latents and others whole heads, which
+    also differs between versions of transformers. States that do not grow with a sequence are not counted.
     """
     import torch
     from transformers import DynamicCache
@@ -374,14 +374,14 @@ def _kv_layers(model: Any, num_layers: int) -> tuple[KVLayer, ...]:
         cache = DynamicCache(config=model.config)
         with torch.no_grad(), torch.device("meta"), quietly():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
-    except Exception:  # an estimate, for the few families whose routing to experts needs data: JetMoE, LongCat
+    except Exception:  # estimate for the few families whose expert routing needs data: JetMoE, LongCat
         text = model.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
         if heads is None:
-            return ()  # xLSTM: without attention nothing grows with a sequence
+            return ()  # xLSTM has no attention: nothing grows with a sequence
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return (KVLayer(elements_per_token=2 * heads * head_dim, max_tokens=None),) * num_layers
-    growing = ("keys", "values", "indexer_keys")  # sparse attention has the last
+    growing = ("keys", "values", "indexer_keys")  # the last with sparse attention
     return tuple(
         KVLayer(
             elements_per_token=sum(
@@ -394,12 +394,12 @@ def _kv_layers(model: Any, num_layers: int) -> tuple[KVLayer, ...]:
 
 
 def is_quantizable(model: Any, name: str) -> bool:
-    """Whether a parameter is a matrix that quantization is meant for.
+    """Return whether a parameter is a matrix that can be quantized.
 
-    These are the weights of linear layers and embeddings, subclasses included, of GPT-2's `Conv1D`, and experts that are
-    stacked in one 3-D tensor. Norms, biases and convolutions stay as they are, and so does OPT's table of positions, which
-    every token reads and whose number of rows no group divides, and the small step projections of state space models, which
-    the module around them multiplies with.
+    These are the weights of linear layers and embeddings (subclasses included) and of GPT-2's `Conv1D`, and experts stacked
+    in one 3-D tensor. Not quantized are norms, biases and convolutions; OPT's position table, which every token reads and
+    whose number of rows no group size divides; and the small step projections (`dt_proj`) of state space models, which
+    the surrounding module multiplies itself.
     """
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
@@ -415,10 +415,10 @@ def is_quantizable(model: Any, name: str) -> bool:
 
 
 def decoder_layers(model: Any) -> tuple[str, Any]:
-    """Name and `nn.ModuleList` of a model's decoder layers.
+    """Return the name and the `nn.ModuleList` of a model's decoder layers. Raises `ConfigError` when there are none.
 
-    Of the lists in its decoder, which leaves out a vision tower, it is one of as many modules as the text configuration
-    has layers, and of those the one that holds the most parameters: a layer may have lists too.
+    Only lists in the decoder count, which excludes a vision tower. Preferred are lists as long as the text configuration's
+    number of layers, then the list with the most parameters: a layer may contain lists too.
     """
     from torch import nn
 
@@ -441,7 +441,7 @@ def decoder_layers(model: Any) -> tuple[str, Any]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Let transformers build or load a model without initial values, and say nothing of it."""
+    """Let transformers build or load a model without initialising weights, and without log messages or bars."""
     from transformers.initialization import no_init_weights
     from transformers.utils import logging
 

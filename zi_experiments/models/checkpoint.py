@@ -1,6 +1,6 @@
-"""A checkpoint in a local folder, before it is loaded: the files it is made of, and whether they are sound.
+"""Find and validate the files of a checkpoint in a local folder, before it is loaded.
 
-It was written by others. No code of it is run here, and no tensor is read.
+A checkpoint is untrusted: none of its code is run here, and no tensor data is read.
 """
 
 import json
@@ -15,23 +15,23 @@ from typing import Any
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.models.architecture import local_or_hub, printable, reason
 
-# what transformers looks for, in this order
+# file names in the order in which transformers looks for them
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _DISTRIBUTED = "shard-[0-9]*-model-*.safetensors"
-_LARGEST_HEADER = 100_000_000  # bytes of JSON that safetensors reads
+_LARGEST_HEADER = 100_000_000  # bytes of JSON that safetensors accepts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """What transformers reads of a model folder."""
+    """The files of a model folder that transformers reads."""
 
     folder: Path
     weights: tuple[Path, ...]
-    index: dict[str, Path] = field(default_factory=dict)  # the file of each tensor, of a checkpoint in several
+    index: dict[str, Path] = field(default_factory=dict)  # file of each tensor, if there are several checkpoint shards
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that say what the model computes."""
+        """The files that determine what the model computes."""
         return (self.folder / "config.json", *self.weights)
 
     @property
@@ -40,14 +40,14 @@ class Checkpoint:
 
 
 def find(path: str) -> Checkpoint | None:
-    """The checkpoint in a folder; None for a name on the hub, of which there is nothing to look at yet.
+    """Return the checkpoint in a folder; None for a name on the hub, whose files are not here yet.
 
-    Raises `ConfigError` when it has no weights, or an index that lacks files or names others than its own.
+    Raises `ConfigError` when it has no weights, or an index that names missing files or files outside the folder.
     """
     folder = Path(local_or_hub(path))
     if not folder.is_dir():
         return None
-    if distributed := next(folder.glob(_DISTRIBUTED), None):  # newer versions of transformers prefer it
+    if distributed := next(folder.glob(_DISTRIBUTED), None):  # newer versions of transformers would load it first
         raise ConfigError(
             f"{folder} is a distributed checkpoint ({printable(distributed.name)}): save it whole with save_pretrained, "
             "and pass weights.path=… of that"
@@ -65,16 +65,16 @@ def find(path: str) -> Checkpoint | None:
 
 
 def _named_in_config(config: Path) -> tuple[str, ...]:
-    """The one name that transformers looks for when `config.json` has it."""
+    """Return the only file name that transformers looks for if `config.json` sets it; else nothing."""
     try:
         name = json.loads(config.read_bytes()).get("transformers_weights")
     except (OSError, ValueError, RecursionError, AttributeError):
-        return ()  # whoever reads the model's numbers says what is wrong
+        return ()  # the error is reported when the configuration is read
     return () if name is None else (_beside(config, name),)
 
 
 def _index(index: Path) -> dict[str, Path]:
-    """The file of each tensor by its name."""
+    """Return the file of each tensor, by the tensor's name."""
     try:
         content = json.loads(index.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -93,19 +93,19 @@ def _index(index: Path) -> dict[str, Path]:
 
 
 def _beside(file: Path, name: Any) -> str:
-    """A name that `file` gives a file in its own folder."""
+    """Return `name`, which `file` mentions, if it is a file name in the same folder. Raises `ConfigError` otherwise."""
     if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
         raise ConfigError(
-            f"{file} names '{printable(str(name))}', which is no file in its own folder and is not read: "
+            f"{file} names '{printable(str(name))}', which is not a file in its own folder and is not read: "
             "pass weights.path=… of a checkpoint that you trust"
         )
     return name
 
 
 def check(path: str) -> None:
-    """Refuse a checkpoint that cannot be loaded whole, or only by running code that comes with it.
+    """Raise `ConfigError` for a checkpoint that is incomplete or damaged, or whose weight files would run code.
 
-    Looks at what describes the tensors and not at them. Raises `ConfigError`.
+    Reads the headers, not the tensors.
     """
     found = find(path)
     for file in found.weights if found is not None else ():
@@ -113,7 +113,7 @@ def check(path: str) -> None:
             with file.open("rb") as opened:
                 head = opened.read(40)
             if head.startswith(b"version https://git-lfs"):
-                raise ConfigError(f"{file} is a pointer that Git LFS has left in its place: git lfs pull")
+                raise ConfigError(f"{file} is only a Git LFS pointer to the weights: git lfs pull")
             _check_safetensors(file) if file.suffix == ".safetensors" else _check_pickle(file)
         except OSError as error:
             raise ConfigError(
@@ -125,7 +125,7 @@ def _check_safetensors(file: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="numpy"):  # torch would map it as if to write, which takes free memory
+        with safe_open(file, framework="numpy"):  # torch maps files as writable, which needs free memory
             pass
     except SafetensorError as error:
         size, needed = file.stat().st_size, _described_bytes(file)
@@ -140,7 +140,10 @@ def _check_safetensors(file: Path) -> None:
 
 
 def _described_bytes(file: Path) -> int | None:
-    """How long a safetensors file says it is: 8 bytes with the length of a JSON header, the header, and the tensors."""
+    """Return the file size that a safetensors header implies, or None if it is invalid.
+
+    A file is 8 bytes with the length of a JSON header, the header, and the tensors.
+    """
     with file.open("rb") as opened:
         header = int.from_bytes(opened.read(8), "little")
         if header > _LARGEST_HEADER:
@@ -151,7 +154,7 @@ def _described_bytes(file: Path) -> int | None:
     try:
         tensors = [value for name, value in json.loads(text).items() if name != "__metadata__"]
         return 8 + header + max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
-    except Exception:  # anything can stand there
+    except Exception:  # the header may contain anything
         return None
 
 
@@ -159,18 +162,18 @@ def _check_pickle(file: Path) -> None:
     import torch
 
     try:
-        # of files from before torch 1.6, meta alone would read the tensors
+        # skip_data as well as meta: of files from before torch 1.6, meta alone would read the tensors
         with torch.serialization.skip_data(), warnings.catch_warnings(action="ignore"):
             torch.load(file, weights_only=True, map_location="meta")
     except OSError:
         raise
     except pickle.UnpicklingError as error:
         called = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"code ({printable(called[1])})" if called else "code, or other things than tensors"
+        what = f"code ({printable(called[1])})" if called else "code, or objects other than tensors"
         raise ConfigError(
             f"{file} holds {what}, which is not run: convert it to safetensors where that may be done"
         ) from error
-    except Exception as error:  # a damaged pickle can raise any
+    except Exception as error:  # a damaged pickle can raise any exception
         raise ConfigError(
             f"{file} is not a file that torch.save has written, or is damaged ({reason(error)}): "
             "copy or download it again"

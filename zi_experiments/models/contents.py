@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint, held against the model that they are for before anything is loaded.
+"""Compare the tensors of a checkpoint with the model, before anything is loaded.
 
-Only the headers of its files are read, and of the tensors only those that may be one: by the configuration, or because
-two files have them.
+Only the headers of its files are read. Tensor data is read only to compare two tensors that have to be equal: tied by the
+configuration, or stored under one name in two files.
 """
 
 import re
@@ -17,19 +17,19 @@ from zi_experiments.models import architecture, checkpoint, weights
 from zi_experiments.models.architecture import Architecture, local_or_hub, model_class, printable, quietly, reason
 from zi_experiments.models.checkpoint import Checkpoint
 
-# what transformers expands to 16 bits while it loads, and is verified to here
+# quantization methods that transformers expands to 16 bits while it loads, and that are tested here
 EXPANDED = ("fp8", "mxfp4")
-# older versions of transformers stored them, of families that it says nothing about
+# causal masks that older versions of transformers stored; for some families it reports them as unexpected
 _MASKS = re.compile(r"\.attn\.((attention\.)?(masked_)?bias|causal_mask)$")
-_MOST_NAMES = 4  # of tensors, in one line
-Tensors = dict[str, Any]  # by their names in a file
+_MOST_NAMES = 4  # of tensors in one message
+Tensors = dict[str, Any]  # by name in a file
 
 
 def load(run: Run) -> Architecture:
-    """The architecture of a run's model; with `weights=pretrained`, as the tensors of its checkpoint have it.
+    """Return the architecture of a run's model; with `weights=pretrained`, adapted to the checkpoint's tensors.
 
-    Raises `ConfigError` for tensors that the model has no place for, that it lacks, or that have other shapes, and for
-    other files without which transformers does not load it.
+    Raises `ConfigError` for unexpected or missing tensors and tensors of wrong shapes, and for other invalid files that
+    keep transformers from loading the checkpoint.
     """
     found = architecture.load(run)
     path = run.weights.path
@@ -46,13 +46,13 @@ def load(run: Run) -> Architecture:
 
 
 def quantization(config: Any) -> str | None:
-    """How the weights of a checkpoint are quantized already; None: they are not."""
+    """Return the method by which a checkpoint's weights are already quantized; None: they are not."""
     stored = getattr(config, "quantization_config", None)
     return str(stored.get("quant_method", "an unnamed method")) if stored is not None else None
 
 
 def _forget_quantization(config: Any) -> None:
-    """Of random weights there is nothing to expand."""
+    # random weights are made in 16 bits
     if quantization(config) is not None:
         del config.quantization_config
 
@@ -66,31 +66,31 @@ def _expand_quantization(config: Any, path: str) -> None:
             f"{path} holds weights that are quantized by {printable(method)}, which cannot be expanded to 16 bits here: "
             "pass weights.path=… of a 16-bit checkpoint of the model, or weights=random"
         )
-    # on some GPUs transformers would compute with them as they are
+    # otherwise transformers computes with the quantized weights on some GPUs
     config.quantization_config |= {"dequantize": True}
 
 
 def _stored(path: str, config: Any) -> Checkpoint | None:
-    """The checkpoint in a folder, or that of a hub name as far as the hub's cache has it whole."""
+    """Return the checkpoint in a folder, or of a hub name if it is complete in the hub's cache; else None."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(local_or_hub(path)).is_dir():
         return checkpoint.find(path)
     cached = try_to_load_from_cache(path, "config.json", revision=getattr(config, "_commit_hash", None))
-    with suppress(ConfigError):  # transformers gets the rest, or says that it cannot
+    with suppress(ConfigError):  # incomplete: transformers downloads the rest, or raises
         return checkpoint.find(str(Path(cached).parent)) if isinstance(cached, str) else None
     return None
 
 
 def _check_generation(path: str, folder: Path) -> None:
-    """Refuse a checkpoint that transformers does not load for its `generation_config.json`."""
+    """Raise `ConfigError` if transformers cannot load the checkpoint because of its `generation_config.json`."""
     from transformers import GenerationConfig
 
     try:
         with quietly():
             GenerationConfig.from_pretrained(folder)
     except OSError:
-        pass  # there is none, or none that is JSON: transformers does without
+        pass  # missing or not JSON: transformers works without it
     except Exception as error:
         raise ConfigError(
             f"{path}: transformers refuses its generation_config.json ({reason(error)}): "
@@ -111,9 +111,10 @@ def _held(found: Architecture, stored: Checkpoint, path: str, name: str) -> Arch
 
 
 def _check_index(path: str, index: dict[str, Path], headers: dict[Path, Tensors]) -> None:
-    """Refuse an index that leads to other tensors than plain transformers loads, which go by it only to read in place.
+    """Raise `ConfigError` if the index leads to other tensors than those that plain transformers loads.
 
-    Else transformers takes all that is in the files, and of two with one name that of the last file.
+    transformers follows the index only when it reads weights in place. Otherwise it loads all tensors in the files; if two
+    have the same name, that of the last file.
     """
     last = {name: file for file, tensors in headers.items() for name in tensors}
     for name, file in index.items():
@@ -123,23 +124,23 @@ def _check_index(path: str, index: dict[str, Path], headers: dict[Path, Tensors]
         is_twice = name in headers[file]
         if not is_twice or not _same(_tensor(file, name), _tensor(other, name)):
             raise ConfigError(
-                f"{path}: its index has {printable(name)} in {printable(file.name)}, and "
-                f"{printable(other.name)} has {'another of that name' if is_twice else 'it'}: "
+                f"{path}: its index names {printable(file.name)} for {printable(name)}, but "
+                f"{printable(other.name)} has {'another tensor of that name' if is_twice else 'it'}: "
                 "pass weights.path=… of a checkpoint saved anew with save_pretrained, or weights=random"
             )
 
 
 def _headers(file: Path) -> Tensors:
-    """The tensors of a file on the meta device."""
+    """Return the tensors of a file, on the meta device."""
     import torch
     from safetensors import safe_open
     from transformers.modeling_utils import load_state_dict
 
     if file.suffix != ".safetensors":
-        with torch.serialization.skip_data():  # of files from before torch 1.6, meta alone would read the tensors
+        with torch.serialization.skip_data():  # as in checkpoint.py: meta alone may read the tensors
             pickled: Tensors = load_state_dict(file, map_location="meta")
         return pickled
-    with safe_open(file, framework="numpy") as opened:  # torch would map it as if to write, which takes free memory
+    with safe_open(file, framework="numpy") as opened:  # torch maps files as writable, which needs free memory
         names = opened.keys()
         return {name: _without_data(opened.get_slice(name)) for name in names}
 
@@ -148,12 +149,12 @@ def _without_data(part: Any) -> Any:
     import torch
     from transformers.modeling_utils import str_to_torch_dtype
 
-    dtype = str_to_torch_dtype.get(part.get_dtype(), torch.uint8)  # of one that torch lacks, the shape alone counts
+    dtype = str_to_torch_dtype.get(part.get_dtype(), torch.uint8)  # if torch lacks the type, only the shape counts
     return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
 def _loaded_without_data(config: Any, headers: dict[Path, Tensors], path: str) -> tuple[Any, dict[str, Any], set[str]]:
-    """The model on the meta device, what transformers reports of loading it, and the tensors that it ignores on purpose."""
+    """Return the model on the meta device, transformers' loading report, and the tensors that it ignores on purpose."""
     import torch
 
     plain = model_class(config)
@@ -165,7 +166,7 @@ def _loaded_without_data(config: Any, headers: dict[Path, Tensors], path: str) -
         loading_info.unexpected_keys -= {name for name in loading_info.unexpected_keys if _MASKS.search(name)}
         ignored.update(before - loading_info.unexpected_keys)
 
-    # under the name that transformers finds its conversions by
+    # keeps the name, by which transformers finds its conversions
     observed: Any = type(
         plain.__name__, (plain,), {"_adjust_missing_and_unexpected_keys": adjust, "__module__": plain.__module__}
     )
@@ -177,7 +178,7 @@ def _loaded_without_data(config: Any, headers: dict[Path, Tensors], path: str) -
                 state_dict={name: meta for tensors in headers.values() for name, meta in tensors.items()},
                 dtype=torch.bfloat16,
                 device_map={"": "meta"},
-                ignore_mismatched_sizes=True,  # they are in the report
+                ignore_mismatched_sizes=True,  # the report lists them
                 output_loading_info=True,
             )
     except Exception as error:
@@ -189,14 +190,14 @@ def _loaded_without_data(config: Any, headers: dict[Path, Tensors], path: str) -
 
 
 def _refuse(path: str, report: dict[str, Any]) -> None:
-    """Raise `ConfigError` when transformers would make up weights, or leave some out."""
+    """Raise `ConfigError` when transformers would initialise missing weights, or leave some out."""
     if lacking := report["missing_keys"]:
         raise ConfigError(
             f"{path} lacks tensors that its config.json asks for ({_listed(lacking)}): "
             "pass weights.path=… of a checkpoint that has them, or weights=random"
         )
     if different := report["mismatched_keys"]:
-        shapes = [f"{name} {list(is_)} where the model has {list(asked)}" for name, is_, asked in different]
+        shapes = [f"{name} {list(stored)} where the model has {list(expected)}" for name, stored, expected in different]
         raise ConfigError(
             f"{path} has tensors of other shapes than its config.json asks for ({_listed(shapes)}): "
             "pass weights.path=… of a checkpoint with its own config.json, or weights=random"
@@ -214,9 +215,9 @@ def _listed(texts: Collection[str]) -> str:
 
 
 def _tied_twice(model: Any, headers: dict[Path, Tensors]) -> list[tuple[str, str]]:
-    """Names in the files of tensors that are one parameter by the configuration, and are there both.
+    """Return pairs of tensor names that the configuration ties to one parameter, but that are both stored in the files.
 
-    Of two that hold no data transformers cannot say whether they are equal, and does not tie them.
+    Without data, transformers cannot tell whether the two are equal, and does not tie them.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -239,7 +240,7 @@ def _tied_twice(model: Any, headers: dict[Path, Tensors]) -> list[tuple[str, str
 
 
 def _are_equal(headers: dict[Path, Tensors], *names: str) -> bool:
-    """Whether tensors of these names have the same values; their files are mapped into memory."""
+    """Return whether the tensors of two names have the same values; the files are mapped into memory."""
     one, other = (_tensor(next(file for file, tensors in headers.items() if name in tensors), name) for name in names)
     return _same(one, other)
 

@@ -1,4 +1,4 @@
-"""SHA-256 of the files of a checkpoint, so that a record says what was loaded."""
+"""SHA-256 of a checkpoint's files, so that the record identifies what was loaded."""
 
 import hashlib
 import json
@@ -14,15 +14,15 @@ from typing import Any
 
 from zi_experiments.models.checkpoint import Checkpoint
 
-_READERS = 4  # files at a time
+_READERS = 4  # files hashed at the same time
 _CHUNK = 1 << 20
 
 
 def of(checkpoint: Checkpoint, cache: Path, advance: Callable[[int], None]) -> dict[str, Any]:
-    """SHA-256 of each file: `{"path": folder, "files": {name: {"bytes": …, "sha256": …}}}`.
+    """Return the SHA-256 of each file: `{"path": folder, "files": {name: {"bytes": …, "sha256": …}}}`.
 
-    A file is read once: then its hash is kept in the folder `cache`, where that can be written, until the file changes.
-    `advance` is told the bytes that are done with, by one thread at a time; all of them are `checkpoint.num_bytes`.
+    Each hash is cached in the folder `cache`, if that is writable, until the file changes. `advance` gets the number of
+    bytes just finished, from one thread at a time; they sum up to `checkpoint.num_bytes`.
     """
     lock, stopped = threading.Lock(), threading.Event()
 
@@ -35,7 +35,7 @@ def of(checkpoint: Checkpoint, cache: Path, advance: Callable[[int], None]) -> d
     with ThreadPoolExecutor(_READERS, "hash") as readers:
         try:
             hashed = list(readers.map(partial(_hash, cache=cache / "sha256", advance=count), checkpoint.files))
-        except BaseException:  # Ctrl-C too, which should not have to wait for files of many gigabytes
+        except BaseException:  # includes Ctrl-C, which should not wait for files of many gigabytes
             stopped.set()
             raise
     names = [file.name for file in checkpoint.files]
@@ -56,7 +56,7 @@ def _hash(file: Path, cache: Path, advance: Callable[[int], None]) -> dict[str, 
 
 
 def _digest(file: Path, advance: Callable[[int], None]) -> str:
-    """The hash of what is in a file; `hashlib.file_digest` would not say how far it is."""
+    """Return the hash of a file's content; unlike `hashlib.file_digest`, this reports progress."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
     with file.open("rb", buffering=0) as opened:
         while count := opened.readinto(buffer):
@@ -66,7 +66,7 @@ def _digest(file: Path, advance: Callable[[int], None]) -> str:
 
 
 def _state(file: Path) -> dict[str, Any]:
-    """What changes when a file does."""
+    """Return the properties of a file that change when its content does."""
     status = file.stat()
     return {
         "path": str(file.resolve()),
@@ -77,9 +77,9 @@ def _state(file: Path) -> dict[str, Any]:
 
 
 def _named_by_hub(file: Path) -> str | None:
-    """The hash of a large file in the hub's cache, where it is the name of the file that a link leads to.
+    """Return the hash of a large file in the hub's cache, where links point to files named by their hash; else None.
 
-    Anyone can make such a link, so that elsewhere a name says nothing.
+    Outside the cache the name proves nothing: anyone can create such a link.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -97,7 +97,7 @@ def _remembered(entry: Path, state: dict[str, Any]) -> str | None:
 
 
 def _remember(entry: Path, content: dict[str, Any]) -> None:
-    """Write an entry whole or not at all; other processes may write the same one."""
+    """Write an entry atomically: other processes may write the same one."""
     temporary = entry.with_suffix(f".{os.getpid()}")
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The values of parameters by their names: random ones of the true shape, or a checkpoint's."""
+"""Values of parameters by name: random, or from a checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ from zi_experiments.models.architecture import local_or_hub, model_class, reason
 
 
 class RandomWeights:
-    """Weights that depend on nothing but the seed, the parameter's name, shape and dtype, and the kind of device.
+    """Random weights that depend only on the seed, the parameter's name, shape and dtype, and the kind of device.
 
-    Matrices are normal with the standard deviation 1/√columns, so that activations stay finite at any depth and width;
+    Matrices are normal with standard deviation 1/√columns, so that activations stay finite at any depth and width;
     norms are one and biases zero.
     """
 
@@ -39,10 +39,10 @@ class RandomWeights:
 
 
 class PretrainedWeights:
-    """A checkpoint as plain transformers reads it, one parameter in memory at a time.
+    """The weights of a checkpoint as plain transformers loads them, with one parameter in memory at a time.
 
-    Its files stay where they are and are read in place, but for tensors that transformers stores in another way than the
-    checkpoint does (stacked experts, `.bin` files): those are written to a temporary folder until `close`.
+    Its files are read in place. Only tensors that transformers stores differently from the checkpoint (stacked experts,
+    `.bin` files) are written to a temporary folder, until `close`.
     """
 
     def __init__(self, path: str, config: Any, dtype: Any) -> None:
@@ -50,7 +50,7 @@ class PretrainedWeights:
         with without_zero3():
             self._model = load_model(path, config, dtype, device_map={"": "disk"}, offload_folder=self._folder.name)
         tied = self._model.all_tied_weights_keys
-        # files may have a tied parameter under either of its names
+        # files may store a tied parameter under either of its names
         self._tied = tied | {source: target for target, source in tied.items()}
 
     def fill(self, name: str, tensor: Any) -> None:
@@ -69,7 +69,7 @@ class PretrainedWeights:
             tensor.copy_(getattr(module, attribute))
 
     def buffers(self) -> dict[str, Any]:
-        """What the checkpoint holds besides parameters, by name."""
+        """Return the checkpoint's buffers by name."""
         return dict(self._model.named_buffers())
 
     def close(self) -> None:
@@ -77,9 +77,9 @@ class PretrainedWeights:
 
 
 def load_model(path: str, config: Any, dtype: Any, **how: Any) -> Any:
-    """The model of a configuration with the weights of a checkpoint, as `from_pretrained` loads it.
+    """Return the model of `config` with the weights of a checkpoint, as `from_pretrained(**how)` loads it.
 
-    Raises `ConfigError` when files are not to be had, or lack weights, which transformers would make up.
+    Raises `ConfigError` when it cannot be downloaded, or lacks weights, which transformers would initialise.
     """
     try:
         model, report = model_class(config).from_pretrained(
@@ -89,7 +89,7 @@ def load_model(path: str, config: Any, dtype: Any, **how: Any) -> Any:
         if Path(local_or_hub(path)).is_dir():
             raise
         raise ConfigError(
-            f"{path} cannot be had from the hub ({reason(error)}): pass weights.path=… of a folder, or weights=random"
+            f"{path} cannot be downloaded from the hub ({reason(error)}): pass weights.path=… of a folder, or weights=random"
         ) from error
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     if missing := sorted(set(report["missing_keys"]) - tied):
@@ -101,7 +101,7 @@ def load_model(path: str, config: Any, dtype: Any, **how: Any) -> Any:
 
 
 def of(weights: Weights, config: Any, dtype: Any) -> RandomWeights | PretrainedWeights:
-    """The values of a run's `weights`, for a model of that configuration."""
+    """Return the source of a run's weights, for a model of that configuration."""
     if weights.source is WeightSource.random:
         return RandomWeights(weights.seed)
     assert weights.path is not None
@@ -109,7 +109,7 @@ def of(weights: Weights, config: Any, dtype: Any) -> RandomWeights | PretrainedW
 
 
 def empty_model(weights: RandomWeights | PretrainedWeights, config: Any, dtype: Any, device: Any) -> Any:
-    """The model as `from_pretrained` builds it, in eval mode: its buffers on a device, its parameters without memory."""
+    """Return the model as `from_pretrained` builds it, in eval mode: buffers on `device`, parameters on meta."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
@@ -125,7 +125,7 @@ def empty_model(weights: RandomWeights | PretrainedWeights, config: Any, dtype: 
 
 @contextmanager
 def without_zero3() -> Iterator[None]:
-    """Let transformers make a plain model although this process has one under ZeRO-3."""
+    """Let transformers build a plain model even while this process has one under ZeRO-3."""
     from transformers.integrations import deepspeed
 
     zero3 = deepspeed._hf_deepspeed_config_weak_ref

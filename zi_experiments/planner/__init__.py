@@ -1,1 +1,1 @@
-"""What is chosen for a run, what is refused, and which runs near it are faster. Pure."""
+"""Plan a run: choose open settings, refuse what cannot run, and find faster variants of the run. Pure computation."""

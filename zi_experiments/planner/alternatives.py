@@ -1,4 +1,4 @@
-"""Other runs near a run: each differs by what one would add to its command line."""
+"""Variants of a run: each differs by an addition to its command line."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -10,7 +10,7 @@ from zi_experiments.config.schema import ConfigError, Run, literal
 from zi_experiments.config.validation import validate
 from zi_experiments.engines import base
 
-# from what changes a run least to what changes it most
+# from the smallest change of a run to the largest
 CHOICES = (
     ("kv_cache", "cpu"),
     ("kv_cache", "gpu"),
@@ -25,14 +25,14 @@ GPUS = (2, 4, 8)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """Overrides, and the run with them."""
+    """A variant of a run."""
 
-    text: str
+    text: str  # the overrides to add
     run: Run
 
 
 def one(run: Run, gpus_visible: int) -> Iterator[Change]:
-    """The run with one choice made differently, wherever the configuration allows that."""
+    """Yield the variants of `run` that differ by one choice and are valid."""
     for group, choice in CHOICES:
         yield from _changed(run, f"{group}={choice}", partial(choose, group=group, choice=choice))
     for count in GPUS:
@@ -41,7 +41,7 @@ def one(run: Run, gpus_visible: int) -> Iterator[Change]:
 
 
 def with_setting(run: Run, key: str, value: object) -> Iterator[Change]:
-    """The run with a setting by its dotted name, if the configuration allows it."""
+    """Yield the variant with a setting, given by its dotted name; nothing if it is invalid or changes nothing."""
     *groups, name = key.split(".")
     yield from _changed(
         run, f"{key}={literal(value)}", lambda copy: setattr(reduce(getattr, groups, copy), name, value)

@@ -1,4 +1,4 @@
-"""`Run + Architecture + Machine → Plan`: chooses what the user left open, and refuses what cannot work or fit. Pure."""
+"""`Run + Architecture + Machine → Plan`: choose settings left open, refuse a run that cannot work or does not fit. Pure."""
 
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -15,21 +15,21 @@ from zi_experiments.planner import alternatives
 from zi_experiments.planner.alternatives import Change
 from zi_experiments.system.machines import Machine
 
-MOST_WAYS = 3  # that a refusal names
-MOST_SEQUENCES = 1 << 20  # that a search for the largest batch considers
+MOST_WAYS = 3  # alternatives that a refusal names
+MOST_SEQUENCES = 1 << 20  # upper limit when searching for the largest batch
 
 
 def build(run: Run, arch: Architecture, machine: Machine) -> Plan:
-    """The plan of a run. Raises `ConfigError`, with numbers and a way out, when it cannot work or fit."""
+    """Return the plan of a run. Raises `ConfigError`, with numbers and what to type, when it cannot work or does not fit."""
     plan = _draft(run, arch, machine)
     if problem := memory_fit.problem(plan):
-        ways = list(islice(_ways_out(plan), MOST_WAYS))
-        raise ConfigError(f"{problem}: pass {', or '.join(ways) or 'model=… of a smaller one'}")
+        advice = list(islice(_fitting_changes(plan), MOST_WAYS))
+        raise ConfigError(f"{problem}: pass {', or '.join(advice) or 'model=… of a smaller one'}")
     return plan
 
 
 def _draft(run: Run, arch: Architecture, machine: Machine) -> Plan:
-    """Return the plan, without a check that it fits. Raises `ConfigError` for what cannot work."""
+    """Return the plan without checking that it fits. Raises `ConfigError` when it cannot work."""
     base.check(run)
     _check_lengths(run, arch)
     _check_cache(run, arch)
@@ -51,7 +51,7 @@ def _draft(run: Run, arch: Architecture, machine: Machine) -> Plan:
 
 
 def attempt(run: Run, arch: Architecture, machine: Machine) -> Plan | None:
-    """The plan of a run; None where it cannot work or does not fit."""
+    """Return the plan of a run; None when it cannot work or does not fit."""
     try:
         plan = _draft(run, arch, machine)
     except ConfigError:
@@ -60,7 +60,7 @@ def attempt(run: Run, arch: Architecture, machine: Machine) -> Plan | None:
 
 
 def _with_largest_batch(run: Run, arch: Architecture, machine: Machine) -> Run:
-    """The run with the largest batch that fits, or with the smallest there is if none does."""
+    """Return the run with the largest batch that fits, or with one sequence per rank if none fits."""
     return _with_batch(run, max(1, largest_batch(run, arch, machine) // run.hardware.num_gpus) * run.hardware.num_gpus)
 
 
@@ -69,7 +69,7 @@ def _with_batch(run: Run, batch_size: int) -> Run:
 
 
 def largest_batch(run: Run, arch: Architecture, machine: Machine) -> int:
-    """The most sequences of one micro-batch that fit, over all ranks; 0: not one for each rank."""
+    """Return the largest batch of one micro-batch that fits, over all ranks; 0 if not even one sequence per rank does."""
     ranks = run.hardware.num_gpus
     candidates = range(1, MOST_SEQUENCES // ranks)
     most = bisect_left(candidates, True, key=lambda n: not attempt(_with_batch(run, n * ranks), arch, machine))
@@ -77,7 +77,7 @@ def largest_batch(run: Run, arch: Architecture, machine: Machine) -> int:
 
 
 def _longest_prompt(run: Run, arch: Architecture, machine: Machine) -> int:
-    """The most prompt tokens that fit; 0: not one."""
+    """Return the most prompt tokens that fit; 0 if not even one does."""
 
     def is_too_long(tokens: int) -> bool:
         return not attempt(replace(run, workload=replace(run.workload, prompt_len=tokens)), arch, machine)
@@ -85,8 +85,8 @@ def _longest_prompt(run: Run, arch: Architecture, machine: Machine) -> int:
     return bisect_left(range(1, run.workload.prompt_len), True, key=is_too_long)
 
 
-def _ways_out(plan: Plan) -> Iterator[str]:
-    """What to add to the command line so that the run fits: one change that does, else two, from the nearest on."""
+def _fitting_changes(plan: Plan) -> Iterator[str]:
+    """Yield additions to the command line with which the run fits: single changes, else pairs, the smallest first."""
     run, arch, machine = plan.run, plan.architecture, plan.machine
     if batch := largest_batch(run, arch, machine):
         yield f"workload.batch_size={batch}"
@@ -104,7 +104,7 @@ def _ways_out(plan: Plan) -> Iterator[str]:
 
 
 def _further(first: Change, plan: Plan) -> Iterator[Change]:
-    """One change more, a smaller batch among them."""
+    """Yield variants with one more change, including a smaller batch."""
     run, arch, machine = first.run, plan.architecture, plan.machine
     if batch := largest_batch(run, arch, machine):
         yield from alternatives.with_setting(run, "workload.batch_size", batch)
@@ -112,12 +112,12 @@ def _further(first: Change, plan: Plan) -> Iterator[Change]:
 
 
 def choose_dtype(arch: Architecture, machine: Machine) -> str:
-    """The configuration's 16-bit type where the device computes it, else the device's best."""
+    """Return the configuration's 16-bit type if the device supports it, else the device's best."""
     return arch.dtype if arch.dtype in machine.dtypes else machine.dtypes[0]
 
 
 def _pin(spec: Spec, storage: Storage) -> bool:
-    """Whether weights in host memory are pinned: as asked, or by default when they leave a tenth of it free."""
+    """Return whether weights in host memory are pinned: as set, else by default if they leave a tenth of it free."""
     offload = spec.run.offload
     if spec.machine.device != "cuda" or offload.device is OffloadDevice.none or not storage.pinnable:
         return False
@@ -145,14 +145,14 @@ def _check_lengths(run: Run, arch: Architecture) -> None:
 
 
 def _check_cache(run: Run, arch: Architecture) -> None:
-    """Refuse what needs another cache than a model's own."""
+    """Raise `ConfigError` for settings that do not work with the model's own cache class."""
     if not arch.has_own_cache:
         return
     own = f"{run.model.name} ({arch.model_type}) has a cache of its own"
     if run.kv_cache.device is CacheDevice.cpu:
         raise ConfigError(f"{own}, which stays on the device: pass kv_cache=gpu")
     if run.workload.micro_batches > 1:
-        raise ConfigError(f"{own}, which has no parts for micro-batches: pass workload.micro_batches=1")
+        raise ConfigError(f"{own}, which cannot be split into micro-batches: pass workload.micro_batches=1")
 
 
 def _check_groups(run: Run, arch: Architecture) -> None:
@@ -181,7 +181,7 @@ def _check_groups(run: Run, arch: Architecture) -> None:
 
 
 def _can_group(parameter: Parameter, bits: int, group_dim: int, group_size: int) -> bool:
-    """Whether groups divide a matrix, or each of the matrices stacked in it, and integers fill 16-bit elements in a row."""
+    """Return whether groups divide each (stacked) matrix, and the packed integers of a row fill whole 16-bit elements."""
     return parameter.shape[group_dim - 2] % group_size == 0 and parameter.shape[-1] % (16 // bits) == 0
 
 

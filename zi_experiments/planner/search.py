@@ -1,4 +1,4 @@
-"""Which of the runs near a run are fast, by plan: the change that helps most, and the candidates that a search measures."""
+"""Rank variants of a run by their planned speed: single changes that make it faster, and candidates for a search."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,27 +23,27 @@ SETTINGS: tuple[tuple[str, Any], ...] = (
     ("offload.pin_memory", True),
 )
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-NOTICEABLE = 1.03  # a gain below this is within what predictions and measurements scatter
-HOST_SHARE = 0.9  # of the host memory that is available, candidates are planned for
-MOST_TIMES = 16  # as many sequences as asked, that a larger batch is advised up to: answers take longer with each
+NOTICEABLE = 1.03  # a smaller gain is within the scatter of predictions and measurements
+HOST_SHARE = 0.9  # share of the available host memory that candidates may use
+MOST_TIMES = 16  # limit of an advised batch, as a multiple of the run's: latency grows with the batch
 NEIGHBOURS = 4  # other batch sizes that a search measures before other choices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
-    """How fast a run should be."""
+    """The planned speed of a run."""
 
     ttft_s: float
     tpot_s: float
-    tok_per_s: float  # generated tokens over prefill and decode
-    is_predicted: bool  # or else all of it is the bound, of a machine that was not measured
+    tok_per_s: float  # generated tokens per second over prefill and decode
+    is_predicted: bool  # False: the values are bounds, because the machine was not measured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A run that fits, and how fast it should be."""
+    """A run that fits, and its planned speed."""
 
-    text: str  # what to add to the command line
+    text: str  # overrides to add to the command line
     run: Run
     pace: Pace
 
@@ -57,7 +57,7 @@ class Candidate:
 
 
 def paced(plan: Plan) -> Pace | None:
-    """How fast a plan should be, by prediction; by the bound where nothing was measured. None: it is not known."""
+    """Return the predicted speed of a plan, or its bound on a machine that was not measured; None if unknown."""
     known = plan.machine.calibration is not None
     times: Prediction | Bound = predict(plan) if known else lower_bound(plan)
     tok_per_s = total_tok_per_s(plan, times.prefill_s, times.decode_step_s)
@@ -67,7 +67,7 @@ def paced(plan: Plan) -> Pace | None:
 
 
 def improvements(plan: Plan) -> list[Candidate]:
-    """Runs that differ by one change and are faster by plan, the fastest first."""
+    """Return the variants that differ by one change and are noticeably faster by plan, the fastest first."""
     run, arch, machine = plan.run, plan.architecture, plan.machine
     now = paced(plan)
     if now is None:
@@ -82,7 +82,7 @@ def improvements(plan: Plan) -> list[Candidate]:
 
 
 def _larger_batches(run: Run, arch: Architecture, machine: Machine) -> list[Candidate]:
-    """Candidates of the powers of two above the batch of a run that fit, up to `MOST_TIMES` as many sequences."""
+    """Return candidates with larger batches that fit: powers of two per rank, up to `MOST_TIMES` times the run's batch."""
     ranks, batch_size = run.hardware.num_gpus, run.workload.batch_size
     sizes = (ranks << n for n in range(planning.MOST_SEQUENCES.bit_length()))
     larger = takewhile(lambda size: size <= MOST_TIMES * batch_size, dropwhile(lambda size: size <= batch_size, sizes))
@@ -96,7 +96,7 @@ def _settings(run: Run) -> Iterator[Change]:
 
 
 def settle(run: Run, arch: Architecture, machine: Machine) -> Run | None:
-    """The run itself, or with `search.rank` the candidate of that rank; None: there are not so many."""
+    """Return the run itself, or with `search.rank` the candidate of that rank; None if there are fewer candidates."""
     rank = run.search.rank
     if rank is None:
         return run
@@ -105,20 +105,21 @@ def settle(run: Run, arch: Architecture, machine: Machine) -> Run | None:
 
 
 def candidates(run: Run, arch: Architecture, machine: Machine) -> list[Candidate]:
-    """What a search should measure, best first: over batch size, resident share, KV cache placement and micro-batches.
+    """Return the candidates of a search, in the order in which it measures them.
 
-    The best by plan; the same with other batch sizes, for the curve; then the best with other choices. Raises
-    `ConfigError` when none fits.
+    They vary batch size, micro-batches, KV cache placement and the share of the weights kept on the GPU. First is the best
+    by plan, then a few other batch sizes of it, for the curve, then the best of each other combination, then its remaining
+    batch sizes. Raises `ConfigError` when none fits, or no rates are known.
     """
     plain = replace(run, search=replace(run.search, rank=None))
-    # what is available changes from one run of a sweep to the next
+    # a margin, because available memory changes from one run of a sweep to the next
     roomy = replace(machine, host_memory_bytes=int(HOST_SHARE * machine.host_memory_bytes))
     return _candidates(_Identity(run=plain, arch=arch, machine=roomy))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Identity:
-    """What a ranking depends on; the runs of a sweep share one."""
+    """Cache key: everything a ranking depends on. All runs of a sweep have the same."""
 
     run: Run
     arch: Architecture
@@ -132,25 +133,25 @@ class _Identity:
 
     @property
     def _lasting(self) -> Machine:
-        """The machine without what differs from one run of a sweep to the next."""
+        """The machine without the values that differ from one run of a sweep to the next."""
         return replace(self.machine, host_memory_bytes=0, disk_free_bytes=None)
 
 
 @lru_cache(maxsize=1)
-def _candidates(asked: _Identity) -> list[Candidate]:
-    arch, machine = asked.arch, asked.machine
-    curves = [_curve(kind, arch, machine) for kind in _kinds(asked.run, machine)]
+def _candidates(of: _Identity) -> list[Candidate]:
+    arch, machine = of.arch, of.machine
+    curves = [_curve(kind, arch, machine) for kind in _kinds(of.run, machine)]
     ranked = sorted((curve for curve in curves if curve), key=lambda curve: -_best(curve).tok_per_s)
     if not ranked:
-        planning.build(asked.run, arch, machine)  # says what does not fit
-        raise ConfigError("nothing is known of this machine that a search could begin with: pass hardware=auto")
+        planning.build(of.run, arch, machine)  # raises if the run does not fit
+        raise ConfigError("no rates of this machine are known, so a search cannot rank candidates: pass hardware=auto")
     best, *others = [_best(curve) for curve in ranked]
     sizes = sorted(ranked[0], key=lambda each: abs(log(each.sequences / best.sequences)))[1:]
     return [best, *sizes[:NEIGHBOURS], *others, *sizes[NEIGHBOURS:]]
 
 
 def _kinds(run: Run, machine: Machine) -> Iterator[Change]:
-    """The run with every combination of what a search varies beside the batch size."""
+    """Yield the run with every combination of the choices that a search varies, except the batch size."""
     options = base.get(run.engine.name).OPTIONS
     streams = "workload.micro_batches" in options
     places = tuple(CacheDevice) if machine.device == "cuda" else (run.kv_cache.device,)
@@ -173,7 +174,7 @@ def _kinds(run: Run, machine: Machine) -> Iterator[Change]:
 
 
 def _curve(kind: Change, arch: Architecture, machine: Machine) -> list[Candidate]:
-    """Candidates of the batch sizes that fit: powers of two on each rank, and the largest."""
+    """Return candidates with the batch sizes that fit: powers of two per rank, and the largest."""
     ranks, largest = kind.run.hardware.num_gpus, planning.largest_batch(kind.run, arch, machine)
     doublings = takewhile(lambda size: size < largest, (ranks << n for n in count()))
     found = (_rated(_with_batch(kind, size), arch, machine) for size in (*doublings, largest) if largest)
@@ -186,13 +187,13 @@ def _with_batch(kind: Change, batch_size: int) -> Change:
 
 
 def _best(curve: list[Candidate]) -> Candidate:
-    """The smallest batch that is about as fast as the fastest."""
+    """Return the candidate with the smallest batch that is about as fast as the fastest."""
     fastest = max(each.tok_per_s for each in curve)
     return next(each for each in curve if each.tok_per_s * NOTICEABLE >= fastest)
 
 
 def _rated(change: Change, arch: Architecture, machine: Machine) -> Candidate | None:
-    """How fast a run should be; None where it does not fit, or nothing is known."""
+    """Return a variant with its planned speed; None if it does not fit, or its speed is unknown."""
     plan = planning.attempt(change.run, arch, machine)
     pace = paced(plan) if plan else None
     return Candidate(text=change.text, run=plan.run, pace=pace) if plan and pace else None

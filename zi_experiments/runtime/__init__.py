@@ -1,1 +1,1 @@
-"""Services that a run uses while it lives: progress, processes, folders, locks, memory."""
+"""Services that a run uses while it executes: progress, processes, folders, locks, memory."""

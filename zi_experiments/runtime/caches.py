@@ -1,4 +1,4 @@
-"""Where libraries and runs keep what they need not find out again: at home, or elsewhere for who has no home to write to."""
+"""The cache folders of libraries and of this package: in the home, or in a temporary folder if that is not writable."""
 
 import os
 import stat
@@ -7,14 +7,14 @@ from tempfile import TemporaryFile, gettempdir
 
 from zi_experiments import environment
 
-# what names a folder, and which it is at home: of torch, the hub, W&B and us; of W&B; of Triton
+# environment variable: default below the home. Used by torch, the hub, W&B and this package; by W&B; by Triton
 _USUAL = {"XDG_CACHE_HOME": ".cache", "XDG_DATA_HOME": ".local/share", "TRITON_HOME": ""}
 
 
 def settle() -> str | None:
-    """See that this process and those that it starts can write caches; a line that says where, unless it is at home.
+    """Make sure that this process and its children can write caches. Return a line that says where; None: in the home.
 
-    Raises `ConfigError` when the place for them elsewhere is not this user's alone.
+    Raises `ConfigError` when the temporary folder cannot be made, or is not this user's alone.
     """
     home = environment.home()
     usual = {name: environment.folder(name) or (home / inside if home else None) for name, inside in _USUAL.items()}
@@ -26,7 +26,7 @@ def settle() -> str | None:
     if home is None:
         values["HOME"] = str(elsewhere)
     elif "XDG_CACHE_HOME" in lacking and (hub := home / ".cache" / "huggingface").is_dir():
-        # what was downloaded before can be read
+        # earlier downloads there can still be read
         values |= {"HF_HOME": str(hub), "HF_MODULES_CACHE": str(elsewhere / "huggingface" / "modules")}
     environment.set_variables(values)
     problem = f"{usual[lacking[0]]} cannot be written" if usual[lacking[0]] else "there is no home"
@@ -34,7 +34,7 @@ def settle() -> str | None:
 
 
 def _can_be_written(folder: Path) -> bool:
-    """Whether it is there, or can be made, and files in it."""
+    """Return whether files can be created in `folder`, which need not exist yet."""
     there = next(
         path for path in (folder, *folder.parents) if os.path.exists(path)
     )  # Path.exists raises without permission
@@ -46,9 +46,9 @@ def _can_be_written(folder: Path) -> bool:
 
 
 def _private(folder: Path) -> Path:
-    """The folder, made if need be, which nobody else may look into: compiled code is run from there."""
+    """Return the folder, created if missing and accessible to this user only: compiled code is run from there."""
     from zi_experiments.config.schema import (
-        ConfigError,  # with Hydra, of which the doctor may have to say that it is missing
+        ConfigError,  # imports Hydra; the doctor has to work without it
     )
 
     try:
@@ -56,8 +56,8 @@ def _private(folder: Path) -> Path:
         status = folder.lstat()
     except OSError as error:
         raise ConfigError(
-            f"{folder} cannot be made for caches ({error.strerror}): set HOME to a folder of yours"
+            f"{folder} cannot be created for caches ({error.strerror}): set HOME to a folder of yours"
         ) from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise ConfigError(f"{folder} is no folder for caches of this user's alone: set HOME to a folder of yours")
+        raise ConfigError(f"{folder} is not a folder that only this user can access: set HOME to a folder of yours")
     return folder

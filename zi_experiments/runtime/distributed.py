@@ -1,4 +1,4 @@
-"""Start torch.distributed, inside a worker or in a process of the user's own."""
+"""Start torch.distributed, in a worker or in the user's own process."""
 
 import socket
 from typing import Any
@@ -9,10 +9,10 @@ from zi_experiments.system import toolchain
 
 
 def init(device: str) -> None:
-    """Initialise the back end: NCCL on CUDA, gloo otherwise, and never by way of MPI.
+    """Initialise the back end: NCCL on CUDA, gloo otherwise, never through MPI.
 
     Outside a launcher (none of RANK, WORLD_SIZE, … set) this process becomes the only rank, on a free port.
-    Raises `ConfigError` when a launcher has set only some of the variables, or named a port that is taken.
+    Raises `ConfigError` when a launcher has set only some of the variables, or a port that is in use.
     """
     launcher = toolchain.launcher_variables()
     if launcher.fix is not None:
@@ -43,9 +43,9 @@ def _taken() -> str:
 
 
 def leave(kind: type[BaseException] | None, *_: Any) -> None:
-    """End the back end, which NCCL asks for; to be pushed on an `ExitStack`.
+    """Shut down the back end, as NCCL requires; to be pushed on an `ExitStack`.
 
-    A rank that has failed does not wait for others, who may be waiting for it.
+    A failed rank skips this when there are others: it would wait for ranks that may be waiting for it.
     """
     import torch.distributed
 
@@ -72,7 +72,7 @@ def barrier() -> None:
 
 
 def from_first_rank(value: Any) -> Any:
-    """What the first rank passes, on every rank."""
+    """Return the first rank's `value` on every rank."""
     import torch.distributed
 
     values = [value]
@@ -81,7 +81,7 @@ def from_first_rank(value: Any) -> Any:
 
 
 def from_all_ranks(value: Any) -> list[Any]:
-    """What each rank passes, in their order, on every rank."""
+    """Return the values of all ranks, in rank order, on every rank."""
     import torch.distributed
 
     values = [None] * torch.distributed.get_world_size()
@@ -96,15 +96,15 @@ def _free_port() -> int:
 
 
 def launched_rank() -> int:
-    """The rank that the launcher gave this process, before the back end is up."""
+    """Return the rank that the launcher gave this process; works before `init`."""
     return int(environment.distributed_variables().get("RANK", "0"))
 
 
 def launched_ranks() -> int:
-    """How many ranks the launcher started; 1 without a launcher."""
+    """Return the number of ranks that the launcher started; 1 without a launcher."""
     return int(environment.distributed_variables().get("WORLD_SIZE", "1"))
 
 
 def launched_local_rank() -> int:
-    """The rank on this machine that the launcher gave this process."""
+    """Return the rank on this machine that the launcher gave this process."""
     return int(environment.distributed_variables().get("LOCAL_RANK", "0"))

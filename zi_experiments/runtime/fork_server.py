@@ -26,10 +26,10 @@ def start() -> None:
     place = scratch.Scratch(scratch.for_temporary_files(uuid.uuid4().hex[:12]))
     util.Finalize(None, place.close, exitpriority=-200)  # after what multiprocessing removes in there
     resource_tracker.ensure_running()  # executed, as it is anyway
-    # its socket is a file: of a command that is killed, the next one finds it there
-    with _forked_instead_of_executed(), scratch.temporary_files_in(place.path):
+    # its socket is a file, which may have no long name, and which the next command removes if this one is killed
+    with _forked_instead_of_executed(), scratch.temporary_files_in(place.path), suppress(OSError):
         forkserver.ensure_running()
-    _started = True
+        _started = True
 
 
 def start_method() -> str:

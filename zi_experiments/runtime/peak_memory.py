@@ -1,4 +1,4 @@
-"""Peaks of host memory and disk while a run lasts, seen from the launcher so that they survive the workers."""
+"""Peak use of host memory and disk during a run, sampled in the launcher so that it survives a crash of the workers."""
 
 import threading
 from pathlib import Path
@@ -9,9 +9,9 @@ _INTERVAL_S = 0.2
 
 
 class Monitor:
-    """Samples, while it is entered, the memory of this process and all its descendants, and the size of a folder.
+    """Context manager that samples the memory of this process and all its descendants, and the size of a folder.
 
-    `host_peak_bytes` is the largest sum of their resident sets; `disk_peak_bytes` the largest size of the folder.
+    `host_peak_bytes` is the largest sum of resident set sizes, `disk_peak_bytes` the largest size of the folder.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -43,16 +43,16 @@ def _resident_bytes() -> int:
         try:
             total += process.memory_info().rss
         except psutil.Error:
-            continue  # it has just ended
+            continue  # just ended
     return total
 
 
 def _folder_bytes(folder: Path) -> int:
-    sizes = {}  # by inode: a file may have two names
+    sizes = {}  # by inode: a file may have several names
     for path in folder.rglob("*"):
         try:
             stat = path.stat()
         except OSError:
-            continue  # it has just been removed
+            continue  # just removed
         sizes[stat.st_ino] = stat.st_blocks * 512
     return sum(sizes.values())

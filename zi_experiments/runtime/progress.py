@@ -1,4 +1,4 @@
-"""What a worker is doing, told to the launcher, and what the launcher shows of it: bars in a terminal, lines in a log."""
+"""Progress events that workers send to the launcher, which shows them as bars in a terminal or as lines in a log."""
 
 import threading
 import time
@@ -27,7 +27,7 @@ _LINE_INTERVAL_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A phase that began, advanced or ended."""
+    """The state of a phase that began, advanced or ended."""
 
     phase: str
     completed: int
@@ -37,14 +37,14 @@ class Event:
 
 
 class Channel(Protocol):
-    """The launcher's end of a pipe. Not a queue: a worker killed while it holds a queue's lock takes the lock along."""
+    """The launcher's end of a pipe. Not a queue: a worker killed while it holds a queue's lock never releases it."""
 
     def poll(self, timeout: float) -> bool: ...
     def recv(self) -> Any: ...
 
 
 class Progress:
-    """The worker's side. Events go out at most ten times a second, but for the first and last of a phase."""
+    """The worker's side. Sends at most ten events a second, plus the first and last of each phase."""
 
     def __init__(self, send: Callable[[Event], None]) -> None:
         self._send = send
@@ -73,17 +73,17 @@ class Progress:
 
 
 def silent() -> Progress:
-    """A progress that tells nobody: for ranks other than the first."""
+    """Return a progress that sends nothing, for ranks other than the first."""
     return Progress(lambda event: None)
 
 
 def shown(console: Console) -> Progress:
-    """A progress that is shown in the process that makes it."""
+    """Return a progress that is shown on `console`, in this process."""
     return Progress(_show(console).event)
 
 
 class Display:
-    """The launcher's side: shows the events of a channel while it is entered."""
+    """The launcher's side: a context manager that shows the events of a channel."""
 
     def __init__(self, channel: Channel, console: Console) -> None:
         self._channel = channel
@@ -91,7 +91,7 @@ class Display:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self.last: Event | None = None
-        self.heard_at = time.monotonic()  # of the last event, or of the start
+        self.heard_at = time.monotonic()  # time of the last event, or of the start
 
     def __enter__(self) -> "Display":
         self._thread.start()
@@ -104,7 +104,7 @@ class Display:
 
     def _run(self) -> None:
         while True:
-            # events are far smaller than a pipe's buffer: they arrive whole or not at all
+            # an event is far smaller than a pipe's buffer: it arrives whole or not at all
             if self._channel.poll(_EVENT_INTERVAL_S):
                 event = self._channel.recv()
                 self.last, self.heard_at = event, time.monotonic()
@@ -112,7 +112,7 @@ class Display:
             elif self._done.is_set():
                 return
             elif self.last is not None and not self.last.ended:
-                self._show.event(self.last)  # nothing new, but it goes on
+                self._show.event(self.last)  # no new event, but elapsed time goes on
 
 
 def _show(console: Console) -> "_Bars | _Lines":
@@ -169,7 +169,7 @@ class _Lines:
             self._console.print(f"{event.phase}: done in {elapsed:.1f} s", highlight=False)
         elif now - self._printed > _LINE_INTERVAL_S:
             self._printed = now
-            if event.total == 1:  # nothing to reckon with
+            if event.total == 1:  # no rate to estimate the remaining time from
                 self._console.print(f"{event.phase}: {elapsed:.0f} s so far", highlight=False)
                 return
             left = elapsed * (event.total - event.completed) / max(1, event.completed)

@@ -1,6 +1,6 @@
-"""Folders of its own that a run needs while it lives: locked meanwhile, and removed at its end.
+"""Temporary folders of a run: locked while it executes, removed at its end.
 
-A link in the cache says where each is, so that one whose run was killed is found by the next, wherever that one writes.
+A link in the cache points to each. So the next run finds and removes those of a killed run, wherever it writes itself.
 """
 
 import hashlib
@@ -21,20 +21,20 @@ _NAME = re.compile("zi-[0-9a-f]{12}")
 
 
 def base_for_weights(run: Run, default: Path) -> Path:
-    """The folder for weights on disk, of any run: `offload.path`, or else `default`."""
+    """Return the parent folder for weights on disk: `offload.path`, or else `default`."""
     return Path(run.offload.path).expanduser().resolve() if run.offload.path else default
 
 
 def check_base(key: str, folder: str | None) -> None:
-    """Refuse a folder for weights that is not there: made, it would be on another disk than the one that was meant."""
+    """Raise `ConfigError` for a missing weights folder: if it were created, it could be on another disk than intended."""
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise ConfigError(f"{key}={folder} is no folder: mkdir -p {folder}, or pass {key}=/another/folder")
 
 
 def for_weights(run: Run, default: Path, run_id: str) -> Path | None:
-    """Where a run's weights on disk go, below that folder; None: it has none there.
+    """Return the folder of a run's weights on disk, below `base_for_weights`; None when it has no weights on disk.
 
-    `run_id` is 12 hexadecimal digits of its own.
+    `run_id` is 12 hexadecimal digits, unique to the run.
     """
     if run.offload.device is not OffloadDevice.nvme:
         return None
@@ -42,7 +42,7 @@ def for_weights(run: Run, default: Path, run_id: str) -> Path | None:
 
 
 def for_temporary_files(run_id: str) -> Path:
-    """Where the workers' temporary files go: one that is killed does not remove them."""
+    """Return the folder of the workers' temporary files, which a killed worker does not remove itself."""
     return Path(tempfile.gettempdir()) / f"zi-{run_id}"
 
 
@@ -58,7 +58,7 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
 
 
 class Scratch:
-    """Makes the folder; `close` removes it with all that is in it."""
+    """Creates the folder and locks it; `close` removes it with its content."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,10 +66,10 @@ class Scratch:
         new.parent.mkdir(parents=True, exist_ok=True)
         new.mkdir(mode=0o700)
         self._lock = FolderLock(new)
-        with suppress(OSError):  # without locks nobody finds it abandoned either
+        with suppress(OSError):  # on a filesystem without locks, no run takes it for abandoned either
             self._lock.acquire()
-        new.rename(path)  # from the start it is locked under its name
-        with suppress(OSError):  # without a cache it is found by runs that write beside it
+        new.rename(path)  # so that under its final name it is always locked
+        with suppress(OSError):  # without a link, only runs that write beside it find it
             _links().mkdir(parents=True, exist_ok=True)
             _link(path).symlink_to(path.absolute())
 
@@ -80,9 +80,9 @@ class Scratch:
 
 
 def remove_abandoned(*bases: Path) -> list[Path]:
-    """Remove the folders that runs have left which were killed with their launcher, and return them.
+    """Remove, and return, the folders of runs that were killed with their launcher.
 
-    Those below `bases`, and those that this user's runs on this machine have made anywhere.
+    Looks below `bases`, and wherever this user's runs on this machine have created folders.
     """
     there = [path for base in bases if base.is_dir() for path in sorted(base.glob("zi-*"))]
     removed = []
@@ -96,17 +96,17 @@ def remove_abandoned(*bases: Path) -> list[Path]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether the folder is there, and the process that made it too."""
+    """Return whether the folder exists and the process that created it still runs."""
     return path.is_dir() and not _is_abandoned(path)
 
 
 def _links() -> Path:
-    """Homes are shared between machines, whose disks are not."""
+    # by host name: machines may share a home, but not their disks
     return environment.cache_folder() / "scratch" / platform.node()
 
 
 def _link(path: Path) -> Path:
-    # a run's folders have one name, in several places
+    # by full path: the folders of one run have the same name in several places
     return _links() / hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
 
 
@@ -119,7 +119,7 @@ def _is_abandoned(path: Path) -> bool:
     try:
         lock = FolderLock(path)
     except OSError:
-        return False  # it has just been removed, or is not ours
+        return False  # just removed, or of another user
     try:
         return path.lstat().st_uid == os.getuid() and lock.acquire()
     except OSError:

@@ -1,16 +1,16 @@
-"""Ctrl-C and the signals of shells and schedulers end a run in the same way: `KeyboardInterrupt` with the signal's name."""
+"""Ctrl-C and the signals of shells and schedulers all end a run by `KeyboardInterrupt`, with the signal's name."""
 
 import signal
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-# schedulers send SIGUSR1 or SIGUSR2 before the time is up
+# schedulers send SIGUSR1 or SIGUSR2 before a job's time limit
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def install(before: Callable[[], None] = lambda: None) -> None:
-    """From now on those that are not ignored (nohup) call `before`, and raise `KeyboardInterrupt` in the main thread."""
+    """Let these signals call `before` and raise `KeyboardInterrupt` in the main thread; ignored ones (nohup) stay ignored."""
     for number in _STOP:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, partial(_stop, before))
@@ -24,13 +24,13 @@ def restore() -> None:
 
 
 def check() -> None:
-    """Raise again what was raised and has not been acknowledged."""
+    """Raise the `KeyboardInterrupt` again if it was raised and has not been acknowledged."""
     if signal.getitimer(signal.ITIMER_REAL)[1]:
         signal.raise_signal(signal.SIGALRM)
 
 
 def acknowledge() -> None:
-    """The run is being ended: further signals are ignored, since what is left to do takes seconds and must be done."""
+    """Stop raising, and ignore further signals: the clean-up that follows takes seconds and must be completed."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in _STOP:
         signal.signal(number, signal.SIG_IGN)
@@ -43,7 +43,7 @@ def _stop(before: Callable[[], None], number: int, frame: Any) -> None:
     def again(number: int, frame: Any) -> None:
         raise KeyboardInterrupt(name)
 
-    # a library may lose an exception that comes in the middle of its imports: it comes again until it is acknowledged
+    # a library may swallow an exception in the middle of its imports: raise it every second until it is acknowledged
     signal.signal(signal.SIGALRM, again)
     signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
     raise KeyboardInterrupt(name)

@@ -1,4 +1,4 @@
-"""Standard streams that cannot hurt a run: what nobody can read, or no longer, is no reason to end it."""
+"""Standard streams whose failures do not end a run: output that nobody can read is dropped."""
 
 import io
 import os
@@ -7,18 +7,18 @@ from typing import TextIO
 
 
 def install() -> None:
-    """From now on writing to stdout and stderr cannot fail: closed, full, without a reader, or short of characters."""
+    """Make writes to stdout and stderr safe: closed, on a full disk, without a reader, or with a limited encoding."""
     for descriptor in range(3):
         _occupy(descriptor)
     sys.stdout, sys.stderr = _forgiving(1, sys.stdout), _forgiving(2, sys.stderr)
 
 
 def _occupy(descriptor: int) -> None:
-    """A closed one would be the next file that is opened, for all to write to."""
+    """Open a closed descriptor: the next file opened would get its number, and output would be written into it."""
     try:
         os.fstat(descriptor)
     except OSError:
-        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number
 
 
 def _forgiving(descriptor: int, stream: TextIO | None) -> TextIO:

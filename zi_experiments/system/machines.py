@@ -1,4 +1,4 @@
-"""What this machine is, and what it can do at best. It decides nothing."""
+"""Detect this machine: GPUs, memory, 16-bit types, known peak rates. No decisions are made here."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from zi_experiments import environment
 from zi_experiments.config.schema import Calibration, Ceilings, DeviceType, Hardware, conf_dir
 
 GIB = 1 << 30
-# limit, usage, and what of the usage is file cache that nobody has needed lately, of a group and all below it
+# of a group and all below it: limit, usage, and the part of the usage that is inactive file cache, which can be freed
 _CGROUP_FILES = {
     "cgroup2": ("memory.max", "memory.current", "inactive_file"),
     "cgroup": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -19,24 +19,24 @@ _CGROUP_FILES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """The machine a run is planned for: what was detected, with the user's `hardware` choice laid over it."""
+    """The machine a run is planned for: detected values, overridden by the user's `hardware` choice."""
 
     device: str  # "cuda" or "cpu"
     gpu_name: str | None
     gpus_visible: int
-    gpu_memory_bytes: int | None  # of one GPU, after hardware.memory_gib
+    gpu_memory_bytes: int | None  # of one GPU, at most hardware.memory_gib
     gpu_memory_is_capped: bool
     host_memory_bytes: int  # that a run may use
-    disk_free_bytes: int | None  # where weights would go on disk; None: not looked at
+    disk_free_bytes: int | None  # on the disk for weights; None: unknown
     dtypes: tuple[str, ...]  # 16-bit types, best first
     ceilings: Ceilings
-    calibration: Calibration | None  # null: nothing was measured
+    calibration: Calibration | None  # None: not measured
     driver: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """What is known of a GPU without computing on it."""
+    """Properties of a GPU that the driver reports, without computing on it."""
 
     name: str
     memory_bytes: int
@@ -46,10 +46,10 @@ class Gpu:
 
 
 def detect(hardware: Hardware) -> Machine:
-    """The machine behind a `hardware` choice.
+    """Return the machine that a `hardware` choice describes.
 
-    `auto` takes what is there and, for a GPU that has a file in `conf/hardware`, the ceilings of that file. A choice that
-    names a GPU which is not there is taken at its word.
+    `auto` is this machine; for a GPU that has a file in `conf/hardware`, it takes the ceilings of that file. A choice that
+    names a GPU which this machine lacks is taken as written: a run can be planned for a machine elsewhere.
     """
     gpus = gpu_count()
     device = hardware.device.value
@@ -79,24 +79,24 @@ def detect(hardware: Hardware) -> Machine:
 
 
 def is_elsewhere(hardware: Hardware, gpu_name: str | None) -> bool:
-    """Whether a choice is another machine than the one with that GPU, or without any."""
+    """Return whether the choice describes a machine other than this one, whose GPU is `gpu_name` (None: no GPU)."""
     return hardware.gpu is not None and not is_gpu(gpu_name, hardware.gpu)
 
 
 def is_gpu(name: str | None, model: str) -> bool:
-    """Whether the driver's name of a GPU is of that model: as whole words, since an L40S is no L4."""
+    """Return whether a GPU's driver name contains the model as whole words: an L40S is not an L4."""
     return name is not None and re.search(rf"\b{re.escape(model)}\b", name) is not None
 
 
 def host_memory_available(process: Path = Path("/proc/self")) -> int:
-    """Bytes of host memory that new allocations can have: the kernel's estimate, or what control groups leave if less."""
+    """Return the bytes of host memory available to new allocations: the kernel's estimate, capped by control groups."""
     import psutil
 
     return max(0, min([psutil.virtual_memory().available, *_cgroups_leave(process)]))
 
 
 def _cgroups_leave(process: Path) -> Iterator[int]:
-    """What each control group that a process is in may still take, and each one above it, of both versions."""
+    """Yield the bytes that each control group of a process, and each group above it, may still take (cgroup v1 and v2)."""
     groups: dict[str, Path] = {}
     for line in _lines(process / "cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -108,7 +108,7 @@ def _cgroups_leave(process: Path) -> Iterator[int]:
         if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
             root, top = map(Path, mount.split()[3:5])
             group = groups.get(controller, root)
-            # a container may see nothing but its own group, and that at the top
+            # a container may see only its own group, mounted as the root
             inside = group.relative_to(root) if group.is_relative_to(root) else Path()
             for level in (inside, *inside.parents):
                 yield from _cgroup_leaves(top / level, *_CGROUP_FILES[kind])
@@ -119,7 +119,7 @@ def _cgroup_leaves(folder: Path, limit: str, usage: str, idle: str) -> Iterator[
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         most, taken = ((folder / name).read_text().strip() for name in (limit, usage))
     except OSError:
-        return  # the root has no limit, and version 2 may be there without its memory controller
+        return  # the root has no limit, and v2 may lack its memory controller
     if most != "max":
         yield int(most) - int(taken) + int(statistics[idle])
 
@@ -128,18 +128,18 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text().splitlines()
     except OSError:
-        return []  # a kernel without control groups
+        return []  # the kernel has no control groups
 
 
 def gpu_count() -> int:
-    """How many GPUs CUDA shows this process."""
+    """Return the number of GPUs visible to this process."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def first_gpu() -> Gpu:
-    """The first of the GPUs that CUDA shows this process; there must be one."""
+    """Return the first GPU visible to this process; there must be one. NVML creates no CUDA context."""
     import pynvml
 
     try:
@@ -161,7 +161,7 @@ def first_gpu() -> Gpu:
 
 
 def _first_gpu_by_cuda() -> Gpu:
-    """The same where the driver's management library is missing or does not know the device; this creates a context."""
+    """Return the first GPU where NVML is missing or does not know the device; this creates a CUDA context."""
     import torch
 
     properties = torch.cuda.get_device_properties(0)
@@ -180,19 +180,19 @@ def _gpu_dtypes(major: int) -> tuple[str, ...]:
 
 
 def cpu_dtypes() -> tuple[str, ...]:
-    """16-bit types that DeepSpeed computes on this processor, best first."""
+    """Return the 16-bit types that DeepSpeed can compute in on this CPU, best first."""
     import torch
 
-    # the question DeepSpeed's CPU accelerator asks before it accepts float16
+    # the same check as in DeepSpeed's CPU accelerator, before it accepts float16
     return ("float16", "bfloat16") if torch.ops.mkldnn._is_mkldnn_fp16_supported() else ("bfloat16",)
 
 
-def _known_ceilings(gpu_name: str, asked: Ceilings) -> Ceilings | None:
-    """Those of the file of that GPU; what the user has set counts before."""
+def _known_ceilings(gpu_name: str, typed: Ceilings) -> Ceilings | None:
+    """Return the ceilings in the GPU's file, overridden by those the user typed; None if it has no file."""
     from omegaconf import OmegaConf
 
     for path in sorted((conf_dir() / "hardware").glob("*.yaml")):
         choice: Any = OmegaConf.load(path)
         if choice.gpu and is_gpu(gpu_name, choice.gpu):
-            return Ceilings(**{**choice.ceilings, **{k: v for k, v in vars(asked).items() if v is not None}})
+            return Ceilings(**{**choice.ceilings, **{k: v for k, v in vars(typed).items() if v is not None}})
     return None

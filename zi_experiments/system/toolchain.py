@@ -1,6 +1,6 @@
-"""What this machine has of what a run may need, compilers, headers and limits of the kernel: each fact with its advice.
+"""Check what a run may need of this machine: compilers, headers, kernel limits. Each finding says what to do about it.
 
-`preflight` asks for what one plan needs, `doctor` for everything.
+`preflight` checks what one plan needs, `doctor` checks everything.
 """
 
 import glob
@@ -21,43 +21,43 @@ from zi_experiments import environment
 from zi_experiments.units import gigabytes
 
 LARGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
-_IPC_LOCK = 14  # the capability to lock memory without a limit, as a bit of CapEff
+_IPC_LOCK = 14  # bit of CapEff: the capability to lock memory without a limit
 _ARCHITECTURE = re.compile(r"\d+\.\d+(\+PTX)?")
 _AIO_PROGRAM = "#include <libaio.h>\nint main(void) { return io_queue_init(0, 0); }\n"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """What was found, as a clause, and what to type against it; None: all is well."""
+    """The result of a check."""
 
-    found: str
-    fix: str | None = None
+    found: str  # a clause
+    fix: str | None = None  # what to type; None: nothing to fix
 
 
 def lacking(need: str, *findings: Finding) -> Iterator[str]:
-    """A line for each finding that asks for something: what needs it, what was found, and what to type."""
+    """Yield a line for each finding that has a fix: what needs it, what was found, and what to type."""
     for finding in findings:
         if finding.fix is not None:
             yield f"{need}, and {finding.found}: {finding.fix}"
 
 
 def cxx_compiler() -> Finding:
-    """The compiler of DeepSpeed's operators."""
+    """Find the compiler of DeepSpeed's operators."""
     return _program(environment.program("CXX", "c++")[:1], "apt-get install g++, or set CXX")
 
 
 def c_compiler() -> Finding:
-    """The compiler of Triton's launchers: the one that the user names, else gcc or clang."""
+    """Find the compiler of Triton's launchers: `CC` if set, else gcc or clang."""
     return _program(environment.program("CC")[:1] or ["gcc", "clang"], "apt-get install gcc, or set CC")
 
 
 def ninja() -> Finding:
-    """The program that compiles torch's extensions, which pip puts beside python."""
+    """Find ninja, which builds torch's extensions; pip installs it beside python."""
     return _program(["ninja"], "pip install ninja")
 
 
 def python_headers(include: str | None = None) -> Finding:
-    """Python.h, in the folder `include` that torch and Triton name to the compiler, or where the user lets it look."""
+    """Find Python.h: in `include`, which torch and Triton pass to the compiler, or in CPATH or CPLUS_INCLUDE_PATH."""
     include = include or sysconfig.get_path("include", "posix_prefix")
     added = (folder for name in ("CPATH", "CPLUS_INCLUDE_PATH") for folder in environment.path_list(name))
     for folder in (include, *added):
@@ -68,7 +68,7 @@ def python_headers(include: str | None = None) -> Finding:
 
 
 def libaio() -> Finding:
-    """Whether a program that uses libaio compiles, which is how DeepSpeed looks for it, with the same compiler."""
+    """Check that a program with libaio compiles: DeepSpeed looks for it in this way, with this compiler."""
     fix = "apt-get install gcc libaio-dev (Fedora: dnf install gcc libaio-devel), or set CC"
     compiler, *options = environment.program("CC", sysconfig.get_config_var("CC") or "cc")
     path = _find(compiler)
@@ -85,7 +85,7 @@ def libaio() -> Finding:
 
 
 def cuda_toolkit() -> Finding:
-    """CUDA's compiler, where torch looks for it."""
+    """Find CUDA's compiler, where torch looks for it."""
     from torch.utils import cpp_extension
     from torch.version import cuda
 
@@ -101,14 +101,14 @@ def cuda_toolkit() -> Finding:
 
 
 def cuda_arch_list() -> Finding:
-    """TORCH_CUDA_ARCH_LIST in a form that DeepSpeed reads, which makes a number of each part that a dot separates.
+    """Check that DeepSpeed can parse TORCH_CUDA_ARCH_LIST: it converts the parts around each dot to numbers.
 
-    All its CUDA operators (async_io, gds, quantizer) read it, also when they are compiled already. torch alone takes
-    9.0a, Hopper and native as well.
+    All its CUDA operators (async_io, gds, quantizer) parse it, even when they are compiled already. torch itself also
+    accepts 9.0a, Hopper and native.
     """
     value = environment.cuda_arch_list()
     if value is None:
-        return Finding(found="not set: for the GPUs that are visible")
+        return Finding(found="not set: the visible GPUs")
     parts = [part.strip() for part in value.replace(" ", ";").split(";") if part.strip()]
     wrong = [part for part in parts if not _ARCHITECTURE.fullmatch(part)]
     found = f"TORCH_CUDA_ARCH_LIST={shlex.quote(value)}"
@@ -121,7 +121,7 @@ def cuda_arch_list() -> Finding:
 
 
 def locked_memory(needed_bytes: float = inf) -> Finding:
-    """Whether a process may lock so much memory."""
+    """Check that a process may lock so much memory."""
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if limit == resource.RLIM_INFINITY or _may_lock_all_memory():
         return Finding(found="unlimited")
@@ -130,7 +130,7 @@ def locked_memory(needed_bytes: float = inf) -> Finding:
 
 
 def aio_requests_left() -> int | None:
-    """Requests for asynchronous I/O that the kernel has left of those that all processes share; None: it does not say."""
+    """Return how many asynchronous I/O requests are left of those that all processes share; None if unknown."""
     try:
         return _aio("aio-max-nr") - _aio("aio-nr")
     except OSError:
@@ -138,7 +138,7 @@ def aio_requests_left() -> int | None:
 
 
 def aio_requests(needed: int) -> Finding:
-    """Whether the kernel has so many requests for asynchronous I/O left."""
+    """Check that the kernel has so many asynchronous I/O requests left."""
     left = aio_requests_left()
     if left is None:
         return Finding(found="the kernel does not say")
@@ -148,7 +148,7 @@ def aio_requests(needed: int) -> Finding:
 
 
 def large_pages() -> Finding:
-    """Whether the kernel makes large pages for memory that asks for them, which disks and GPUs fill faster."""
+    """Check that the kernel grants transparent huge pages on request: disks and GPUs fill them faster."""
     try:
         choices = Path(LARGE_PAGES).read_text()
     except OSError:
@@ -159,7 +159,7 @@ def large_pages() -> Finding:
 
 
 def writable(folder: Path) -> Finding:
-    """Whether files can be made in a folder, which is made if need be."""
+    """Check that files can be created in `folder`, which is created if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -170,7 +170,7 @@ def writable(folder: Path) -> Finding:
 
 
 def direct_io(folder: Path) -> Finding:
-    """Whether files in a folder can be opened with O_DIRECT."""
+    """Check that files in `folder` can be opened with O_DIRECT."""
     with tempfile.NamedTemporaryFile(dir=folder) as probe:
         try:
             os.close(os.open(probe.name, os.O_RDONLY | os.O_DIRECT))
@@ -181,12 +181,12 @@ def direct_io(folder: Path) -> Finding:
 
 
 def free_space(folder: Path) -> Finding:
-    """The room that a folder's disk has; plans say how much they need."""
+    """Report the free space on a folder's disk, without a fix: the plan says how much it needs."""
     return Finding(found=f"{folder} has {gigabytes(shutil.disk_usage(folder).free, 1)} free")
 
 
 def launcher_variables() -> Finding:
-    """Whether a launcher has set all of the variables that torch.distributed reads, or none."""
+    """Check that all of the variables that torch.distributed reads are set, or none."""
     present = sorted(environment.distributed_variables())
     if len(present) in (0, 5):
         return Finding(found=", ".join(present) or "none: a run sets its own")
@@ -197,16 +197,16 @@ def launcher_variables() -> Finding:
 
 
 def extensions_folder() -> Path:
-    """torch's cache of compiled extensions, with a folder for each; it is made if need be."""
+    """Return torch's cache folder of compiled extensions, which has a folder for each; create it if it is missing."""
     from torch.utils.cpp_extension import _get_build_directory
 
     return Path(_get_build_directory("", verbose=False))
 
 
 def lock_owner(lock: Path) -> int | None:
-    """The process that builds an extension under this lock: it keeps the file open. None: there is none.
+    """Return the id of the process that builds an extension under this lock file, which it keeps open; None if none does.
 
-    Processes of other users are not seen; they have caches of their own.
+    Processes of other users cannot be seen; they have their own caches.
     """
     try:
         seen = lock.stat()
@@ -217,18 +217,18 @@ def lock_owner(lock: Path) -> int | None:
             if os.path.samestat(os.stat(link), seen):
                 return int(link.split("/")[2])
         except OSError:
-            continue  # it has just been closed
+            continue  # just closed
     return None
 
 
 def _program(names: list[str], fix: str) -> Finding:
-    """The first of these programs that is there."""
+    """Find the first of these programs that exists."""
     paths = [path for name in names if (path := _find(name))]
     return Finding(found=paths[0]) if paths else Finding(found=f"{' or '.join(names)} is not in PATH", fix=fix)
 
 
 def _find(program: str) -> str | None:
-    """Where a worker finds a program."""
+    """Return the path at which a worker process finds a program, or None."""
     return shutil.which(program, path=environment.worker_environment(cuda=False)["PATH"])
 
 
@@ -237,7 +237,7 @@ def _aio(name: str) -> int:
 
 
 def _may_lock_all_memory() -> bool:
-    """Whether this process has the capability in the machine's own user namespace: in another it does not count."""
+    """Return whether this process has CAP_IPC_LOCK in the initial user namespace; elsewhere it has no effect."""
     status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
     is_outermost = Path("/proc/self/uid_map").read_text().split() == ["0", "0", str((1 << 32) - 1)]
     return is_outermost and bool(int(status["CapEff"], 16) >> _IPC_LOCK & 1)

@@ -475,7 +475,7 @@ def test_only_its_own_files_are_written_again(cached, auto, here, tmp_path):
     shipped = tmp_path / "hardware"
     shipped.mkdir()
     (shipped / "big.yaml").write_text("name: big\n")
-    with pytest.raises(ConfigError, match=r"big\.yaml is there already .*pass another --name"):
+    with pytest.raises(ConfigError, match=r"big\.yaml exists already .*pass another --name"):
         export.destination("big", None, shipped)
 
     mine = shipped / "here.yaml"
@@ -489,8 +489,8 @@ def test_only_its_own_files_are_written_again(cached, auto, here, tmp_path):
         (["--path", "/nowhere"], "--path /nowhere is no folder: mkdir -p /nowhere, or"),
         (["--output", "/tmp/x.yaml"], "pass --output FOLDER/hardware/x.yaml"),
         (["--name", "a", "--output", "/tmp/hardware/b.yaml"], "pass --output FOLDER/hardware/a.yaml"),
-        (["--name", "a/b"], "hardware=a/b cannot be typed"),
-        (["--name", "cpu"], "cpu.yaml is there already"),
+        (["--name", "a/b"], "hardware=a/b is not a valid choice"),
+        (["--name", "cpu"], "cpu.yaml exists already"),
     ],
 )
 def test_bad_arguments_get_one_line(arguments, said):

@@ -31,7 +31,7 @@ def advised(compose):
     ],
 )
 def test_what_hydra_cannot_read_is_shown_as_it_is_typed(advised, compose, typed, proposal, key, value):
-    assert advised(typed) == f"{typed} is not as Hydra reads it: quote it, with all of these quotes: {proposal}"
+    assert advised(typed) == f"{typed} cannot be parsed by Hydra: quote it, with all of these quotes: {proposal}"
 
     assert OmegaConf.select(compose(*shlex.split(proposal)), key) == value
 
@@ -41,7 +41,7 @@ def test_a_path_with_spaces_that_the_shell_has_split_is_put_together(advised, pa
     words = value.strip('"').removeprefix(path).split()
 
     assert advised("model=local", f"model.path={path}", *words) == (
-        f"{words[0]} has no value: where it belongs to the value before it, quote both: 'model.path={value}'"
+        f"{words[0]} has no value: if it belongs to the value before it, quote both: 'model.path={value}'"
     )
 
 
@@ -76,7 +76,7 @@ def test_a_key_that_is_none_is_told_what_it_was_meant_to_be(advised, typed, mean
 
 @pytest.mark.parametrize("typed", ["quant.symmetric=1", "nonsense=1"])
 def test_nothing_is_made_up_for_a_key_that_is_like_none(advised, typed):
-    assert advised(typed).endswith("is not a setting: python -m zi_experiments --cfg job shows those there are")
+    assert advised(typed).endswith("is not a setting: python -m zi_experiments --cfg job shows all settings")
 
 
 def test_a_key_that_an_architecture_may_have_is_added(advised):
@@ -91,11 +91,11 @@ def test_a_choice_that_is_none_is_told_what_it_was_meant_to_be(advised, typed, m
     group = typed.partition("=")[0]
     choices = ", ".join(sorted(path.stem for path in (conf_dir() / group).glob("*.yaml")))
 
-    assert advised(typed) == f"{typed} is no choice: pass {group}={meant}; there are {choices}"
+    assert advised(typed) == f"{typed} is not a choice: pass {group}={meant}; there are {choices}"
 
 
 def test_a_choice_like_none_has_the_list(advised):
-    assert advised("offload=tape") == "offload=tape is no choice: pass one of cpu, none, nvme"
+    assert advised("offload=tape") == "offload=tape is not a choice: pass one of cpu, none, nvme"
 
 
 def test_a_flag_is_told_to_be_a_setting():

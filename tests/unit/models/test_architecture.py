@@ -283,7 +283,7 @@ def test_bert_that_is_told_to_decode_is_none():
 
 
 def test_a_model_of_several_widths_is_refused():
-    with pytest.raises(ConfigError, match=r"blt has no one width .* pass model="):
+    with pytest.raises(ConfigError, match=r"blt has no single width .* pass model="):
         architecture.describe(AutoConfig.for_model("blt"), "blt")
 
 
@@ -294,7 +294,7 @@ def test_attention_that_is_not_installed_is_replaced_and_said():
     found = architecture.describe(config, "tiny")
 
     assert found.notes == (
-        "flash_attention_3, which the configuration asks for, is not available here: attention is transformers' default",
+        "flash_attention_3, which the configuration asks for, is not available here: transformers' default attention is used",
     )
     assert found.config._attn_implementation is None
 

@@ -180,7 +180,7 @@ def test_an_index_that_leads_out_of_the_folder(folder, state, name):
 
     message = refusal(folder)
 
-    assert re.search("no file in its own folder and is not read: pass|lacks 1 of the 3 files", message)
+    assert re.search("not a file in its own folder and is not read: pass|lacks 1 of the 3 files", message)
     assert len(message) < 700
 
 
@@ -188,7 +188,7 @@ def test_a_configuration_that_leads_out_of_the_folder(folder, state):
     save(folder, state, "safetensors")
     remote_code.change(folder / "config.json", transformers_weights="../x.safetensors")
 
-    assert "config.json names '../x.safetensors', which is no file in its own folder" in refusal(folder)
+    assert "config.json names '../x.safetensors', which is not a file in its own folder" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def header(content):
         (b"<html>404 Not Found</html>", "header too large"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
-            "Git LFS has left in its place: git lfs pull",
+            "is only a Git LFS pointer to the weights: git lfs pull",
         ),
     ],
 )

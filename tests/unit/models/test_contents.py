@@ -104,13 +104,13 @@ def moved(first, second):
     [
         (
             lambda first, second: (first, second | {NORM: second[NORM] * 2}),
-            "has model.norm.weight in one.safetensors, and two.safetensors has another of that name",
+            "names one.safetensors for model.norm.weight, but two.safetensors has another tensor of that name",
         ),
         (
             lambda first, second: (first, second | {NORM: second[NORM].half()}),
-            "has model.norm.weight in one.safetensors, and two.safetensors has another of that name",
+            "names one.safetensors for model.norm.weight, but two.safetensors has another tensor of that name",
         ),
-        (moved, "has model.norm.weight in one.safetensors, and two.safetensors has it"),
+        (moved, "names one.safetensors for model.norm.weight, but two.safetensors has it"),
     ],
 )
 def test_an_index_that_leads_to_another_tensor_than_plain_transformers_loads(held, split, change, said):
@@ -235,7 +235,7 @@ def test_a_hub_name_is_held_as_far_as_the_cache_has_it(tmp_path):
         assert "Traceback" not in done.stdout + done.stderr
         return " ".join(done.stdout.split())
 
-    assert re.search(r"refused \S+: some/model cannot be had from the hub \(.*\): pass weights.path=…", said())
+    assert re.search(r"refused \S+: some/model cannot be downloaded from the hub \(.*\): pass weights.path=…", said())
     tiny.model("llama").save_pretrained(snapshot)
     checkpoints.rewrite(snapshot, lambda tensors: tensors.pop("model.norm.weight"))
     assert "refused some/model lacks tensors that its config.json asks for (model.norm" in said("plan_only=true")

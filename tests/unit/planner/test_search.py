@@ -283,7 +283,7 @@ def test_a_search_where_nothing_fits_says_why(ranked):
 
 
 def test_a_search_without_rates_says_what_finds_them(ranked):
-    with pytest.raises(ConfigError, match=r"nothing is known of this machine .*: pass hardware=auto$"):
+    with pytest.raises(ConfigError, match=r"no rates of this machine are known, .*: pass hardware=auto$"):
         ranked("engine=stream", **UNKNOWN)
 
 
