@@ -1,4 +1,4 @@
-"""The interface of engines: modules that load a planned model and generate with it, named like their `conf/engine` file."""
+"""The interface of engines: modules that load a planned model and generate with it, named by `conf/engine` files."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
