@@ -37,9 +37,9 @@ def checking_writes() -> AbstractContextManager[None]:
 def bytes_written(path: Path, buffer: Any) -> int:
     """Return how many bytes of `buffer` are in the file at `path`, up to the first missing one; the file was new.
 
-    Several threads write their parts at once, so the failed part need not be the last one. It leaves a hole, which reads
-    as zeros. A file system that compresses also makes holes of zeros that were written. So a hole is a failure only where
-    the buffer is not zero. A file system that knows no holes (NFS before 4.2) reports none: the size alone decides.
+    Several threads write their parts at once, so the failed part need not be the last one. It leaves a hole, read back
+    as zeros. A file system that compresses also makes holes of zeros that were written. So a hole is a failure only if
+    the buffer is not zero there. A file system without holes (NFS before 4.2) reports none: the size alone decides.
     """
     import torch
 
