@@ -162,7 +162,7 @@ def _split(spec: Spec, layers: list[_Layer], needed: int) -> tuple[LayerPlacemen
 
 
 def _choose(layer: _Layer, bytes_due: int) -> Iterator[str]:
-    """Yield names of parameters with `bytes_due` or more together: as few as possible, the last as small as possible."""
+    """Yield names of parameters with `bytes_due` or more together: as few as possible, the last of the least size."""
     left = list(layer.stored_bytes)
     while bytes_due > 0 and left:
         enough = (name for name in left if layer.stored_bytes[name] >= bytes_due)

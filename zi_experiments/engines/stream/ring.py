@@ -69,7 +69,7 @@ class Ring:
         self._send()
 
     def _send(self, at_least: int = 0) -> None:
-        """Launch the copies of all slabs with a free slot that are in host memory, and of the first `at_least` anyway."""
+        """Launch the copies of all slabs with a free slot that are in host memory, and the first `at_least` anyway."""
         while self._sent < self._computed + len(self._slots):
             index = self._sent % len(self._sizes)
             # ranks gather in step, so none of them stops here because its own disk is behind
