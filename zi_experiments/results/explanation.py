@@ -57,7 +57,7 @@ def passed(beyond: Passed, plan: Plan, metrics: Metrics) -> str:
 
 
 def sentence(plan: Plan, prediction: Prediction, metrics: Metrics) -> str | None:
-    """Return a decode step's least work and its time as a sentence; None if no ceiling is known or the bound is wrong."""
+    """Return a decode step's least work and its time as a sentence; None without a ceiling or with a wrong bound."""
     bound, measured_s = lower_bound(plan), metrics.tpot_p50_s
     if bound.decode_step_s is None or bound.limited_by is None or measured_s is None:
         return None
