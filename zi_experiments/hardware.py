@@ -1,4 +1,4 @@
-"""`python -m zi_experiments.hardware`: measure this machine again, show its rates, write them as a `hardware` choice."""
+"""`python -m zi_experiments.hardware`: measure this machine anew, show its rates, write them as a `hardware` choice."""
 
 import argparse
 import sys

@@ -94,7 +94,7 @@ class _Job:
         self._folder = Path(self.record.folder)
 
     def carry_out(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
-        """Carry out the run, and return None; or return the earlier record if it is kept."""
+        """Carry out the run and return None; or return the JSON record of a run that is kept or skipped."""
         try:
             try:
                 if before := self._attempt(cfg, keep):

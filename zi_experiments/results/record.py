@@ -64,7 +64,7 @@ class Record:
     verification: Verification | None = None  # None: verify=off, or the run did not get as far
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form: `result.json`, schema version 1. Bytes are bytes and seconds are seconds; nothing is rounded."""
+        """Return the JSON form: `result.json`, schema version 1, in bytes and seconds; nothing is rounded."""
         return {
             "schema_version": SCHEMA_VERSION,
             "status": self.status,
