@@ -79,7 +79,7 @@ def derive(
 
 
 def passed(figures: Metrics) -> Passed | None:
-    """Return the fractions of bounds that the run beats by more than noise: such bounds are wrong. None: no such."""
+    """Return the fractions of bounds that the run beats by more than noise: these bounds are wrong. Else None."""
     fractions = {"prefill": figures.prefill_fraction_of_bound, "decode": figures.fraction_of_bound}
     beyond = {name: value for name, value in fractions.items() if value is not None and value > NOISE}
     return beyond or None
