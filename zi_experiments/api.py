@@ -31,28 +31,28 @@ def get_ds_model(
     use_gds: bool = False,
     profile: str = "tuned",
 ) -> Any:
-    """A causal language model wrapped by DeepSpeed ZeRO stage 3, in eval mode, ready for `generate`.
+    """Return a causal language model wrapped by DeepSpeed ZeRO stage 3, in eval mode, ready for `generate`.
 
     Args:
         model_name: hub name ("facebook/opt-66b"), folder, or the name of a shipped shape ("opt-66b").
         cpu_offload: keep the weights in host memory.
         disk_offload: keep them on disk, in a folder of their own under `offload_dir`; wins over `cpu_offload`.
-        offload_dir: a folder that is there; used with `disk_offload` only. What is written there goes with the model or
-            the process.
+        offload_dir: an existing folder; used with `disk_offload` only. What is written there is removed with the model
+            or at the end of the process.
         dummy_weights: None for the checkpoint `model_name`, "random" for random weights of its shape, or the folder
             of another checkpoint.
         bits: 16, 8 or 4.
-        group_size: weights that share a scale and a minimum; used below 16 bits.
-        batch_size: sequences that `generate` will be given, over all ranks: a multiple of their number.
-        pin_memory: pin weights in host memory; None pins whenever it has room.
+        group_size: number of weights that share a scale and a minimum; used below 16 bits.
+        batch_size: sequences in a call of `generate`, over all ranks: a multiple of the number of ranks.
+        pin_memory: pin weights in host memory; None pins them if there is room.
         use_gds: read from disk by GPUDirect Storage.
         profile: "tuned", or "reference" for the DeepSpeedExamples script's configuration, key for key.
 
     Without a launcher this process is the only rank; under torchrun the model is partitioned over its ranks. One model
-    per process: DeepSpeed does not give everything back.
+    per process: DeepSpeed does not release everything.
 
     Raises:
-        ConfigError: what is asked for cannot work or fit on this machine; the message says what can.
+        ConfigError: the model or a setting cannot work or fit on this machine; the message says what to pass.
     """
     if bits not in (16, 8, 4):
         raise ConfigError(f"bits={bits} is not supported: pass bits=4, 8 or 16")
@@ -105,7 +105,7 @@ def _load(run: Run) -> Any:
         if held is not None:
             held.close()
         raise
-    # its destructor would take the hooks off that bring the weights in
+    # the destructor of the session's engine would remove the hooks that fetch the weights
     session.model.zi_session = session
     if held is not None:
         weakref.finalize(session.model, held.close)
@@ -113,7 +113,7 @@ def _load(run: Run) -> Any:
 
 
 def _known_model(name: str) -> str:
-    """The shipped shape of that name or hub name, else `local`."""
+    """Return the shipped shape with that name or hub name, else `local`."""
     for path in sorted((conf_dir() / "model").glob("*.yaml")):
         if path.stem != "local" and name in (path.stem, OmegaConf.load(path).path):
             return path.stem

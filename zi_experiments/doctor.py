@@ -1,4 +1,4 @@
-"""`python -m zi_experiments.doctor`: what this machine has of what runs need, and how to get what it lacks."""
+"""`python -m zi_experiments.doctor`: check that this machine has what runs need, and say how to get what is missing."""
 
 import argparse
 import logging
@@ -23,19 +23,19 @@ from zi_experiments.system import toolchain
 from zi_experiments.system.toolchain import Finding
 from zi_experiments.units import gigabytes
 
-AIO_OF_A_RANK = 1152  # what engine=deepspeed offload=nvme takes as it comes
+AIO_OF_A_RANK = 1152  # what engine=deepspeed offload=nvme takes by default
 _SHARED_BYTES = 1 << 30  # Docker gives 64 MiB, where the back ends of several ranks fail or end with SIGBUS
 _MOSTLY_FREE = 0.9
 _STYLES = {"ok": "green", "missing": "bold red", "optional": "yellow"}
 
-# its name, what it does, and what needs it; None: runs with default settings do
+# name, function, and what needs it; None: runs with default settings need it
 Check = tuple[str, Callable[[], Finding], str | None]
 
 
 def main() -> int:
-    """Show the table of all checks. Returns 1 when something is missing that runs with default settings need, else 0.
+    """Print the table of all checks. Return 1 if something is missing that runs with default settings need, else 0.
 
-    A folder that is not there ends with a line that says so.
+    A `--path` that is not a folder ends the process with a line that says so.
     """
     stdio.install()
     parser = argparse.ArgumentParser(prog="python -m zi_experiments.doctor", description="Check this machine.")
@@ -45,7 +45,7 @@ def main() -> int:
     folder = arguments.path.expanduser().resolve()
     if not folder.is_dir():
         sys.exit(f"refused: --path {folder} is no folder: mkdir -p {folder}, or pass --path /another/folder")
-    # torch warns of what the table says
+    # torch warns about the same problems that the table shows
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     table = Table(title=f"zi_experiments on {platform.node()}")
     for header in ("check", "state", "found", "how to fix"):
@@ -74,11 +74,11 @@ def compile_operators() -> None:
 
 
 def checks(folder: Path) -> list[Check]:
-    """All of them; `folder` is where offload=nvme would put its own."""
+    """Return all checks; `folder` is where offload=nvme would put the weights."""
     nvme, own_nvme = "for offload=nvme", "for offload=nvme engine=deepspeed"
     gpus = _gpus()
     return [
-        ("caches", kept, None),  # first, since packages want them
+        ("caches", kept, None),  # first, since other packages use them
         ("Python", python, None),
         *((name, partial(package, name), None) for name in ("torch", "transformers", "deepspeed")),
         ("other packages", other_packages, None),
@@ -107,7 +107,7 @@ def checks(folder: Path) -> list[Check]:
 
 
 def python() -> Finding:
-    """This Python, against the versions that the project takes."""
+    """Check this Python against the versions that the project supports."""
     from packaging.specifiers import SpecifierSet
 
     wanted = metadata.metadata("zi_experiments")["Requires-Python"]
@@ -116,7 +116,7 @@ def python() -> Finding:
 
 
 def package(name: str) -> Finding:
-    """A package in a version that the project takes, and whether it can be imported, in a process of its own."""
+    """Check the version of a package, and import it in a separate process."""
     finding = _version(name)
     if finding.fix is not None:
         return finding
@@ -129,7 +129,7 @@ def package(name: str) -> Finding:
 
 
 def other_packages() -> Finding:
-    """The other packages that the project needs: the first that is not as it should be."""
+    """Check the other packages that the project needs; return the first problem."""
     others = [name for name in _requirements() if name not in ("torch", "transformers", "deepspeed")]
     for name in others:
         finding = _version(name)
@@ -139,7 +139,7 @@ def other_packages() -> Finding:
 
 
 def gpu() -> Finding:
-    """The first GPU, its driver and what torch is built for, or why there is none."""
+    """Return the first GPU, its driver and what torch is built for, or why there is none."""
     import torch
     from torch.version import cuda
 
@@ -156,7 +156,7 @@ def gpu() -> Finding:
 
 
 def gpu_memory() -> Finding:
-    """Memory of the first GPU."""
+    """Return the free memory of the first GPU."""
     from zi_experiments.system import machines
 
     first = machines.first_gpu()
@@ -165,19 +165,19 @@ def gpu_memory() -> Finding:
 
 
 def host_memory() -> Finding:
-    """What new allocations can have."""
+    """Return the host memory that new allocations can have."""
     from zi_experiments.system import machines
 
     return Finding(found=f"{gigabytes(machines.host_memory_available(), 1)} available")
 
 
 def output_folder() -> Finding:
-    """The folder from which runs are started, where they make `outputs/`."""
+    """Check the folder from which runs are started: they make `outputs/` there."""
     return _with_fix(toolchain.writable(Path.cwd()), "start runs elsewhere, or pass hydra.run.dir=/a/writable/folder")
 
 
 def kept() -> Finding:
-    """Where compiled operators are kept, and what else need not be found out again."""
+    """Check the folders that keep compiled operators and other results for later runs."""
     try:
         moved = caches.settle()
         folders = (toolchain.extensions_folder(), environment.cache_folder())
@@ -190,7 +190,7 @@ def kept() -> Finding:
 
 
 def builds() -> Finding:
-    """Locks of operators in torch's cache: runs wait for those that a process has, and remove the others."""
+    """Return the locks of operators in torch's cache. Runs wait for locks that a process holds, and remove others."""
     notes = []
     for lock in sorted(toolchain.extensions_folder().glob("*/lock")):
         owner = toolchain.lock_owner(lock)
@@ -200,14 +200,14 @@ def builds() -> Finding:
 
 
 def shared_memory() -> Finding:
-    """/dev/shm, through which the ranks of one machine talk."""
+    """Check /dev/shm, through which the ranks of one machine communicate."""
     free = shutil.disk_usage("/dev/shm").free
     fix = None if free >= _SHARED_BYTES else "docker run --shm-size=8g, or mount -o remount,size=8G /dev/shm"
     return Finding(found=f"/dev/shm has {gigabytes(free, 1)} free", fix=fix)
 
 
 def wandb() -> Finding:
-    """What tracking=wandb means here."""
+    """Return what tracking=wandb means here: the W&B mode."""
     mode = environment.wandb_mode()
     if mode is None:
         environment.prepare_for_wandb("auto")
@@ -218,7 +218,7 @@ def wandb() -> Finding:
 
 
 def _finding(check: Callable[[], Finding]) -> Finding:
-    """What a check found. It must not break with what it looks at: torch may be missing, or a file of the kernel."""
+    """Return what a check found. A failed check must not end the table: torch or a kernel file may be missing."""
     try:
         return check()
     except Exception as error:
@@ -232,11 +232,11 @@ def _gpus() -> int:
 
         return machines.gpu_count()
     except Exception:
-        return 0  # what is wrong with torch, its own checks say
+        return 0  # the checks of torch say what is wrong with it
 
 
 def _requirements() -> dict[str, Any]:
-    """The packages that the project needs, by name, as packaging's `Requirement`."""
+    """Return the packages that the project needs, by name, as packaging's `Requirement`."""
     from packaging.requirements import Requirement
 
     requirements = [Requirement(text) for text in metadata.requires("zi_experiments") or []]

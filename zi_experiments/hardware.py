@@ -1,4 +1,4 @@
-"""`python -m zi_experiments.hardware`: measure this machine anew, show what it can do, and write it as a `hardware` choice."""
+"""`python -m zi_experiments.hardware`: measure this machine anew, show its rates, write them as a `hardware` choice."""
 
 import argparse
 import sys
@@ -15,20 +15,20 @@ from zi_experiments.system.machines import detect
 
 
 def main() -> int:
-    """Returns 0, 1 when the machine could not be measured, or 130 when stopped. Bad arguments end with a line that says so."""
+    """Return 0, 1 if the machine could not be measured, or 130 if stopped. Bad arguments end with a line on stderr."""
     stdio.install()
     parser = argparse.ArgumentParser(prog="python -m zi_experiments.hardware", description=__doc__)
     parser.add_argument("--path", type=Path, metavar="FOLDER", help="measure the disk of this folder too")
-    parser.add_argument("--name", help="of the choice; default: the GPU's or the processor's")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: NAME.yaml among the choices of hardware")
-    parser.add_argument("--request", help=argparse.SUPPRESS)  # of a launcher, which reads the answer
-    asked = parser.parse_args()
-    if asked.request is not None:
-        child.answer(asked.request)
+    parser.add_argument("--name", help="name of the choice; default: that of the GPU or processor")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: NAME.yaml among the hardware choices")
+    parser.add_argument("--request", help=argparse.SUPPRESS)  # from a launcher, which reads the answer
+    arguments = parser.parse_args()
+    if arguments.request is not None:
+        child.answer(arguments.request)
         return 0
     signals.install()
     try:
-        return _measure(asked.path, asked.name, asked.output)
+        return _measure(arguments.path, arguments.name, arguments.output)
     except ConfigError as error:
         sys.exit(f"refused: {error}")
     except KeyboardInterrupt:
@@ -42,14 +42,14 @@ def _measure(folder: Path | None, name: str | None, output: Path | None) -> int:
     if line := caches.settle():
         _say(line)
     run = from_choices({"hardware": "auto", "engine": "stream"}, {})
-    there = base.get(run.engine.name).disk_access(run, folder) if folder is not None else None
+    disk = base.get(run.engine.name).disk_access(run, folder) if folder is not None else None
     machine = detect(run.hardware)
     shipped = conf_dir() / "hardware"
     name = name or (output.stem if output is not None else export.default_name(machine))
     path = export.destination(name, output, shipped)
-    measured = suite.measure(run.hardware, machine, there, _say)
+    measured = suite.measure(run.hardware, machine, disk, _say)
     if measured.calibration is None or measured.calibration.host_bytes_per_s is None:
-        return 1  # why has been said
+        return 1  # the reason has been printed
     Console().print(export.table(measured))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

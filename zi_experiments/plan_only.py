@@ -1,4 +1,4 @@
-"""`plan_only=true`: the plan of a run, shown in seconds, with nothing loaded and nothing left behind."""
+"""`plan_only=true`: show the plan of a run in seconds. Nothing is loaded, and no file is left."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from zi_experiments.runtime import scratch
 
 
 def show(cfg: DictConfig, console: Console) -> None:
-    """Raises `ConfigError` for a run that would be refused."""
+    """Print the plan of a run. Raises `ConfigError` for a run that would be refused."""
     run = to_run(cfg)
     perplexity.check_text(run.workload.text)
     plan = prepare(run, scratch.base_for_weights(run, Path(HydraConfig.get().runtime.output_dir) / "offload"))

@@ -1,4 +1,4 @@
-"""One run from its composed configuration to its record: the flow, from left to right."""
+"""One run, from its composed configuration to its record."""
 
 import json
 import traceback
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from zi_experiments.execution.worker import Measurement  # it imports torch
 
 
-_SECONDS_TO_HASH = 10**9  # bytes that take long enough to be told
+_SLOW_TO_HASH_BYTES = 10**9  # above this, hashing takes long enough to show progress
 
 
 class RunFailed(CompactHydraException):
-    """A run ended with a status other than ok, or its record could not be written; what was wrong has been said."""
+    """A run ended with a status other than ok, or its record could not be written; the reason has been printed."""
 
 
 def run_job(
@@ -53,8 +53,8 @@ def run_job(
 ) -> None:
     """Carry out one composed run and leave exactly one `result.json`, whatever happens; `plan_only` leaves none.
 
-    With `keep` a run whose folder has an ok record of the same fingerprint is not carried out again. `tell` is called
-    with the record in its JSON form, before anything is raised; the status of one that is kept reads `kept`.
+    With `keep`, a run whose folder has an ok record of the same fingerprint is not carried out again. `tell` is called
+    with the record in its JSON form before anything is raised; the status of a kept record is `kept`.
 
     Raises `RunFailed` when the run is not ok, so that a sweep goes on and the exit code is not 0, and
     `KeyboardInterrupt`, after the record is written, when the user stops it.
@@ -82,7 +82,7 @@ def run_job(
 
 
 class _Job:
-    """A run under way: its record as far as it has got, and the sinks that will have it."""
+    """A run in progress: its record so far, and the sinks that will write it."""
 
     def __init__(self, cfg: DictConfig, console: Console) -> None:
         self.record = initial.record(cfg)
@@ -94,7 +94,7 @@ class _Job:
         self._folder = Path(self.record.folder)
 
     def carry_out(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
-        """The record of before when it is kept; None: the run has been carried out."""
+        """Carry out the run and return None; or return the JSON record of a run that is kept or skipped."""
         try:
             try:
                 if before := self._attempt(cfg, keep):
@@ -118,13 +118,13 @@ class _Job:
         machine = machines.detect(run.hardware)
         self._update(environment=environment.describe(machine))
         may_keep = keep and not run.force and (self._folder / NAME).exists()
-        # what is wrong with a checkpoint is said before it is hashed
+        # errors of a checkpoint are found before it is hashed, which takes long
         arch = None if may_keep else load_architecture(run)
         self._identify(run)
         if may_keep and (before := self._finished_before()):
             return before
         self._is_begun = True
-        self._file.write(self.record)  # of a run that is killed, launcher and all, this is what remains
+        self._file.write(self.record)  # this is what remains if run and launcher are killed
         with self._turn(run, machine):
             return self._planned(run, arch)
 
@@ -143,7 +143,7 @@ class _Job:
 
     @contextmanager
     def _turn(self, run: Run, machine: machines.Machine) -> Iterator[None]:
-        """With devices of its own, while other jobs of its sweep run in other processes."""
+        """Reserve devices for this run, while other jobs of its sweep run in other processes."""
         on_gpus = machine.device == "cuda" and machine.gpus_visible > 0
         devices = environment.visible_gpus(machine.gpus_visible) if on_gpus else ["cpu"]
         count = min(run.hardware.num_gpus, len(devices))
@@ -157,7 +157,7 @@ class _Job:
                 yield
 
     def _identify(self, run: Run) -> None:
-        """Note what a result depends on: settings, code, machine, and the weights by their hashes."""
+        """Record what a result depends on: settings, code, machine, and the weights by their hashes."""
         self._update(checkpoint=self._checkpoint(run.weights.path))
         fingerprint = fingerprints.fingerprint(self.record)
         self._update(run=replace(self.record.run, fingerprint=fingerprint))
@@ -168,7 +168,7 @@ class _Job:
         found = checkpoint.find(path)
         if found is None:
             return {"path": path}  # a name on the hub
-        told = progress.shown(self._console) if found.num_bytes > _SECONDS_TO_HASH else progress.silent()
+        told = progress.shown(self._console) if found.num_bytes > _SLOW_TO_HASH_BYTES else progress.silent()
         told.begin("hash", found.num_bytes, "bytes")
         hashed = hashes.of(found, environment.cache_folder(), told.advance)
         told.end()
@@ -184,13 +184,13 @@ class _Job:
         return result | {"status": "kept"}
 
     def _remove_abandoned(self, folder: Path) -> None:
-        """What runs have left that were killed: this one finds their room free."""
+        """Remove what killed runs have left, so that this run has the room."""
         temporary = scratch.for_temporary_files(self.record.run.id)
         for path in scratch.remove_abandoned(temporary.parent, folder):
             _say(self._console, f"removed {display_path(path)}: the run that made it was killed")
 
     def _measured(self, run: Run, machine: machines.Machine) -> machines.Machine:
-        """The machine with its rates, measured now if they are not known."""
+        """Return the machine with its rates; measure them now if they are not known."""
         return this_machine.measured(run, machine, self._disk_folder(run), partial(_say, self._console))
 
     def _disk_folder(self, run: Run) -> Path:
@@ -260,7 +260,7 @@ class _Job:
         self._update(run=replace(self.record.run, finished_at=_now()))
         path = self._folder / NAME
         if self.record.status == "killed" and not self._is_begun and path.exists():
-            return  # of a run before, which may be kept by the next
+            return  # it is the record of an earlier run, which the next run may keep
         try:
             self._file.write(self.record)
             self.is_stored = True
@@ -278,7 +278,7 @@ class _Job:
 
 
 def _as_read(arch: architecture.Architecture) -> dict[str, Any]:
-    """What is known of a checkpoint once its model is: the commit of a name on the hub, and what is not loaded."""
+    """Return what reading the model tells about its checkpoint: the commit on the hub, and the tensors not loaded."""
     commit = getattr(arch.config, "_commit_hash", None)
     return ({"commit": commit} if commit else {}) | {"ignored_tensors": list(arch.ignored_tensors)}
 

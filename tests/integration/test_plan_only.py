@@ -48,10 +48,8 @@ def test_a_plan_shows_what_goes_where_how_long_it_takes_and_what_would_help(cli)
     assert gpu.endswith("MB")
     assert row(text, "total")[1] == "100.74 GB", "with 2.5 GB of the process"
     assert row(text, "available")[1] == "429.50 GB"
-    assert row(text, "decode step") == ["1.56 s (vendor's rates)", "the link"], (
-        "and no prediction, which would be the same"
-    )
-    assert "a decode step takes at least 1.56 s (vendor's rates), limited by the link\n" in text
+    assert row(text, "decode step") == ["1.56 s (vendor's rates)", "PCIe"], "and no prediction, which would be the same"
+    assert "a decode step takes at least 1.56 s (vendor's rates), limited by PCIe\n" in text
     assert re.search(
         r"^faster \(by the lower bounds\): workload\.batch_size=32, 3\.\d\d × the tokens per second; "
         r"first token after 1\.56 s → 5\.\d\d s, then one each 1\.56 s → 1\.56 s$",

@@ -167,7 +167,7 @@ def test_a_sweep_goes_on_after_a_failed_job(cli):
     assert "Error executing job" not in done.stderr
     runs = [wandb_file.read(result["folder"]) for result in cli.results() if result["status"] == "ok"]
     assert len({run["id"] for run in runs} | {"shared"}) == 3
-    assert done.stdout.count("WANDB_RUN_ID=shared is left out") == 1
+    assert done.stdout.count("WANDB_RUN_ID=shared is ignored") == 1
     for run in runs:
         assert (run["project"], run["job_type"], run["tags"][:2]) == ("theirs", "night", ["a", "b"])
     table = done.stdout[done.stdout.index("3 runs") :]

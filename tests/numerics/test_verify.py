@@ -43,7 +43,7 @@ def problems(tmp_path_factory):
         ("stream", "llama", "a minimum", r"model\.layers\.0 is the first part .*not finite"),
         ("stream", "llama", "what stays", r"model\.layers\.1 is the first part"),
         ("stream", "llama", "exchanged", r"model\.layers\.0 is the first part"),
-        ("stream", "llama", "tokens", "the cache of keys and values is not right"),
+        ("stream", "llama", "tokens", "the KV cache is not right"),
         ("deepspeed", "llama", "nothing", None),
         ("deepspeed", "llama", "layer 1", r"model\.layers\.1 is the first part"),
         ("deepspeed", "llama", "both layers", r"model\.layers\.0 is the first part"),
@@ -51,10 +51,10 @@ def problems(tmp_path_factory):
         ("deepspeed", "llama", "not a number", r"model\.layers\.0 is the first part .*not finite"),
         ("deepspeed", "llama", "embedding", "the embedding is the first part"),
         ("deepspeed", "llama", "head", "the final norm and head is the first part"),
-        ("deepspeed", "llama", "tokens", "generate gives .*the cache of keys and values is not right"),
+        ("deepspeed", "llama", "tokens", "generate gives .*the KV cache is not right"),
         ("deepspeed", "mixtral", "nothing", None),
         ("deepspeed", "mixtral", "an expert", r"model\.layers\.1 is the first part"),
-        ("deepspeed", "mixtral", "tokens", "the cache of keys and values is not right"),
+        ("deepspeed", "mixtral", "tokens", "the KV cache is not right"),
     ],
 )
 def test_what_is_wrong_is_named(problems, engine, family, fault, said):
@@ -152,7 +152,7 @@ def test_tokens_of_plain_generate_are_right_where_a_forward_pass_has_others(tmp_
 
     assert found.passed, found.problem
     assert found.tokens_equal
-    assert "the cache of keys and values is not right" in wrong.problem
+    assert "the KV cache is not right" in wrong.problem
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,6 +1,6 @@
-"""Hugging Face accelerate: weights in ordinary host memory or in memory-mapped files, brought to each module as it is called.
+"""Hugging Face accelerate: weights in pageable host memory or memory-mapped files, copied to the GPU module by module.
 
-Its hooks copy without overlap, from pageable memory; files are read through the page cache.
+Its hooks copy a module's weights when it is called, without overlap. Files are read through the page cache.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ from zi_experiments.runtime.progress import Progress
 from zi_experiments.system.disk import Disk
 
 OVERLAP = Overlap(hidden=0.0, launch=4.0, stall=0.0, load_s=3.0, load_s_per_parameter=1e-9)
-Values = Iterator[tuple[list[str], Any]]  # of every parameter: all its names, and its value on the device
+Values = Iterator[tuple[list[str], Any]]  # for each parameter: all its names, its value on the device
 
 
 OPTIONS: frozenset[str] = frozenset()
@@ -32,11 +32,11 @@ CONFIG_NAME = "engine_config"
 
 
 def check(run: Run) -> None:
-    """Raise `ConfigError` for what accelerate has no counterpart of."""
+    """Raise `ConfigError` for what accelerate does not support: quantized weights, several GPUs, pinned memory."""
     sixteen_bit.check(run)
     if run.hardware.num_gpus > 1:
         raise ConfigError(
-            f"engine=accelerate shards nothing over {run.hardware.num_gpus} GPUs: pass hardware.num_gpus=1, or engine=fsdp"
+            f"engine=accelerate uses one GPU, not {run.hardware.num_gpus}: pass hardware.num_gpus=1, or engine=fsdp"
         )
     if run.offload.pin_memory:
         raise ConfigError(
@@ -45,7 +45,7 @@ def check(run: Run) -> None:
 
 
 def storage(spec: Spec) -> Storage:
-    """All weights where `offload` says, and those of one module at a time on the GPU."""
+    """Return the placement: all weights where `offload` says, and those of one module at a time on the GPU."""
     placement = placement_of(sixteen_bit.stored(spec))
     streams, on_disk = sixteen_bit.crosses_link(spec), spec.run.offload.device is OffloadDevice.nvme
     largest = _largest_module_bytes(spec)
@@ -64,17 +64,17 @@ def stored(plan: Plan) -> dict[str, Stored]:
 
 
 def requirements(plan: Plan) -> Iterator[str]:
-    """Nothing beside torch."""
+    """Return nothing: torch is enough."""
     return iter(())
 
 
 def disk_access(run: Run, folder: Path) -> Disk:
-    """Files are mapped into memory, and the kernel reads ahead: as much as a disk can tell."""
+    """Return the disk of `folder` with the most requests in flight: the kernel reads ahead in memory-mapped files."""
     return reading(folder, None, MOST_IN_FLIGHT)
 
 
 def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
-    """Which of accelerate's functions is called, and with which folder."""
+    """Return the name of the accelerate function to call and, for weights on disk, its folder."""
     offload = plan.run.offload.device
     if offload is OffloadDevice.none:
         return {"call": None}
@@ -88,7 +88,7 @@ def prepare(plan: Plan, progress: Progress) -> None:
 
 
 def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
-    """Load the planned model, one parameter at a time, and hook its modules."""
+    """Load the planned model, one parameter at a time, and hook its modules. Return its session."""
     import torch
 
     device, dtype = device_of(plan), getattr(torch, plan.dtype)
@@ -147,7 +147,7 @@ def _inventory(model: Any, names: list[list[str]]) -> Inventory:
 
 
 def _held(model: Any, name: str) -> tuple[Home, int]:
-    """Where accelerate takes a parameter from when its module is called, and how many bytes there are."""
+    """Return where accelerate reads a parameter from when its module is called, and its bytes there."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     hook = getattr(module, "_hf_hook", None)
@@ -161,7 +161,7 @@ def _held(model: Any, name: str) -> tuple[Home, int]:
 
 
 def _largest_module_bytes(spec: Spec) -> int:
-    """Weights of the module that holds the most itself, not in modules of its own."""
+    """Return the largest weight bytes of a single module, without its submodules."""
     modules: Counter[str] = Counter()
     for p in spec.architecture.parameters:
         modules[p.name.rpartition(".")[0]] += ELEMENT_BYTES * p.numel

@@ -1,4 +1,4 @@
-"""What an engine is: a module that loads a planned model and generates with it, by the name of its `conf/engine` file."""
+"""The interface of engines: modules that load a planned model and generate with it, named by `conf/engine` files."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -21,55 +21,55 @@ class Session(Protocol):
     model: Any  # the Hugging Face module, in eval mode
 
     def generate(self, input_ids: Any, gen_len: int, streamer: Any) -> Any:
-        """Generate exactly `gen_len` tokens greedily.
+        """Return prompts and exactly `gen_len` greedy tokens each, of shape (sequences, prompt_len + gen_len).
 
-        `input_ids` is int64 of shape (sequences of this rank, prompt_len); returns (sequences, prompt_len + gen_len).
+        `input_ids` is int64 of shape (sequences of this rank, prompt_len).
         """
 
     def inventory(self) -> Inventory:
-        """What this rank holds of the weights, as it is found in memory and on disk."""
+        """Return this rank's part of the weights, as found in memory and on disk."""
 
     def parked(self) -> AbstractContextManager[None]:
-        """While it is entered the model does not run, and `Storage.parked_bytes` of the GPU's weights are in host memory."""
+        """Return a context with `Storage.parked_bytes` of GPU weights in host memory; the model cannot run in it."""
 
     def close(self) -> None: ...
 
 
 class Engine(Protocol):
-    """What an engine's module has: all that is known of it outside of `engines/`."""
+    """The interface of an engine's module: all that code outside `engines/` knows of it."""
 
-    OPTIONS: frozenset[str]  # the settings of `OPTIONAL` that it uses, by their dotted names
-    CONFIG_NAME: str  # of what `config` returns, in the record and as a file beside it
+    OPTIONS: frozenset[str]  # the settings in `OPTIONAL` that it uses, by their dotted names
+    CONFIG_NAME: str  # name of what `config` returns: the key in the record, and the file beside it
 
     def check(self, run: Run) -> None:
-        """Raise `ConfigError` for a run that the engine cannot carry out, whatever the model and the machine."""
+        """Raise `ConfigError` for settings that the engine does not support with any model, on any machine."""
 
     def storage(self, spec: Spec) -> Storage:
-        """Where the engine keeps the weights; figures only, on any machine.
+        """Return where the engine keeps the weights, and its buffers; figures only, on any machine.
 
-        Raises `ConfigError` for a model or a machine that the engine cannot do with.
+        Raises `ConfigError` for a model or a machine that the engine does not support.
         """
 
     def stored(self, plan: Plan) -> dict[str, Stored]:
-        """How the engine should hold each parameter of a plan, by name: what a session's `inventory` is compared with."""
+        """Return how the engine should store each parameter, by name: a session's `inventory` is compared with it."""
 
     def requirements(self, plan: Plan) -> Iterator[str]:
-        """What this machine lacks for a plan: a line for each, which says what to type."""
+        """Yield one line for each thing that this machine lacks for a plan; the line says what to type."""
 
     def disk_access(self, run: Run, folder: Path) -> Disk:
-        """How the engine reads the weights of a run with `offload=nvme` from a folder, for its disk to be measured so."""
+        """Return how the engine reads weights from `folder` with `offload=nvme`; the disk is measured that way."""
 
     def config(self, plan: Plan, scratch: str | None) -> dict[str, Any]:
-        """The engine's own configuration for a plan, as it goes into the record; `scratch` is the run's folder on disk."""
+        """Return the engine's own configuration of a plan, as recorded; `scratch` is the run's folder on disk."""
 
     def prepare(self, plan: Plan, progress: Progress) -> None:
-        """What must happen once before loading and is not part of its time: builds, the distributed back end."""
+        """Do once what is not part of the loading time: compile operators, start the distributed back end."""
 
     def load(self, plan: Plan, config: dict[str, Any], progress: Progress) -> Session:
-        """Load the planned model in this worker process."""
+        """Load the planned model in this worker process. Return its session."""
 
 
-# settings that not every engine uses, and what they are when nothing is asked for
+# settings that not every engine uses, with their values when they are not set
 OPTIONAL: dict[str, Any] = {
     "engine.profile": None,
     "offload.resident": 0,
@@ -86,7 +86,7 @@ OPTIONAL: dict[str, Any] = {
 
 
 def get(name: str) -> Engine:
-    """The engine of that name. Raises `ConfigError` when there is none."""
+    """Return the engine of that name. Raises `ConfigError` when there is none."""
     module = f"zi_experiments.engines.{name}"
     found: Any = None
     if name.isidentifier():
@@ -103,12 +103,12 @@ def get(name: str) -> Engine:
 
 
 def names() -> list[str]:
-    """The engines that there are, by their choices in `conf/engine`."""
+    """Return the names of all engines, which are the choices in `conf/engine`, sorted."""
     return sorted(path.stem for path in (conf_dir() / "engine").glob("*.yaml"))
 
 
 def check(run: Run) -> None:
-    """Raise `ConfigError` for a run that its engine cannot carry out, or with a setting that it would not look at."""
+    """Raise `ConfigError` for settings that the run's engine does not support, or would ignore."""
     engine = get(run.engine.name)
     for key, unset in OPTIONAL.items():
         value = reduce(getattr, key.split("."), cast(Any, run))

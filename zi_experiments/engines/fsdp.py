@@ -1,6 +1,6 @@
-"""PyTorch's FSDP2: each decoder layer sharded over the ranks, in host memory or not, and gathered before it runs.
+"""PyTorch FSDP2: each decoder layer is sharded over the ranks, on GPUs or in host memory, and gathered before it runs.
 
-What is outside of the layers is gathered once and stays, which is FSDP2's default for the outermost module.
+Weights outside the layers are gathered once and stay gathered, which is FSDP2's default for the root module.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from zi_experiments.system.disk import Disk
 
 PREFETCHED_LAYERS = 2
 OVERLAP = Overlap(hidden=0.0, launch=2.1, stall=0.0, load_s=3.0, load_s_per_parameter=2e-9)
-# on a CPU one copy, to new pages, which the kernel clears first
+# on a CPU weights are copied once, into new pages, which the kernel clears first
 COPIES_ON_CPU = 3.0
 
 
@@ -33,17 +33,17 @@ CONFIG_NAME = "engine_config"
 
 
 def check(run: Run) -> None:
-    """Raise `ConfigError` for weights on disk or quantized."""
+    """Raise `ConfigError` for quantized weights and for weights on disk."""
     sixteen_bit.check(run)
     if run.offload.device is OffloadDevice.nvme:
         raise ConfigError("engine=fsdp keeps weights in memory: pass offload=cpu, or engine=accelerate")
 
 
 def storage(spec: Spec) -> Storage:
-    """All weights where `offload` says; on each GPU what is outside of the layers, and the layers on their way."""
+    """Return the placement: all weights where `offload` says; on each GPU those outside the layers and a few layers."""
     placement, outside = placement_of(sixteen_bit.stored(spec)), ELEMENT_BYTES * spec.outside_numel
-    # Over several ranks: the layer that computes, what it was gathered in, and the same of those prefetched. One rank
-    # gathers nothing and prefetches nothing: torch copies the parameters of a layer, one by one, when it is called.
+    # Several ranks: the layer that computes, the buffer it was gathered in, and the prefetched layers. One rank gathers
+    # nothing and prefetches nothing: torch copies the parameters of a layer, one by one, when it is called.
     live = 2 if spec.run.hardware.num_gpus == 1 else 2 + PREFETCHED_LAYERS
     return Storage(
         placement=placement,
@@ -58,17 +58,17 @@ def stored(plan: Plan) -> dict[str, Stored]:
 
 
 def requirements(plan: Plan) -> Iterator[str]:
-    """Nothing beside torch."""
+    """Return nothing: torch is enough."""
     return iter(())
 
 
 def disk_access(run: Run, folder: Path) -> Disk:
-    """`check` refuses weights on disk."""
+    """Not supported: `check` refuses weights on disk."""
     raise NotImplementedError
 
 
 def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
-    """What FSDP2 is told."""
+    """Return the options of FSDP2."""
     return {
         "cpu_offload": sixteen_bit.crosses_link(plan),
         "pin_memory": plan.pin_memory,
@@ -81,7 +81,7 @@ def prepare(plan: Plan, progress: Progress) -> None:
 
 
 def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
-    """Load the planned model, one decoder layer on the device at a time, of which each rank keeps its shard."""
+    """Load the planned model, one whole decoder layer on the device at a time; each rank keeps its shard."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -106,10 +106,10 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
 
 
 def _prefetch(units: list[Any], count: int) -> None:
-    """Have each unit ask for the next ones, and make the buffers of all of them.
+    """Let each unit prefetch the next `count` units, and make the buffers of all units now.
 
-    Buffers that a single rank's first pass makes in inference mode are inference tensors, of which torch wants the
-    version counter when it fills them (https://github.com/pytorch/pytorch/pull/197327).
+    The first pass of a single rank would make them in inference mode, as inference tensors. torch then fails to fill
+    them, because it needs their version counter (https://github.com/pytorch/pytorch/pull/197327).
     """
     for index, unit in enumerate(units):
         unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + count])

@@ -1,4 +1,4 @@
-"""What the sessions of all engines have in common."""
+"""The session class of all engines."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from zi_experiments.cost_model.plan import Plan
 
 
 class HFSession:
-    """A Hugging Face model that an engine has made ready, on one rank."""
+    """A Hugging Face model that an engine has loaded, on one rank."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class HFSession:
     ) -> None:
         self.model = model
         self._device = device
-        self._cache = cache  # None: one of transformers' own for each pass
+        self._cache = cache  # None: transformers makes a KV cache for each pass
         self._inventory = inventory or partial(in_memory, model)
         self._parked = parked
         self._close = close
@@ -56,7 +56,7 @@ class HFSession:
 
 
 def in_memory(model: Any) -> Inventory:
-    """What is held of a model whose parameters are ordinary tensors, or tensors sharded over the ranks."""
+    """Return the inventory of a model whose parameters are ordinary tensors, or tensors sharded over the ranks."""
     parameters = {name: Stored(numel=p.numel(), home=home_on(p.device)) for name, p in model.named_parameters()}
     local = [getattr(p, "_local_tensor", p) for p in model.parameters()]
     pieces = [(home_on(tensor.device), tensor.untyped_storage().nbytes()) for tensor in local]
@@ -65,9 +65,9 @@ def in_memory(model: Any) -> Inventory:
 
 @contextmanager
 def _greedy(model: Any, gen_len: int) -> Iterator[Any]:
-    """What makes `generate` give the `gen_len` tokens of the largest logits, whatever else the checkpoint asks for.
+    """Yield a generation config for exactly `gen_len` greedy tokens, whatever the checkpoint's own config asks for.
 
-    For that time it is the model's own as well, from which transformers would fill in what is left open. No token ends a
+    Meanwhile it replaces the model's own config, from which transformers would fill in unset fields. No token ends a
     sequence, so none has to be suppressed.
     """
     from transformers import GenerationConfig
@@ -81,25 +81,25 @@ def _greedy(model: Any, gen_len: int) -> Iterator[Any]:
 
 
 def _cache_name(model: Any) -> str:
-    """What the model calls its cache: state space models have a name of their own."""
+    """Return the name of the cache argument of `forward`: state space models have a name of their own."""
     return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _contiguous(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The last token of each sequence in one piece, which `linear` multiplies at once.
+    """Return the arguments with contiguous hidden states of the last tokens, so that `linear` makes one product.
 
-    Of a view it makes a product for each sequence, unless the weight requires a gradient, and on a CPU a copy of the head
-    for each: 3 s of a prefill of OPT-1.3B on two cores.
+    With a view it makes a product for each sequence, unless the weight requires a gradient, and on a CPU also a copy of
+    the head for each sequence: 3 s of a prefill of OPT-1.3B on two cores.
     """
     return (args[0].contiguous(), *args[1:])
 
 
 def host_cache(plan: Plan, device: Any) -> Any:
-    """The cache of `kv_cache=cpu` for one rank's sequences, or None: keys and values stay on the device."""
+    """Return the KV cache of one rank's sequences with `kv_cache=cpu`, or None: the KV cache stays on the device."""
     if plan.run.kv_cache.device is not CacheDevice.cpu:
         return None
     from zi_experiments.engines.host_kv_cache import (
-        HostCache,  # with transformers' caches, which the launcher does without
+        HostCache,  # it imports transformers' caches, which the launcher does not need
     )
 
     work = plan.run.workload

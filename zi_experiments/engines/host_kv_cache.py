@@ -1,4 +1,4 @@
-"""The KV cache in host memory, for `kv_cache=cpu`: that of a layer comes to the GPU while the layer before computes."""
+"""KV cache in host memory, for `kv_cache=cpu`: a layer's part is copied to the GPU while the layer before computes."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from zi_experiments.runtime.pinned_memory import pinned_empty
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # of keys and of values
+Pair = tuple[torch.Tensor, torch.Tensor]  # keys, values
 
 
 class HostCache(Cache):  # type: ignore[misc]
-    """A cache for `model.generate(…, past_key_values=cache)`; `reset()` makes it ready for the next pass.
+    """A KV cache for `model.generate(…, past_key_values=cache)`; `reset()` makes it ready for the next pass.
 
-    It has room for `sequences` of `capacity` tokens each, and grows when a pass needs more. The first pass pins the host
-    memory, layer by layer. On the GPU are the keys and values of two layers: the one that computes, and the next.
-    Layers other than plain and sliding attention stay as transformers makes them. There is no beam search.
+    It has room for `sequences` of `capacity` tokens each, and grows when a pass needs more. The first pass pins the
+    host memory, layer by layer. The GPU holds the KV cache of two layers: the one that computes, and the next.
+    Layers other than full and sliding-window attention stay as transformers makes them. There is no beam search.
     """
 
     layers: list[Any]
@@ -28,7 +28,7 @@ class HostCache(Cache):  # type: ignore[misc]
             if type(layer) is DynamicLayer:
                 layers[index] = _HostLayer(slots, None, sequences * capacity)
             elif type(layer) is DynamicSlidingWindowLayer:
-                # with room for two windows, one is moved to the front no more often than once in a window
+                # with room for two windows, a full buffer is rewritten from its front at most once per window
                 tokens = min(capacity, 2 * layer.sliding_window)
                 layers[index] = _HostLayer(slots, layer.sliding_window, sequences * tokens)
         hosted = [layer for layer in layers if isinstance(layer, _HostLayer)]
@@ -37,16 +37,16 @@ class HostCache(Cache):  # type: ignore[misc]
         super().__init__(layers=layers)
 
     def reset(self) -> None:
-        """Forget all tokens. Layers of transformers' own are made anew: not all of them take another batch."""
+        """Forget all tokens. Layers from transformers are made anew: not all of them accept another batch size."""
         made = DynamicCache(config=self._config).layers
         self.layers = [old if isinstance(old, _HostLayer) else new for old, new in zip(self.layers, made, strict=True)]
         super().reset()
 
 
 class _HostLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer, each in a flat buffer, time-major: (tokens, batch, heads, head_dim).
+    """KV cache of one layer: keys and values each in a flat buffer, time-major: (tokens, batch, heads, head_dim).
 
-    What the next tokens attend to is one piece of it, whatever the batch, so it crosses the link in one copy.
+    The tokens to attend to are contiguous for every batch size, so they cross PCIe in one copy.
     """
 
     def __init__(self, slots: "_Slots", window: int | None, room: int) -> None:
@@ -55,13 +55,13 @@ class _HostLayer(CacheLayerMixin):  # type: ignore[misc]
         self.following = self  # the next layer; after the last comes the first, for the next token
         self._slots = slots
         self._window = window
-        self._room = room  # tokens that the buffers take, of all sequences together
-        self._sizes: list[int] = []  # elements of one token of all sequences: its keys, its values
+        self._room = room  # tokens that fit in the buffers, of all sequences together
+        self._sizes: list[int] = []  # elements of one token of all sequences: keys, values
         self.reset()
 
     def reset(self) -> None:
-        self.held = 0  # tokens that the next ones attend to
-        self._start = 0  # where the first of them is in the buffers
+        self.held = 0  # tokens that new ones attend to
+        self._start = 0  # index of the first of them in the buffers
         self._left = 0  # tokens that have left the window
         self._slots.forget()
 
@@ -82,52 +82,53 @@ class _HostLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Pair:
-        """Keys and values that the new tokens attend to, their own last: (batch, heads, tokens, head_dim) each."""
+        """Return keys and values that new tokens attend to, their own last: (batch, heads, tokens, head_dim) each."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self._slots.join(self, (key_states, value_states))
 
     def fetch(self, slot: Pair) -> None:
-        """Copy the tokens that are held to the front of a slot."""
+        """Copy the held tokens to the front of a slot."""
         if self.held:
-            for there, here, size in zip(slot, (self.keys, self.values), self._sizes, strict=True):
-                held = here[self._start * size : (self._start + self.held) * size]
-                there[: self.held * size].copy_(held, non_blocking=True)
+            for target, buffer, size in zip(slot, (self.keys, self.values), self._sizes, strict=True):
+                held = buffer[self._start * size : (self._start + self.held) * size]
+                target[: self.held * size].copy_(held, non_blocking=True)
 
     def store(self, joined: Pair, new: int) -> None:
-        """Append the last `new` of the tokens joined in a slot. Without room for them, all that stay held go to the front."""
+        """Append the last `new` tokens of a slot. Without room for them, write all tokens to keep to the front."""
         batch, _, total, _ = joined[0].shape
         held = total if self._window is None else min(total, self._window - 1)
         appended = (self._start + total) * batch <= self._room
         count, at = (new, self._start + total - new) if appended else (held, 0)
         if held * batch > self._room:
-            self._slots.synchronize()  # the old buffers may still be copied from
+            self._slots.synchronize()  # copies from the old buffers may still run
             self._room = 2 * held * batch
             self.lazy_initialization(*joined)
         self._sizes = [states.numel() // total for states in joined]
-        for here, there, size in zip((self.keys, self.values), joined, self._sizes, strict=True):
-            written = there[:, :, total - count :].permute(2, 0, 1, 3)
-            here[at * size : (at + count) * size].view(written.shape).copy_(written, non_blocking=True)
+        for buffer, states, size in zip((self.keys, self.values), joined, self._sizes, strict=True):
+            written = states[:, :, total - count :].permute(2, 0, 1, 3)
+            buffer[at * size : (at + count) * size].view(written.shape).copy_(written, non_blocking=True)
         self._start = self._start + total - held if appended else 0
         self._left += total - held
         self.held = held
 
 
 class _Slots:
-    """Two places on the GPU for the keys and values of a layer, and the stream that copies to and from them.
+    """Two GPU buffers, each for the KV cache of one layer, and the stream that copies to and from them.
 
-    With `handed_on`, some layers read what an earlier one was given, and by then its slot is another's: all get copies.
+    With `handed_on`, some layers read the keys and values of an earlier one. Its slot is overwritten by then, so all
+    layers get copies.
     """
 
     def __init__(self, device: torch.device, handed_on: bool) -> None:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         nothing = torch.empty(0, device=device)
         self._slots = (nothing, nothing), (nothing, nothing)
-        self._fetched: _HostLayer | None = None  # whose tokens are in the first slot, or on their way to it
+        self._fetched: _HostLayer | None = None  # its tokens are in the first slot, or being copied there
         self._handed_on = handed_on
 
     def __del__(self) -> None:
-        self.synchronize()  # host memory may still be copied from, for a token that never came
+        self.synchronize()  # a fetch for a token that was never computed may still read host memory
 
     def synchronize(self) -> None:
         if self._side is not None:
@@ -140,50 +141,50 @@ class _Slots:
         self._fetched = None
 
     def join(self, layer: _HostLayer, states: Pair) -> Pair:
-        """A layer's tokens with the new ones behind them, which go to the host; and the next layer's tokens set out.
+        """Return a layer's tokens with the new ones behind them; store the new ones, and fetch the next layer's tokens.
 
-        The side stream works in the order of its copies: tokens are in host memory before they are fetched again, and
-        have left a slot before another layer's arrive in it. Three waits order it and the stream that computes.
+        The side stream runs its copies in order: tokens are in host memory before they are fetched again, and have left
+        a slot before another layer's tokens are copied into it. Three waits order it and the compute stream.
         """
         side = self._side
         compute = torch.cuda.current_stream(side.device) if side is not None else None
         self._make_room(layer, states, compute)
-        here, there = self._slots
-        self._slots = there, here
-        # 1. Attention of the layer before, the last to read `there`, has been launched: what is fetched there comes after.
+        current, other = self._slots
+        self._slots = other, current
+        # 1. Attention of the layer before, the last to read `other`, is launched: a fetch into `other` waits for it.
         _wait(side, compute)
         with torch.cuda.stream(side):
             if self._fetched is not layer:
-                layer.fetch(here)
-            # 2. This layer's tokens are `here`, and those of the one that had the slot before have left it. Only then are
-            #    new ones written and all of them read, without a wait for the next layer's, which are asked for below.
+                layer.fetch(current)
+            # 2. This layer's tokens are in `current`, and those of the layer that had it before are stored. Only then
+            #    are new ones written and all of them read, without a wait for the next layer's fetch, launched below.
             _wait(compute, side)
             self._fetched = layer.following if layer.following is not layer else None
             if self._fetched is not None:
-                self._fetched.fetch(there)
-        joined = _append(here[0], layer.held, states[0]), _append(here[1], layer.held, states[1])
-        # 3. New tokens have been written before they are stored.
+                self._fetched.fetch(other)
+        joined = _append(current[0], layer.held, states[0]), _append(current[1], layer.held, states[1])
+        # 3. New tokens are written before they are stored.
         _wait(side, compute)
         with torch.cuda.stream(side):
             layer.store(joined, states[0].shape[2])
         return (joined[0].clone(), joined[1].clone()) if self._handed_on else joined
 
     def _make_room(self, layer: _HostLayer, states: Pair, compute: torch.cuda.Stream | None) -> None:
-        """Slots for all that a layer has room for in host memory, and for all that it has now."""
+        """Make both slots large enough for a layer's host buffers, and for all tokens that it has now."""
         old, total = self._slots[0], layer.held + states[0].shape[2]
         sizes = [
             max(slot.numel(), buffer.numel(), total * new[:, :, 0].numel())
             for slot, buffer, new in zip(old, (layer.keys, layer.values), states, strict=True)
         ]
         if sizes != [slot.numel() for slot in old]:
-            _wait(compute, self._side)  # what is launched from now on may get the memory of the old slots
+            _wait(compute, self._side)  # later operations may get the memory of the old slots
             first, second = ((states[0].new_empty(sizes[0]), states[1].new_empty(sizes[1])) for _ in self._slots)
             self._slots = first, second
             self.forget()
 
 
 def _append(slot: torch.Tensor, held: int, new: torch.Tensor) -> torch.Tensor:
-    """Write new tokens behind those in a slot; a view of all of them: (batch, heads, tokens, head_dim)."""
+    """Write new tokens behind those in a slot; return a view of all of them: (batch, heads, tokens, head_dim)."""
     batch, heads, count, head_dim = new.shape
     size = (held + count) * batch * heads * head_dim
     joined = slot[:size].view(held + count, batch, heads, head_dim).permute(1, 2, 0, 3)
@@ -192,6 +193,6 @@ def _append(slot: torch.Tensor, held: int, new: torch.Tensor) -> torch.Tensor:
 
 
 def _wait(later: torch.cuda.Stream | None, earlier: torch.cuda.Stream | None) -> None:
-    """Whatever is launched on `later` from now on waits for what has been launched on `earlier`; a CPU has no streams."""
+    """Let later operations on stream `later` wait for those launched so far on `earlier`; None on a CPU."""
     if later is not None and earlier is not None:
         later.wait_stream(earlier)

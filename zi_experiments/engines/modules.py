@@ -1,4 +1,4 @@
-"""A model's modules and the device that they compute on."""
+"""Helpers for a model's parameters and for the device of this rank."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from zi_experiments.runtime import distributed
 
 
 def device_of(plan: Plan) -> Any:
-    """The device that this rank computes on."""
+    """Return the device that this rank computes on."""
     import torch
 
     return (
@@ -18,7 +18,7 @@ def device_of(plan: Plan) -> Any:
 
 
 def names_of(model: Any) -> list[list[str]]:
-    """All names of each parameter: a tied one has several, of which the first is the one that a plan calls it by."""
+    """Return all names of each parameter. A tied parameter has several; the first one is its name in a plan."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -26,7 +26,7 @@ def names_of(model: Any) -> list[list[str]]:
 
 
 def put(model: Any, names: list[str], tensor: Any) -> None:
-    """Make a tensor the parameter of all these names."""
+    """Make `tensor` the parameter at each of `names`."""
     from torch import nn
 
     parameter = nn.Parameter(tensor, requires_grad=False)

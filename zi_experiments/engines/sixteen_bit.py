@@ -1,4 +1,4 @@
-"""What the engines that keep plain 16-bit weights have in common."""
+"""Functions shared by the engines that keep plain 16-bit weights."""
 
 from typing import Any
 
@@ -16,19 +16,19 @@ def check(run: Run) -> None:
 
 
 def stored(spec: Spec) -> dict[str, Stored]:
-    """All weights where `offload` says."""
+    """Return how each parameter is stored, by name: all of them where `offload` says."""
     offload = spec.run.offload.device
     home = spec.device_home if offload is OffloadDevice.none else Home(offload.value)
     return {p.name: Stored(numel=p.numel, home=home) for p in spec.architecture.parameters}
 
 
 def crosses_link(spec: Spec) -> bool:
-    """Whether weights have to come to a GPU before they are computed with."""
+    """Return whether weights are copied to a GPU before each use."""
     return spec.machine.device == "cuda" and spec.run.offload.device is not OffloadDevice.none
 
 
 def value(plan: Plan, source: Any, parameter: Parameter, device: Any) -> Any:
-    """A parameter's value from `weights.of`, made where it will be computed with: random ones differ between devices."""
+    """Return a parameter's value from `weights.of`, made on the device that computes: random ones differ by device."""
     import torch
 
     tensor = torch.empty(parameter.shape, dtype=getattr(torch, plan.dtype), device=device)

@@ -1,1 +1,1 @@
-"""From a plan to worker processes and what became of them."""
+"""From a plan to worker processes and their results."""

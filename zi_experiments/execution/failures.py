@@ -1,4 +1,4 @@
-"""What became of workers that did not finish: a status, what happened, and what to type instead."""
+"""Failures of workers: the status of the run, what happened, and what to type instead."""
 
 import signal
 from pathlib import Path
@@ -11,7 +11,7 @@ from zi_experiments.runtime.progress import Event
 
 
 class WorkerError(Exception):
-    """The workers did not finish: the status and failure of the first that ended."""
+    """The workers did not finish: status and failure of the first one that ended."""
 
     def __init__(self, status: Status, failure: Failure) -> None:
         super().__init__(failure.message)
@@ -20,21 +20,21 @@ class WorkerError(Exception):
 
 
 def when(last: Event | None) -> str:
-    """Where in a run its workers were last heard of."""
+    """Return the phase in which the workers last reported, as text."""
     if last is None:
         return "at the start"
     return f"{'after' if last.ended else 'during'} {last.phase}"
 
 
 def of_silence(timeout_s: float, when: str, logs: Path) -> WorkerError:
-    """Workers that gave no sign of progress for so long."""
+    """Return the error for workers without a sign of progress for `timeout_s`."""
     message = f"no sign of progress for {timeout_s:g} s {when}: the run was stopped"
-    hint = f"if it only takes longer, pass a larger launch.timeout_s; where it was is in the logs: {logs}"
+    hint = f"if it only takes longer, pass a larger launch.timeout_s; the logs say what it was doing: {logs}"
     return WorkerError("killed", Failure(type="Timeout", message=message, hint=hint, traceback=_log_tail(logs, 0)))
 
 
 def of_worker(error: Any, plan: Plan, when: str, oom_killed: bool, logs: Path) -> WorkerError:
-    """What the first failed worker says about itself, or what the kernel says about it."""
+    """Return the error of the first failed worker, from its own report or from the kernel's signal."""
     rank, first = error.get_first_failure()
     where = f"the logs are in {logs}"
     if first.exitcode < 0:
@@ -63,7 +63,7 @@ def of_worker(error: Any, plan: Plan, when: str, oom_killed: bool, logs: Path) -
 
 
 def oom_kills() -> int:
-    """How many processes the kernel has killed for memory since boot."""
+    """Return how many processes the kernel has killed for lack of memory since boot."""
     try:
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -74,7 +74,7 @@ def oom_kills() -> int:
 
 
 def _out_of_memory(kind: str, text: str, plan: Plan) -> tuple[str, str] | None:
-    """What ran out, when an error says that memory did, and what to pass."""
+    """Return which memory ran out and what to pass; None if the error is of another kind."""
     if kind in ("OutOfMemoryError", "AcceleratorError") and "out of memory" in text:
         return "the GPU ran out of memory", _less_gpu_memory(plan)
     if kind == "MemoryError" or "can't allocate memory" in text or "out of memory" in text:
@@ -104,13 +104,13 @@ def _less_host_memory(plan: Plan) -> str:
             "offload=nvme": run.offload.device is not OffloadDevice.nvme,
             "quant=int4": run.quant.bits == 16,
             "offload.pin_memory=false": plan.pin_memory,
-            "a smaller hardware.host_memory_gib": True,  # so that the next run is refused, or planned for less
+            "a smaller hardware.host_memory_gib": True,  # the next run is then refused, or planned for less
         }
     )
 
 
 def _pass(fixes: dict[str, bool]) -> str:
-    """Those that change anything, as a sentence has them."""
+    """Return the fixes that change anything, as text."""
     *most, last = [fix for fix, helps in fixes.items() if helps]
     return f"pass {', '.join(most)} or {last}" if most else f"pass {last}"
 

@@ -1,4 +1,4 @@
-"""Checks of a plan against this machine, before anything is loaded: one clear error instead of an obscure failure."""
+"""Checks of a plan against this machine, before loading: one clear error instead of an obscure failure."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +12,9 @@ from zi_experiments.system.machines import is_elsewhere
 
 
 def check(plan: Plan, scratch: Path | None) -> None:
-    """Refuse what cannot work on this machine. `scratch` is the folder that NVMe offload will use.
+    """Refuse a plan that cannot work on this machine. `scratch` is the folder for NVMe offload.
 
-    Raises `ConfigError` with what is wrong and what to type.
+    Raises `ConfigError`, which says what is wrong and what to type.
     """
     for problem in _problems(plan, scratch):
         raise ConfigError(problem)

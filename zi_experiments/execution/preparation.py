@@ -13,7 +13,7 @@ from zi_experiments.planner import planning, search
 
 
 def load_architecture(run: Run) -> Architecture:
-    """The run's model. Raises `ConfigError` for what is wrong with it, or with what the engine is asked."""
+    """Return the run's model. Raises `ConfigError` if the model, or a setting of the engine, is wrong."""
     base.check(run)
     return contents.load(run)
 
@@ -21,12 +21,12 @@ def load_architecture(run: Run) -> Architecture:
 def prepare(
     run: Run, folder: Path, *, arch: Architecture | None = None, tell: Callable[[str], None] | None = None
 ) -> Plan | None:
-    """The plan of a run on this machine; None: its search has no candidate of that rank.
+    """Return the plan of a run on this machine; None: its search has no candidate of that rank.
 
-    `folder` is for weights on disk. `arch` is the run's model, if it has been loaded. With `tell`, which gets a line for
-    what takes time, a machine whose candidates are to be ranked is measured first.
+    `folder` is for weights on disk. `arch` is the run's model, if it has been loaded. With `tell`, which gets a line
+    before slow work, the machine is measured first if the search has to rank candidates.
 
-    Raises `ConfigError` for what cannot work or fit.
+    Raises `ConfigError` for a run that cannot work or does not fit.
     """
     arch = arch or load_architecture(run)
     machine = this_machine.known(run, folder)

@@ -30,14 +30,14 @@ _GRACE_S = 10.0
 
 
 class Sweep(Callback):
-    """A callback of Hydra's: the command's process holds the lock of the sweep, and hands a folder down to its jobs.
+    """A Hydra callback: the command's process holds the lock of the sweep, and gives its jobs a folder.
 
-    A launcher that starts processes for them sends each a copy of this.
+    A launcher that starts processes for jobs sends each of them a copy of this object.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Ends the process when another one runs the sweep of that folder."""
-        lock = FolderLock(Path(config.hydra.sweep.dir))  # ours until this process ends
+        """End the process when another one runs the sweep of that folder."""
+        lock = FolderLock(Path(config.hydra.sweep.dir))  # held until this process ends
         try:
             is_ours = lock.acquire()
         except OSError:
@@ -52,21 +52,21 @@ class Sweep(Callback):
         return {"command_line": sys.argv}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What Hydra needs to compose a job in a process that has not been through `main`."""
+        """Do what Hydra needs to compose a job in a process that has not run `main`."""
         sys.argv = state["command_line"]
         register()
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if environment.runs_a_job_elsewhere():
             signals.install()
-            multiprocessing.set_start_method("spawn", force=True)  # joblib's own is unknown to workers
+            multiprocessing.set_start_method("spawn", force=True)  # joblib's own method is unknown to workers
             _mark().parent.mkdir(exist_ok=True)
             _mark().touch()
             threading.Thread(target=_end_with_the_command, name="sweep", daemon=True).start()
 
 
 def _end_with_the_command() -> None:
-    """A job whose command has ended is stopped as the command would have been."""
+    """Wait until the command has ended, then stop this job in the way that a command is stopped."""
     folder = environment.sweep()
     while folder is not None and scratch.is_held(folder):
         time.sleep(_LOOK_S)
@@ -74,7 +74,7 @@ def _end_with_the_command() -> None:
 
 
 def tell(number: int, overrides: list[str], result: dict[str, Any]) -> None:
-    """Let the command know of a job: its number, its overrides, and its record."""
+    """Report a job to the command: its number, its overrides, and its record."""
     folder = environment.sweep()
     assert folder is not None
     with suppress(FileNotFoundError):  # the command has ended
@@ -83,26 +83,26 @@ def tell(number: int, overrides: list[str], result: dict[str, Any]) -> None:
 
 
 def fail() -> None:
-    """Let the command know that a job is not ok."""
+    """Report to the command that a job is not ok."""
     if folder := environment.sweep():
         (folder / "failed").touch()
 
 
 def has_failed() -> bool:
-    """Whether a job of this command is not ok."""
+    """Return whether a job of this command is not ok."""
     folder = environment.sweep()
     return folder is not None and (folder / "failed").exists()
 
 
 def told() -> list[Job]:
-    """The overrides and the record of each job of this command so far, in the order of their numbers."""
+    """Return the overrides and the record of each reported job of this command, in the order of their numbers."""
     folder = environment.sweep()
     files = sorted(folder.glob("*.json"), key=lambda path: int(path.stem)) if folder else []
     return [tuple(json.loads(path.read_text())) for path in files]
 
 
 def stop_jobs() -> None:
-    """Stop those in other processes and wait until each has left its record: their launcher would kill them."""
+    """Stop jobs in other processes and wait until each has written its record: their launcher would kill them."""
     folder, until = environment.sweep(), time.monotonic() + _GRACE_S
     marks = list(folder.glob("jobs/*")) if folder else []
     for mark in marks:
@@ -113,7 +113,7 @@ def stop_jobs() -> None:
 
 
 def _mark() -> Path:
-    """The file that stands for the job of this process."""
+    """Return the file that exists while the job of this process runs."""
     folder = environment.sweep()
     assert folder is not None
     return folder / "jobs" / str(os.getpid())
@@ -121,29 +121,29 @@ def _mark() -> Path:
 
 @contextmanager
 def turn(devices: list[str], count: int, say: Callable[[str], None]) -> Iterator[list[str]]:
-    """So many of the devices, which no other job of the sweep has meanwhile: their times would mix.
+    """Yield `count` of `devices` that no other job of the sweep uses meanwhile, since sharing would distort the times.
 
-    Waits for them, and says so. All of them where jobs run one after another, in the process of the command.
+    Waits for them, and says so. Yields all devices if jobs run one after another, in the process of the command.
     """
     folder = environment.sweep()
     if folder is None or not environment.runs_a_job_elsewhere():
         yield devices
         return
     with ExitStack() as held:
-        told = False
+        is_waiting = False
         while len(taken := _free(folder, devices, count, held)) < count:
             held.close()
-            if not told:
+            if not is_waiting:
                 say(
                     f"waiting for {'the processor' if devices == ['cpu'] else 'a GPU'}: other runs of this sweep have it"
                 )
-                told = True
+                is_waiting = True
             time.sleep(_TURN_S)
         yield taken
 
 
 def _free(folder: Path, devices: list[str], count: int, held: ExitStack) -> list[str]:
-    """The first devices that nobody has, no more than asked for; they are held from now on."""
+    """Hold the first free devices, at most `count`, and return them."""
     taken: list[str] = []
     for device in devices:
         place = folder / "devices" / device

@@ -1,4 +1,4 @@
-"""What a run generated: hashes by which two runs are compared, and the first sequence in full."""
+"""What a run generated: hashes to compare runs by, and the first sequence in full."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from zi_experiments.runtime import distributed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generated:
-    """The last pass. A hash is the SHA-256 of ids as little-endian int64, sequence after sequence, over all ranks."""
+    """Tokens of the last pass. A hash is the SHA-256 of ids as little-endian int64, all ranks' sequences in order."""
 
     prompt_sha256: str
     tokens_sha256: str  # of the G generated tokens of each sequence, without its prompt
     first_tokens: list[int]
-    first_text: str | None  # None: no tokenizer beside the weights
-    # On a GPU some kernels add in no fixed order, and a tie may then fall otherwise, so this is no error.
+    first_text: str | None  # None: no tokenizer with the weights
+    # False is no error: on a GPU some kernels add in no fixed order, which may decide a tie in another way.
     passes_equal: bool
 
 
 def describe(plan: Plan, prompts: Any, passes: list[Any]) -> Generated:
-    """What all ranks generated; each calls it with its prompts, and with the tokens of each of its passes.
+    """Return what all ranks generated. Every rank calls this with its prompts and the tokens of each of its passes.
 
-    These are int64 of shape (sequences of this rank, length).
+    Both are int64 of shape (sequences of this rank, length).
     """
     mine = _bytes(prompts), _bytes(passes[-1]), all(one.equal(passes[-1]) for one in passes)
     all_prompts, all_tokens, equal = zip(*distributed.from_all_ranks(mine), strict=True)
@@ -45,11 +45,11 @@ def _bytes(ids: Any) -> bytes:
 
 
 def _text(plan: Plan, ids: list[int]) -> str | None:
-    """Tokens as text on one line, or None: there is no tokenizer, or one of another model."""
+    """Return tokens as text on one line, or None: there is no tokenizer, or it belongs to another model."""
     if plan.run.weights.path is None:
         return None
     try:
         text = perplexity.tokenizer(plan).decode(ids)
-    except Exception:  # a checkpoint's tokenizer can raise any, and no figure depends on it
+    except Exception:  # a checkpoint's tokenizer can raise any error, and no figure depends on it
         return None
     return printable(" ".join(text.split()))

@@ -1,4 +1,4 @@
-"""How well the loaded weights predict a text: perplexity, which shows what quantization costs."""
+"""Perplexity of the loaded weights on a text: it shows what quantization costs."""
 
 from math import exp, isfinite
 from pathlib import Path
@@ -12,11 +12,11 @@ from zi_experiments.runtime.progress import Progress
 
 
 def windows(plan: Plan) -> Any:
-    """The tokens of `workload.text`, cut into windows of `workload.prompt_len`; the rest is dropped.
+    """Return the tokens of `workload.text` in windows: int64 of shape (windows, prompt_len). The rest is dropped.
 
-    Where the tokenizer begins a sequence with a token of its own, so does each window; there are no other special ones.
-    Returns an int64 tensor of shape (windows, prompt_len). Raises `ConfigError` when the text cannot be read or fills no
-    window, and when the checkpoint has no tokenizer for it.
+    Each window begins with the tokenizer's begin token, if it puts one first; there are no other special tokens.
+    Raises `ConfigError` when the text cannot be read or is shorter than a window, and when the checkpoint has no
+    tokenizer for its model.
     """
     import torch
 
@@ -44,13 +44,13 @@ def windows(plan: Plan) -> Any:
 
 
 def _beginning(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer begins every sequence with, or none."""
+    """Return the token that the tokenizer puts first in every sequence, in a list; the list is empty without one."""
     first: list[int] = tokenizer("a").input_ids[:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
 def check_text(name: str | None) -> None:
-    """Raise `ConfigError` when `workload.text` is no file with a text in it."""
+    """Raise `ConfigError` when `workload.text` is not a file with UTF-8 text."""
     if name is not None:
         _read(name)
 
@@ -71,6 +71,7 @@ def _read(name: str) -> str:
 
 
 def tokenizer(plan: Plan) -> Any:
+    """Return the tokenizer of the run's checkpoint. Raises `ConfigError` when none can be loaded."""
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -79,11 +80,11 @@ def tokenizer(plan: Plan) -> Any:
     source = local_or_hub(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
-    except Exception as error:  # a broken file can raise any
+    except Exception as error:  # a broken file can raise any error
         if is_refused_code(error, trusted):
             raise ConfigError(refused_code(path, get_tokenizer_config(source)["auto_map"])) from error
         raise ConfigError(_no_tokenizer(path)) from error
-    # without its files, transformers makes some families an empty one
+    # without its files, transformers makes an empty tokenizer for some families
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ConfigError(_no_tokenizer(path))
     return tokenizer
@@ -97,11 +98,12 @@ def _no_tokenizer(path: str) -> str:
 
 
 def perplexity(model: Any, windows: Any, batch_size: int, progress: Progress) -> float:
-    """exp of the mean negative log likelihood of every token but the first of each window, given those before it.
+    """Return exp of the mean negative log likelihood of each window's tokens but the first, given those before it.
 
     `windows` is int64 of shape (windows, length), on the model's device; `batch_size` of them go through the model at a
-    time. The 16-bit logits are normalised in 32 bits, a window at a time, since a vocabulary's worth of them for each
-    token is large. Every rank calls this with all windows, since each holds a part of the weights.
+    time. The 16-bit logits are normalised in 32 bits, one window at a time, since logits over the vocabulary for each
+    token are large. Every rank calls this with all windows, since each holds a part of the weights.
+    Raises `ValueError` when the logits are not finite.
     """
     import torch
     from torch.nn.functional import cross_entropy

@@ -1,15 +1,15 @@
-"""Deterministic batches of tokens."""
+"""Deterministic prompts."""
 
 from typing import Any
 
-FIRST_ID = 4  # below are padding, begin and end in the families that have such ids
+FIRST_ID = 4  # smaller ids are padding, begin and end in the families that have these tokens
 
 
 def prompts(*, batch_size: int, prompt_len: int, vocab_size: int, seed: int, rank: int = 0, ranks: int = 1) -> Any:
-    """Prompts of one rank: random ids in [4, vocab_size), never padding.
+    """Return the prompts of one rank: random ids in [4, vocab_size), never padding.
 
-    Returns an int64 tensor of shape (batch_size / ranks, prompt_len). The whole batch depends on the seed alone,
-    so that the ranks together hold the same sequences for every number of ranks.
+    They are int64 of shape (batch_size / ranks, prompt_len). The whole batch depends on the seed alone, so that all
+    numbers of ranks together hold the same sequences.
     """
     import torch
 

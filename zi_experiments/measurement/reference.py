@@ -1,4 +1,4 @@
-"""What the model should compute: plain transformers, whole or one decoder layer at a time, and the quantization format."""
+"""What the model should compute: plain transformers, whole or layer by layer, and the quantization format."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -16,11 +16,11 @@ Layer = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any
 
 
 def round_trip(weight: Any, quant: Quant) -> Any:
-    """A matrix (rows, columns), or a stack of them, quantized groupwise and expanded again, in its own dtype.
+    """Return a matrix (rows, columns), or a stack of them, quantized groupwise and expanded again, in its own dtype.
 
     Asymmetric: with `n` = 2^bits − 1 and the smallest and largest value of a group, scale = n / (largest − smallest),
-    code = round((x − smallest) · scale), and what is computed with is code / scale + smallest. Written from this
-    definition, which is that of DeepSpeed's ZeRO-Inference, and from none of its code.
+    code = round((x − smallest) · scale), and the expanded value is code / scale + smallest. Written from this
+    definition, which is that of DeepSpeed's ZeRO-Inference, and not from its code.
     """
     import torch
 
@@ -35,7 +35,7 @@ def round_trip(weight: Any, quant: Quant) -> Any:
     low, high = groups.amin(within, keepdim=True), groups.amax(within, keepdim=True)
     largest = 2**quant.bits - 1
     scale = largest / (high - low)
-    # where all values of a group are equal the scale is infinite, and the code zero
+    # when all values of a group are equal, the scale is infinite and the code zero
     codes = ((groups - low) * scale).nan_to_num(0.0).round().clamp(0, largest)
     return (codes / scale + low).flatten(quant.group_dim, within)
 
@@ -43,35 +43,35 @@ def round_trip(weight: Any, quant: Quant) -> Any:
 class Reference(Protocol):
     """The planned model in plain transformers."""
 
-    kind: str  # how it came to be
+    kind: str  # how it is loaded
     layers_name: str
 
     def run(self, tokens: Any, layer: Layer) -> Any:
-        """Logits of shape (sequences, length, vocabulary) for `tokens` of shape (sequences, length).
+        """Return logits of shape (sequences, length, vocabulary) for `tokens` of shape (sequences, length).
 
-        `layer(index, forward, args, kwargs)` stands for each decoder layer and returns what it does; `forward` is the
-        layer's own, and its weights are there while it runs.
+        `layer(index, forward, args, kwargs)` is called in place of each decoder layer, and returns its output.
+        `forward` is the layer's own, and its weights are loaded while it runs.
         """
 
     def generate(self, ids: Any, gen_len: int) -> Any | None:
-        """`ids` and the greedy tokens that transformers' own `generate` adds; None: there is no whole model to ask."""
+        """Return `ids` and the greedy tokens of transformers' own `generate`; None: there is no whole model."""
 
     def close(self) -> None: ...
 
 
 def of(plan: Plan, device: Any, host_memory_bytes: int) -> Reference:
-    """The reference of a loaded plan: whole where a checkpoint fits the host's memory, else layer by layer."""
+    """Return the reference of a loaded plan: whole if a checkpoint fits in host memory, else layer by layer."""
     fits = ELEMENT_BYTES * plan.architecture.num_parameters < 0.9 * host_memory_bytes
     if plan.run.weights.path is not None and fits:
-        with suppress(ImportError):  # of a package that the configuration asks for, and the plan does without
+        with suppress(ImportError):  # of a package that the checkpoint asks for, and the plan does not need
             return Whole(plan, device)
     return LayerByLayer(plan, device)
 
 
 class Whole:
-    """A checkpoint as `AutoModelForCausalLM` loads it by itself: it shares neither loader nor configuration with engines.
+    """A checkpoint that `AutoModelForCausalLM` loads itself: it shares neither loader nor configuration with engines.
 
-    Its weights are in host memory, and on a GPU one module at a time.
+    Its weights are in host memory; a GPU has those of one module at a time.
     """
 
     kind = "AutoModelForCausalLM"
@@ -96,13 +96,13 @@ class Whole:
 
         for module, forward in zip(self._layers, self._forwards, strict=True):
             module.forward = forward
-        # the model's own as well, from which transformers would fill in what is left open
+        # it replaces the model's own config, from which transformers would fill in unset fields
         self._model.generation_config = GenerationConfig(max_new_tokens=gen_len, do_sample=False, num_beams=1)
         return self._model.generate(ids, self._model.generation_config, attention_mask=torch.ones_like(ids))
 
     def close(self) -> None:
         vars(self).clear()
-        gc.collect()  # modules and what is called in place of them refer to each other, and would keep all weights
+        gc.collect()  # modules and their replaced forwards refer to each other, and would keep all weights
 
 
 def _plain(plan: Plan) -> Any:
@@ -121,7 +121,7 @@ def _plain(plan: Plan) -> Any:
 
 
 def _quantize(model: Any, quant: Quant, device: Any) -> None:
-    """Quantize and expand a model's matrices in place, on a device; a tied one is one parameter."""
+    """Quantize and expand a model's matrices in place, computed on `device`; a tied matrix is one parameter."""
     import torch
 
     with torch.no_grad():
@@ -131,7 +131,7 @@ def _quantize(model: Any, quant: Quant, device: Any) -> None:
 
 
 def _logits(model: Any, layers: Any, forwards: list[Callable[..., Any]], tokens: Any, layer: Layer) -> Any:
-    """What a model computes with `layer` in place of its decoder layers, which are `forwards`."""
+    """Return a model's logits with `layer` called in place of each decoder layer; `forwards` are the layers' own."""
     import torch
 
     for index, (module, forward) in enumerate(zip(layers, forwards, strict=True)):
@@ -145,7 +145,7 @@ def _called(layer: Layer, index: int, forward: Callable[..., Any]) -> Callable[.
 
 
 class LayerByLayer:
-    """A model of any size, or with random weights: on the meta device, but for the decoder layer that runs."""
+    """A model of any size, or with random weights: decoder layers are on the meta device, except the one that runs."""
 
     kind = "layer by layer"
 
@@ -182,7 +182,7 @@ class LayerByLayer:
 
     @contextmanager
     def _present(self, names: list[str]) -> Iterator[None]:
-        """Give parameters their values while it is entered; tied ones are one parameter in several modules."""
+        """Give parameters their values within the context; a tied one is one parameter in several modules."""
         from torch import nn
 
         wanted = {id(self._model.get_parameter(name)): name for name in names}

@@ -21,7 +21,7 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
-    """Everything that was measured in one run."""
+    """All times measured in one run."""
 
     load_s: float
     warmup: list[Pass]
@@ -38,10 +38,10 @@ class Samples:
 
 
 class _Clock:
-    """A streamer that notes when each token of a batch is known on the host.
+    """A streamer that records when each token of a batch is known on the host.
 
-    `generate` copies each token to the host on the stream that computes, and only that stream is waited for: a
-    device-wide synchronisation would stall the copies of weights that run ahead.
+    `generate` copies each token to the host on the compute stream, and only that stream is waited for: a device-wide
+    synchronisation would stall the prefetch of weights.
     """
 
     def __init__(self, on_token: Callable[[], None]) -> None:
@@ -68,9 +68,9 @@ def measure_pass(
     progress: Progress,
     keep: Callable[[Any], None] = lambda tokens: None,
 ) -> Pass:
-    """Time one `generate` of `gen_len` tokens on `input_ids` of shape (sequences, prompt_len); `keep` gets the tokens.
+    """Return the times of one `generate` of `gen_len` tokens on `input_ids` of shape (sequences, prompt_len).
 
-    These are on the host, of shape (sequences, gen_len).
+    `keep` gets the generated tokens, on the host, of shape (sequences, gen_len).
     """
     clock = _Clock(progress.advance)
     began = time.perf_counter()
@@ -97,7 +97,7 @@ def measure_passes(
     before_each: Callable[[], None],
     keep: Callable[[Any], None],
 ) -> list[Pass]:
-    """Time `count` passes, calling `before_each` (a barrier) ahead of every one, and `keep` with the tokens of each."""
+    """Return the times of `count` passes; call `before_each` (a barrier) before each, and `keep` with its tokens."""
     if not count:
         return []
     progress.begin(phase, count * gen_len, "tokens")

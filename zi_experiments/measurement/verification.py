@@ -1,6 +1,6 @@
-"""Whether the loaded model computes what it should: a short prompt, against plain transformers with the same weights.
+"""Verification of the loaded model on a short prompt, against plain transformers with the same weights.
 
-From end to end, and layer by layer on the engine's own input to each, which tells where the two first differ.
+End to end, and layer by layer on the engine's own input to each layer, which shows where the two first differ.
 """
 
 from dataclasses import dataclass, field
@@ -18,42 +18,42 @@ from zi_experiments.runtime import distributed
 from zi_experiments.runtime.progress import Progress
 from zi_experiments.system.machines import host_memory_available
 
-# Short, since from disk every pass takes its time: a prompt, a token after it, and one that reads the first one's keys
-# and values back, then one forward pass to compare.
+# Short, since every pass from disk takes long: a prompt, a decode step, a second one that reads the KV cache written by
+# the first, then one forward pass to compare.
 SEQUENCES, GEN_LEN = VERIFIED_SEQUENCES, 3
 PROMPT_LEN = VERIFIED_TOKENS - GEN_LEN
 # An engine that runs the library's own modules on the same device is equal bit for bit. Another kernel, or a bias added
-# after the product, costs a few roundings in each layer, and about ten of them from end to end.
+# after the product, costs a few roundings in each layer, and about ten of them end to end.
 LAYER_TOLERANCE = {"float16": 0.002, "bfloat16": 0.01}
 TOLERANCE = {"float16": 0.01, "bfloat16": 0.05}
-# A token decoded alone is rounded in other ways than among others, on a GPU by a percent of the largest logit now and then.
-# A token that has nothing to do with the prompt is nowhere near: of 50,000, a handful are within a tenth of the largest.
+# Logits of a token decoded alone are rounded differently, on a GPU at times by a percent of the largest logit. A token
+# that has nothing to do with the prompt is far off: of 50,000, a handful are within a tenth of the largest logit.
 TIE = 0.1
-# Such a rounding may also route it to another expert.
+# This rounding may also route a token to another expert.
 TOKENS_EQUAL_IF_ROUTED = 0.75
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """What was compared, and whether it is equal within the tolerance of the dtype."""
+    """The result of a verification, within the tolerances of the dtype."""
 
     passed: bool
     problem: str | None  # what differs first
-    reference: str  # what it was compared with: "AutoModelForCausalLM", or its layers one by one
+    reference: str  # how it was loaded: "AutoModelForCausalLM", or "layer by layer"
     tolerance: float
     layer_tolerance: float
-    # ‖engine − reference‖ / ‖reference‖ of a token's logits, from end to end: the largest; None: not finite
+    # the largest ‖engine − reference‖ / ‖reference‖ of a token's logits, end to end; None: not finite
     max_rel_error: float | None
-    max_layer_rel_error: float | None  # the same for the output of one part, given the engine's own input to it
+    max_layer_rel_error: float | None  # of the output of one part of the model, given the engine's own input to it
     tokens_equal: bool
-    # of generated tokens, those that have the reference's largest logit, or tie with it; 1 where its `generate` gives all
+    # generated tokens with the reference's largest logit, or a tie; 1 if its own `generate` gives the same tokens
     tokens_equal_fraction: float
     verify_s: float
 
 
 @dataclass
 class _Observed:
-    """What went into and came out of the engine's decoder layers and model, in one forward pass."""
+    """Inputs and outputs of the engine's decoder layers, and its logits, in one forward pass."""
 
     tokens: Any = None  # (sequences, prompt and generated tokens)
     logits: Any = None
@@ -62,9 +62,9 @@ class _Observed:
 
 
 def verify(session: Session, plan: Plan, progress: Progress) -> Verification:
-    """Verify a loaded model; every rank calls it, since each holds a part of the weights, and the first one compares.
+    """Return the verification of a loaded model. Every rank calls this, since each holds a part of the weights.
 
-    Greedy tokens come from `generate`, so that the cache of keys and values is part of what is verified.
+    The first rank compares. Greedy tokens come from `generate`, so that the KV cache is verified too.
     """
     began = perf_counter()
     progress.begin("verify", plan.architecture.num_layers, "layers")
@@ -136,7 +136,7 @@ def _compare(plan: Plan, seen: _Observed, prompt_len: int, progress: Progress) -
         reference.close()
     parts["the final norm and head"] = rel_error(seen.logits, head)
     error = rel_error(seen.logits, logits)
-    if not logits.isfinite().all():  # what an engine does with such a model says nothing of the engine
+    if not logits.isfinite().all():  # the results for such a model say nothing about the engine
         problem: str | None = (
             "the model itself computes values that are not finite, in plain transformers too: some of its weights are not "
             f"finite, or too large for {plan.dtype}: pass weights.path=… of another checkpoint, or weights=random"
@@ -169,7 +169,7 @@ def _problem(plan: Plan, seen: _Observed, parts: dict[str, float], error: float,
     if greedy < _least_greedy(plan):
         return (
             f"a forward pass computes what plain transformers does, but only {100 * greedy:.0f} % of the tokens that "
-            "generate gives are its greedy ones: the cache of keys and values is not right"
+            "generate gives are its greedy ones: the KV cache is not right"
         )
     return None
 
@@ -179,9 +179,9 @@ def _least_greedy(plan: Plan) -> float:
 
 
 def _is_generated_by(reference: references.Reference, tokens: Any, prompt_len: int) -> bool:
-    """Whether plain transformers generates the same tokens.
+    """Return whether plain transformers generates the same tokens.
 
-    Of some families they are not those of its forward pass: RoBERTa, for one, counts positions in another way there.
+    In some families they differ from those of its forward pass: RoBERTa, for one, counts positions differently there.
     """
     import torch
 
@@ -194,16 +194,16 @@ def _off(error: float, tolerance: float) -> str:
 
 
 def rel_error(actual: Any, expected: Any) -> float:
-    """The largest ‖actual − expected‖ / ‖expected‖ over all tokens; the last dimension is that of a token's vector."""
+    """Return the largest ‖actual − expected‖ / ‖expected‖ over all tokens; the last dimension is a token's vector."""
     expected = expected.float()
     difference = (actual.float() - expected).norm(dim=-1)
     return float((difference / expected.norm(dim=-1).clamp_min(1e-12)).max())
 
 
 def greedy_fraction(tokens: Any, logits: Any, tie: float) -> float:
-    """Share of the tokens (sequences, length) that have the largest of their logits (sequences, length, vocabulary).
+    """Return the share of `tokens` (sequences, length) with the largest of `logits` (sequences, length, vocabulary).
 
-    A logit that falls short of the largest by no more than that share of it ties: rounding decides.
+    A logit ties if it is below the largest by at most `tie` times the largest magnitude: rounding decides.
     """
     logits = logits.float()
     largest = logits.amax(-1)
@@ -212,7 +212,7 @@ def greedy_fraction(tokens: Any, logits: Any, tie: float) -> float:
 
 
 def _hidden_in(args: Any, kwargs: Any) -> Any:
-    """The hidden states that a decoder layer is called with."""
+    """Return the hidden states that a decoder layer is called with."""
     return args[0] if args else kwargs["hidden_states"]
 
 

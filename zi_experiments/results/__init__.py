@@ -1,1 +1,1 @@
-"""What a run leaves: metrics, the record, and the sinks that have it."""
+"""What a run leaves: metrics, the record, and the sinks that write it."""

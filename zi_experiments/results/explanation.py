@@ -1,4 +1,4 @@
-"""Why a run was as fast as it was, in a sentence."""
+"""Sentences that explain the speed of a run."""
 
 from zi_experiments.calibration.suite import MEASURED
 from zi_experiments.cost_model.bound import is_published, lower_bound, rate
@@ -14,7 +14,7 @@ _VERBS = {
     "gemm": "decode computes {amount} per step at {rate}",
 }
 LIMITS = {
-    "link": "the link",
+    "link": "PCIe",
     "disk": "the disk",
     "hbm": "the memory of the device",
     "gemm": "matrix products",
@@ -24,7 +24,7 @@ VENDORS = " (vendor's rates)"
 
 
 def unknown(plan: Plan) -> str | None:
-    """What to type for a bound to be known; None where it is."""
+    """Return what to type so that the bound is known; None if it is known."""
     missing = lower_bound(plan).unknown
     if not missing:
         return None
@@ -37,12 +37,12 @@ def unknown(plan: Plan) -> str | None:
 
 
 def least(plan: Plan, value_s: float, limit: str | None) -> str:
-    """A bound as people read it, which says so if it is from a data sheet."""
+    """Return a bound as text, marked if it is from a data sheet."""
     return seconds(value_s) + (VENDORS if is_published(plan, limit) else "")
 
 
 def passed(beyond: Passed, plan: Plan, metrics: Metrics) -> str:
-    """That a run was faster than its bound, and what came of it."""
+    """Return a sentence: by how much a run was faster than its bound, and what was done about it."""
     chosen = plan.run.hardware.name
     now = {"prefill": metrics.prefill_fraction_of_bound, "decode": metrics.fraction_of_bound}
     fractions = " and ".join(f"{name} by {100 * (fraction - 1):.0f} %" for name, fraction in beyond.items())
@@ -57,7 +57,7 @@ def passed(beyond: Passed, plan: Plan, metrics: Metrics) -> str:
 
 
 def sentence(plan: Plan, prediction: Prediction, metrics: Metrics) -> str | None:
-    """What a decode step had to do at least, and what it took; None where no ceiling is known."""
+    """Return a decode step's least work and its time as a sentence; None without a ceiling or with a wrong bound."""
     bound, measured_s = lower_bound(plan), metrics.tpot_p50_s
     if bound.decode_step_s is None or bound.limited_by is None or measured_s is None:
         return None
@@ -65,7 +65,7 @@ def sentence(plan: Plan, prediction: Prediction, metrics: Metrics) -> str | None
         return None
     text = f"{_work(plan, bound.limited_by, bound.decode_step_s)}: at least {seconds(bound.decode_step_s)}"
     text += f"; measured {seconds(measured_s)} ({100 * bound.decode_step_s / measured_s:.0f} %)"
-    # products of few rows read weights as well: those that the bound counts as memory
+    # products of few rows read weights as well, which the bound counts as memory
     same = {bound.limited_by} if bound.limited_by != "hbm" else {"hbm", "gemm"}
     if prediction.limited_by is None or prediction.limited_by in same:
         return text

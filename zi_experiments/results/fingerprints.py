@@ -1,4 +1,4 @@
-"""A sweep that is run again runs only what has not been finished: the same settings, code and machine, and an ok record."""
+"""Fingerprints: a repeated sweep skips runs with an ok record of the same settings, code and machine."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ MACHINE = (
 
 
 def fingerprint(record: Record) -> str:
-    """What identifies a result, as 16 hexadecimal digits: resolved settings, code, machine, weights and text."""
+    """Return 16 hexadecimal digits that identify a result: its resolved settings, code, machine, weights and text."""
     assert record.environment is not None
     identity = {
         "config": {key: value for key, value in record.config.items() if key not in ASIDE},
@@ -35,7 +35,7 @@ def fingerprint(record: Record) -> str:
 
 
 def _digest(path: str | None) -> str | None:
-    """What is in the file of `workload.text`."""
+    """Return the SHA-256 of the file of `workload.text`, or None."""
     try:
         return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() if path else None
     except OSError:
@@ -43,7 +43,7 @@ def _digest(path: str | None) -> str | None:
 
 
 def finished(path: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The record in a `result.json` when it is ok and has that fingerprint."""
+    """Return the record in a `result.json` if it is ok and has that fingerprint, else None."""
     try:
         result: dict[str, Any] = json.loads(path.read_text())
         known = result["status"] == "ok" and result["run"]["fingerprint"] == fingerprint

@@ -1,4 +1,4 @@
-"""The record of a run at its start: what was typed and composed, before validation."""
+"""The record of a run at its start: the command and the composed configuration, before validation."""
 
 import uuid
 from datetime import UTC, datetime
@@ -17,7 +17,7 @@ from zi_experiments.results.record import Failure, Record, RunInfo
 
 
 def record(cfg: DictConfig) -> Record:
-    """The record of a run of which nothing is known yet but what was asked."""
+    """Return the record of a run of which only the request is known yet."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     group = setting(cfg, "tracking.group")
@@ -43,7 +43,7 @@ def record(cfg: DictConfig) -> Record:
 
 
 def setting(cfg: DictConfig, key: str) -> Any:
-    """A setting; None where it is missing or cannot be resolved, which validation will refuse."""
+    """Return a setting; None if it is missing or cannot be resolved, which validation refuses."""
     try:
         return OmegaConf.select(cfg, key)
     except OmegaConfBaseException:
@@ -51,7 +51,7 @@ def setting(cfg: DictConfig, key: str) -> Any:
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as JSON has it; unresolved where it cannot be resolved, since the record must exist all the same."""
+    """Return the configuration as JSON values; unresolved if it cannot be resolved, since every run has a record."""
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     except OmegaConfBaseException:
@@ -61,7 +61,7 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _jsonable(value: Any) -> Any:
-    """The same with the text of what JSON has no word for: what is no number, and bytes."""
+    """Return `value` with the text of what JSON does not have: infinities, NaN, and bytes."""
     if isinstance(value, dict):
         return {key: _jsonable(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -71,7 +71,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def settled(config: dict[str, Any], run: Run) -> dict[str, Any]:
-    """The configuration with what was left open as it was decided; the command has what was typed."""
+    """Return the configuration with open settings as they were decided; the command has what was typed."""
     work = {"batch_size": run.workload.batch_size, "micro_batches": run.workload.micro_batches}
     return config | {
         "workload": config["workload"] | work,

@@ -8,8 +8,8 @@ from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction
 from zi_experiments.measurement.timing import Samples
 
-NOISE = 1.03  # a fraction of a bound below this is within what measurements scatter
-Passed = dict[str, float]  # by "prefill" and "decode": the fraction of a bound that was none
+NOISE = 1.03  # a fraction of a bound below this is within the noise of measurements
+Passed = dict[str, float]  # by "prefill" and "decode": the fraction of a bound that was wrong
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,20 +20,20 @@ class Metrics:
     decode_tok_per_s: float | None  # B·(G−1) / (total_s − ttft_s); None when G is 1
     total_tok_per_s: float  # B·G / total_s
     ttft_s: float  # from the call of generate to the first token being known on the host
-    tpot_p50_s: float | None  # from one token to the next, over the steps of all passes
+    tpot_p50_s: float | None  # from one token to the next, over the decode steps of all passes
     tpot_p90_s: float | None
     tpot_p99_s: float | None
     load_s: float
     gpu_peak_bytes: int  # allocated on one GPU while measuring, the largest over ranks
     host_peak_bytes: int  # resident in all processes of the run, at any time
     disk_peak_bytes: int  # in the run's folder on offload.path, at any time
-    link_bytes_per_s: float | None  # bytes that had to cross the link in one pass / median decode step
+    link_bytes_per_s: float | None  # bytes that had to cross PCIe in one pass / median decode step
     fraction_of_bound: float | None  # lower bound of a decode step / median decode step
     prefill_fraction_of_bound: float | None
     prefill_prediction_error: float | None  # predicted / measured − 1, of ttft_s
-    decode_prediction_error: float | None  # the same of the median decode step
-    perplexity: float | None  # of the weights on workload.text; None without one
-    spread: dict[str, tuple[float, float]]  # smallest and largest pass of each rate
+    decode_prediction_error: float | None  # predicted / measured − 1, of the median decode step
+    perplexity: float | None  # of the weights on workload.text; None without a text
+    spread: dict[str, tuple[float, float]]  # of each rate: its smallest and its largest pass
 
 
 def derive(
@@ -46,7 +46,7 @@ def derive(
     host_peak_bytes: int,
     disk_peak_bytes: int,
 ) -> Metrics:
-    """The metrics of a run, held against what its plan had predicted before it began."""
+    """Return the metrics of a run, compared with its plan's bound and with the prediction made before it began."""
     work, passes = plan.run.workload, samples.measured
     batch, bound = work.sequences, lower_bound(plan)
     prefill = [batch * work.prompt_len / one.ttft_s for one in passes]
@@ -79,14 +79,14 @@ def derive(
 
 
 def passed(figures: Metrics) -> Passed | None:
-    """The fractions of a run that was faster than its bound by more than noise, which is none then; None: it was not."""
+    """Return the fractions of bounds that the run beats by more than noise: these bounds are wrong. Else None."""
     fractions = {"prefill": figures.prefill_fraction_of_bound, "decode": figures.fraction_of_bound}
     beyond = {name: value for name, value in fractions.items() if value is not None and value > NOISE}
     return beyond or None
 
 
 def without_passed(figures: Metrics) -> Metrics:
-    """The same without the fractions of bounds that the run has passed."""
+    """Return `figures` without the fractions of bounds that the run has passed."""
     beyond = passed(figures) or {}
     return replace(
         figures,

@@ -1,4 +1,4 @@
-"""The record of a run: what was asked, what was planned, what was measured or what went wrong. One JSON form."""
+"""The record of a run: its request, its plan, and what was measured or went wrong. It has one JSON form."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -20,7 +20,7 @@ Status = Literal["ok", "refused", "oom", "killed", "error"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """Why a run did not end well."""
+    """Why a run is not ok."""
 
     type: str
     message: str
@@ -37,7 +37,7 @@ class RunInfo:
     finished_at: str | None
     command: str
     git_revision: str | None
-    fingerprint: str | None = None  # of settings, code, machine and weights: equal ones give comparable results
+    fingerprint: str | None = None  # of settings, code, machine and weights: results with equal ones are comparable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,20 +53,18 @@ class Record:
     ds_config: dict[str, Any] | None = None  # of engine=deepspeed
     engine_config: dict[str, Any] | None = None  # of another engine
     plan: Plan | None = None
-    prediction: Prediction | None = None  # of the plan, before the run began; there when the plan is
+    prediction: Prediction | None = None  # of the plan, before the run began; set if the plan is
     environment: dict[str, Any] | None = None
-    checkpoint: dict[str, Any] | None = None  # what was loaded, by its hashes; None: random weights
-    stored: Held | None = None  # what was loaded, over all ranks
+    checkpoint: dict[str, Any] | None = None  # the files that were loaded, with their hashes; None: random weights
+    stored: Held | None = None  # the weights that were loaded, over all ranks
     samples: Samples | None = None
     generated: Generated | None = None
     metrics: Metrics | None = None
-    bound_passed: Passed | None = (
-        None  # by the rates as they were before the machine was measured again; None: it was not
-    )
+    bound_passed: Passed | None = None  # by the rates before the machine was measured again; None: it was not
     verification: Verification | None = None  # None: verify=off, or the run did not get as far
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form: `result.json`, schema version 1. Bytes are bytes and seconds are seconds; nothing is rounded."""
+        """Return the JSON form: `result.json`, schema version 1, in bytes and seconds; nothing is rounded."""
         return {
             "schema_version": SCHEMA_VERSION,
             "status": self.status,
@@ -89,10 +87,10 @@ class Record:
 
 
 def describe_plan(plan: Plan, prediction: Prediction) -> dict[str, Any]:
-    """The JSON form of a plan and of what it predicted."""
+    """Return the JSON form of a plan and its prediction."""
     arch, work = plan.architecture, plan.run.workload
     return {
-        "batch_size": work.batch_size,  # of workload.batch_size=auto too
+        "batch_size": work.batch_size,  # a number with workload.batch_size=auto too
         "sequences": work.sequences,
         "device": plan.machine.device,
         "dtype": plan.dtype,
@@ -119,6 +117,6 @@ def describe_plan(plan: Plan, prediction: Prediction) -> dict[str, Any]:
 
 
 def _rates(plan: Plan) -> dict[str, Any]:
-    """What bound and prediction were computed from."""
+    """Return the rates from which bound and prediction were computed."""
     machine = plan.machine
     return asdict(machine.ceilings) | {"calibration": asdict(machine.calibration) if machine.calibration else None}

@@ -17,7 +17,7 @@ def test_a_plan_says_what_limits_a_step_and_what_it_will_take(make_plan, machine
     """25.7 GB of OPT-13B over 50 GB/s."""
     asked = ("model=opt-13b", "quant=fp16", "engine=stream")
     # the embeddings stay on the GPU: 25.7 GB less 0.5
-    assert "a decode step takes at least 503.4 ms, limited by the link; predicted 503.4 ms\n" in shown(
+    assert "a decode step takes at least 503.4 ms, limited by PCIe; predicted 503.4 ms\n" in shown(
         make_plan(*asked, on=machine("measured"))
     )
     only_bound = shown(make_plan(*asked, on=machine("cpu")))

@@ -40,7 +40,7 @@ CONFIG_NAME = "ds_config"
 
 
 def check(run: Run) -> None:
-    """Raise `ConfigError` without a profile."""
+    """Raise `ConfigError` when no profile is set."""
     if run.engine.profile is None:
         raise ConfigError(
             "engine.profile=null is not a profile of engine=deepspeed: pass engine.profile=tuned, or reference"
@@ -48,9 +48,9 @@ def check(run: Run) -> None:
 
 
 def storage(spec: Spec) -> Storage:
-    """Where ZeRO stage 3 keeps the weights.
+    """Return where ZeRO stage 3 keeps the weights.
 
-    Raises `ConfigError` for a checkpoint that is quantized already: transformers expands it, and leaves ZeRO-3 out.
+    Raises `ConfigError` for a checkpoint that is quantized already: transformers expands it without ZeRO-3.
     """
     if _is_pretrained(spec) and getattr(spec.architecture.config, "quantization_config", None) is not None:
         raise ConfigError("engine=deepspeed cannot load weights that are quantized already: pass engine=stream")
@@ -58,29 +58,29 @@ def storage(spec: Spec) -> Storage:
 
 
 def requirements(plan: Plan) -> Iterator[str]:
-    """What DeepSpeed's operators and its asynchronous I/O lack on this machine."""
+    """Yield what DeepSpeed's operators and its asynchronous I/O lack on this machine."""
     return problems(plan)
 
 
 def disk_access(run: Run, folder: Path) -> Disk:
-    """A queue for each thread. What the profiles take, and what others leave to the kernel, is more than a disk can tell."""
-    aio = run.offload.aio
+    """Return how a run reads from `folder`: one queue per thread."""
+    aio = run.offload.aio  # the defaults of both profiles exceed MOST_IN_FLIGHT
     in_flight = (aio.intra_op_parallelism or MOST_IN_FLIGHT) * (aio.queue_depth or MOST_IN_FLIGHT)
     return reading(folder, aio.block_size, in_flight)
 
 
 def stored(plan: Plan) -> dict[str, Stored]:
-    """How ZeRO stage 3 keeps each parameter."""
+    """Return how ZeRO stage 3 stores each parameter, by name."""
     return placement.stored(plan)
 
 
 def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
-    """DeepSpeed's configuration of a plan; `scratch` is the run's own folder on the NVMe path."""
+    """Return DeepSpeed's configuration of a plan; `scratch` is the run's own folder on the NVMe path."""
     return ds_config.build(plan, scratch)
 
 
 def prepare(plan: Plan, progress: Progress) -> None:
-    """Compile the operators of this run, then start the distributed back end, which uses one of them on a CPU."""
+    """Compile the operators of this run, then start the distributed back end, which needs one of them on a CPU."""
     operators.build(operators.operators(plan), progress)
     distributed.init(plan.machine.device)
     import deepspeed
@@ -91,7 +91,7 @@ def prepare(plan: Plan, progress: Progress) -> None:
 def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     """Load the planned model into partitioned, offloaded and quantized storage, one parameter at a time.
 
-    Needs `prepare`. From there the order is the reference script's: configuration, weights, `deepspeed.initialize`.
+    Call `prepare` before. The order is the reference script's: configuration, weights, `deepspeed.initialize`.
     """
     import deepspeed
     import torch
@@ -117,7 +117,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     engine = deepspeed.initialize(model=model.eval(), config=config)[0]
     engine.module.eval()
     progress.end()
-    # transformers holds it by a weak reference: without this one it would forget that ZeRO-3 is on
+    # transformers has only a weak reference to it: without this one it would forget that ZeRO-3 is on
     engine.module.hf_deepspeed_config = hf_config
     return HFSession(
         engine.module,
@@ -133,7 +133,7 @@ def _is_pretrained(spec: Spec) -> bool:
 
 
 def _from_nothing(plan: Plan, progress: Progress) -> Any:
-    """The model with random weights: an empty checkpoint, and parameters filled before they are stored."""
+    """Return the model with random weights: from an empty checkpoint, each parameter filled before it is stored."""
     weights = RandomWeights(plan.run.weights.seed)
     quantize = _quantizer(plan)
 
@@ -150,7 +150,7 @@ def _from_nothing(plan: Plan, progress: Progress) -> Any:
 
 
 def _from_checkpoint(plan: Plan, progress: Progress) -> Any:
-    """The model with the weights of a checkpoint, each converted to the run's dtype before it is quantized."""
+    """Return the model with a checkpoint's weights, each converted to the run's dtype before it is quantized."""
     path = plan.run.weights.path
     assert path is not None
 
@@ -164,7 +164,7 @@ def _from_checkpoint(plan: Plan, progress: Progress) -> Any:
 
 
 def _quantizer(plan: Plan) -> Callable[[str, Any], None]:
-    """What packs each parameter that the plan quantizes."""
+    """Return a function that packs a parameter if the plan quantizes it."""
     chosen = {p.name for p in plan.architecture.parameters if plan.is_quantized(p)}
 
     def quantize(name: str, parameter: Any) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed does not look at the results of its writes: here each is looked at before its buffer is given away."""
+"""Checks of DeepSpeed's writes to disk, whose results it ignores: each is checked before its buffer is used again."""
 
 import errno
 import os
@@ -13,9 +13,9 @@ from zi_experiments.engines.deepspeed.patches import replaced
 
 
 def checking_writes() -> AbstractContextManager[None]:
-    """Raise `OSError`, in one line, as soon as a weight that was written to disk is not there whole.
+    """Raise `OSError`, in one line, as soon as a weight is not completely on disk after its write.
 
-    A full disk would end in wrong logits instead: what is not there is read back as zeros.
+    A full disk would give wrong logits instead: missing parts are read back as zeros.
     """
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
 
@@ -23,7 +23,7 @@ def checking_writes() -> AbstractContextManager[None]:
         def synchronize_writes(self: Any) -> None:
             paths, buffers = self._get_swap_paths(self.swap_out_params), self._get_swap_buffers(self.swap_out_params)
             original(self)
-            # the buffers may be taken for other weights from here on, but nobody has done so yet
+            # from here on the buffers may be used for other weights, but none of them is yet
             for path, buffer in zip(map(Path, paths), buffers, strict=True):
                 written = bytes_written(path, buffer)
                 if written < buffer.nbytes:
@@ -35,12 +35,11 @@ def checking_writes() -> AbstractContextManager[None]:
 
 
 def bytes_written(path: Path, buffer: Any) -> int:
-    """How many bytes of a buffer a file holds that was new when the buffer was written to it, up to the first missing.
+    """Return how many bytes of `buffer` are in the file at `path`, up to the first missing one; the file was new.
 
-    Several threads write their parts at once, so what failed need not be the end: it leaves a hole, which reads as
-    zeros. A file system that compresses makes holes of zeros that were written as well; so a hole is a failure where the
-    buffer is not zero, and nowhere else. A file system that knows no holes (NFS before 4.2) reports none, and the size
-    alone decides.
+    Several threads write their parts at once, so the failed part need not be the last one. It leaves a hole, read back
+    as zeros. A file system that compresses also makes holes of zeros that were written. So a hole is a failure only if
+    the buffer is not zero there. A file system without holes (NFS before 4.2) reports none: the size alone decides.
     """
     import torch
 
@@ -54,7 +53,7 @@ def bytes_written(path: Path, buffer: Any) -> int:
 
 
 def _holes(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
-    """Start and end of each part of a file that was never written, blocks that are merely allocated among them."""
+    """Yield start and end of each part of a file that was never written, blocks that are only allocated included."""
     position = 0
     while position < size and (hole := os.lseek(descriptor, position, os.SEEK_HOLE)) < size:
         try:

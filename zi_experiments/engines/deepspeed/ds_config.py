@@ -1,4 +1,4 @@
-"""`Plan → DeepSpeed's configuration`. The only place that knows DeepSpeed's keys; it does not import DeepSpeed."""
+"""`Plan → DeepSpeed's configuration`. The only module that knows DeepSpeed's keys; it does not import DeepSpeed."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from zi_experiments.engines.deepspeed import placement
 
 
 def build(plan: Plan, nvme_path: str | None = None) -> dict[str, Any]:
-    """The ds_config of a plan. `nvme_path` is the run's own folder on the disk, required with `offload=nvme`.
+    """Return the ds_config of a plan. `nvme_path` is the run's own folder on the disk, required with `offload=nvme`.
 
     `engine.profile=reference` gives the dictionary of the DeepSpeedExamples ZeRO-Inference script, key for key;
-    `tuned` gives the one that keeps the link busy.
+    `tuned` gives the one that keeps PCIe busy.
     """
     run = plan.run
     reference = run.engine.profile is Profile.reference
@@ -58,12 +58,12 @@ def _reference_zero(plan: Plan) -> dict[str, Any]:
 
 def _tuned_zero(plan: Plan) -> dict[str, Any]:
     return {
-        # one hook, one fetch and one wait per decoder layer instead of one per submodule
+        # one hook, one fetch and one wait per decoder layer instead of per submodule
         "leaf_module": {"classes": list(plan.architecture.layer_classes)},
         # a bucket smaller than a layer leaves part of the next layer to be fetched on demand
         "stage3_prefetch_bucket_size": plan.layer_numel,
         "stage3_param_persistence_threshold": placement.persistence_numel(plan),
-        # plain F.linear, so that what is computed is bit for bit what transformers computes
+        # plain F.linear, so that results are equal to those of transformers bit for bit
         "memory_efficient_linear": False,
         # a tied embedding stays live for the whole pass: without room for it nothing would be prefetched
         "stage3_max_live_parameters": placement.live_layers(plan) * plan.layer_numel + plan.outside_numel,
@@ -72,7 +72,7 @@ def _tuned_zero(plan: Plan) -> dict[str, Any]:
 
 def _aio(plan: Plan, reference: bool) -> dict[str, Any]:
     aio = plan.run.offload.aio
-    # DeepSpeed reads intra_op_parallelism; the reference's thread_count is ignored without a word
+    # DeepSpeed reads intra_op_parallelism, and silently ignores the reference's thread_count
     threads = {"thread_count": 8} if reference else {"intra_op_parallelism": 8}
     if aio.intra_op_parallelism is not None:
         threads = {"intra_op_parallelism": aio.intra_op_parallelism}

@@ -1,4 +1,4 @@
-"""DeepSpeed compiles its operators on first use: here that happens before anything is loaded or timed."""
+"""Compile DeepSpeed's operators before anything is loaded or timed; DeepSpeed itself compiles them on first use."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ _PATIENCE_S = 1.0
 
 
 def operators(plan: Plan) -> list[str]:
-    """DeepSpeed's builders of the operators that a plan uses, each after those that it needs itself."""
+    """Return the names of DeepSpeed's builders of the operators that a plan uses, each after those that it needs."""
     names = []
     if plan.machine.device == "cpu":
         names.append("ShareMemCommBuilder")
@@ -40,13 +40,13 @@ def build(names: list[str], progress: Progress) -> None:
     for name in names:
         builder = get_accelerator().create_op_builder(name)
         wait_for_lock(toolchain.extensions_folder() / builder.name, progress)
-        with _told_when_it_takes_long(f"build {builder.name}", progress):
+        with _shown_if_slow(f"build {builder.name}", progress):
             builder.load(verbose=False)
 
 
 @contextmanager
-def _told_when_it_takes_long(phase: str, progress: Progress) -> Iterator[None]:
-    """torch alone knows whether an operator in its cache has to be compiled again, for a new version of its sources, say."""
+def _shown_if_slow(phase: str, progress: Progress) -> Iterator[None]:
+    """Show a phase that takes long: only torch knows if a cached operator is compiled again, for new sources, say."""
     timer = threading.Timer(_PATIENCE_S, progress.begin, (phase, 1, "operator, compiled once: takes minutes"))
     timer.start()
     try:
@@ -58,11 +58,11 @@ def _told_when_it_takes_long(phase: str, progress: Progress) -> Iterator[None]:
 
 
 def wait_for_lock(folder: Path, progress: Progress) -> None:
-    """Wait until nobody else builds the operator in this folder, and remove the lock of a build that was interrupted.
+    """Wait until no other process builds the operator in this folder, and remove the lock of an interrupted build.
 
-    torch waits without a word, and for ever when the process that made the lock is gone. A process that builds keeps its
-    lock open, so a lock that nobody has open has no owner. It closes the lock just before it removes it: hence the second
-    look. Both looks are at the same lock, since another rank may have removed it and made its own.
+    torch waits silently, and forever when the process that made the lock is gone. A process that builds keeps its lock
+    open, so a lock that no process has open has no owner. The owner closes its lock just before it removes it: hence
+    the second look. Both looks are at the same lock, since another rank may have removed it and made its own.
     """
     lock = folder / "lock"
     waits_for = None
@@ -88,7 +88,7 @@ def _remove(lock: Path, seen: tuple[int, int], progress: Progress) -> None:
 
 
 def _identity(lock: Path) -> tuple[int, int] | None:
-    """What tells a lock from the next one at the same place; None: there is none."""
+    """Return what distinguishes a lock from a later one at the same path; None: there is no lock."""
     try:
         status = lock.stat()
     except FileNotFoundError:

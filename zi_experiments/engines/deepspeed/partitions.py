@@ -1,4 +1,4 @@
-"""What ZeRO stage 3 holds of a model, read off its partitions."""
+"""The inventory of a model under ZeRO stage 3, read from its partitions."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from zi_experiments.runtime import distributed
 
 
 def inventory(model: Any, device: Any) -> Inventory:
-    """This rank's part of a model that `deepspeed.initialize` has taken, and that computes on `device`.
+    """Return this rank's part of a model that `deepspeed.initialize` has wrapped and that computes on `device`.
 
     Small parameters persist: the first pass gathers them on the device, where they stay. Their partitions stay as well.
     """
@@ -28,7 +28,7 @@ def _home(parameter: Any, device: Any) -> Home:
 
 def _pieces(parameter: Any, device: Any) -> Iterator[tuple[Home, int]]:
     partition = parameter.ds_tensor
-    # of a partition in an NVMe buffer, the tensor is the whole buffer
+    # not the size of the tensor: for a partition in an NVMe buffer it is the whole buffer
     yield _partition_home(partition), ELEMENT_BYTES * partition.ds_numel
     if parameter.ds_persist and home_on(device) is not _partition_home(partition):
         yield home_on(device), ELEMENT_BYTES * parameter.ds_numel
@@ -39,7 +39,7 @@ def _partition_home(partition: Any) -> Home:
 
 
 def _own_numel(parameter: Any) -> int:
-    """Elements of a parameter in this rank's partition; the last partitions are filled up."""
+    """Return the elements of a parameter in this rank's partition, without the padding of the last partitions."""
     size: int = parameter.ds_tensor.ds_numel
     left: int = parameter.ds_numel - distributed.rank() * size
     return max(0, min(size, left))

@@ -1,4 +1,4 @@
-"""Where DeepSpeed or transformers need another behaviour while a model is loaded, and nowhere else."""
+"""Changes to the behaviour of DeepSpeed and transformers, only while a model is loaded."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from zi_experiments.runtime.pinned_memory import pinned_empty
 
 @contextmanager
 def replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace an attribute of a class or module by a wrapper of it for a while."""
+    """Replace an attribute of a class or module by a wrapper of it, within the context."""
     original = getattr(owner, name)
     setattr(owner, name, wrap(original))
     try:
@@ -20,16 +20,16 @@ def replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None
 
 
 def partitioning_at_the_end(model_type: Any, prepare: Callable[[str, Any], None]) -> AbstractContextManager[None]:
-    """Let zero.Init take the parameters when the whole model exists, and call `prepare(name, parameter)` before each.
+    """Let zero.Init partition parameters when the whole model exists, and call `prepare(name, parameter)` before each.
 
-    zero.Init partitions the parameters of a module as soon as the module exists. By then nobody knows its name in the
-    model, and a head that will share the embedding's weight is stored as if it were one of its own. Here parameters stay
-    on the meta device until the model itself exists; then one after the other gets memory, its value, and its place.
+    zero.Init partitions the parameters of a module as soon as the module exists. Their names in the model are not known
+    then, and a head that will share the embedding's weight is stored separately. Here parameters stay on the meta
+    device until the whole model exists. Then one after the other is allocated, prepared and partitioned.
     """
     from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
     from torch import nn
 
-    # `from_pretrained` replaces the method by one that does nothing while the model is built, and ties when all is loaded
+    # `from_pretrained` makes the method do nothing while the model is built, and ties weights after loading
     tie_weights = model_type.tie_weights
 
     def wrap(original: Any) -> Any:
@@ -40,7 +40,7 @@ def partitioning_at_the_end(model_type: Any, prepare: Callable[[str, Any], None]
             for name, parameter in module.named_parameters(recurse=False):
                 if not is_zero_param(parameter):
                     module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-            # what else it does to a module is not about parameters
+            # the rest that it does to a module does not concern parameters
             parameters, module._parameters = module._parameters, {}
             original(self, module)
             module._parameters = parameters
@@ -69,14 +69,14 @@ def _partition(init: Any, model: Any, prepare: Callable[[str, Any], None]) -> No
 
 
 def not_quantizing() -> AbstractContextManager[None]:
-    """Leave quantization to `quantized.py`: DeepSpeed knows plain `nn.Linear` and `nn.Embedding` only."""
+    """Leave quantization to `quantized.py`: DeepSpeed quantizes plain `nn.Linear` and `nn.Embedding` only."""
     from deepspeed.runtime.zero import partition_parameters
 
     return replaced(partition_parameters, "WEIGHT_QUANTIZATION_LAYERS", lambda original: ())
 
 
 def loading(convert: Callable[[Any, Any], Any]) -> AbstractContextManager[None]:
-    """Let each parameter or buffer take `convert(what it holds now, tensor)` instead of a checkpoint's `tensor`."""
+    """Let each parameter or buffer take `convert(its present value, tensor)` instead of a checkpoint's `tensor`."""
     from torch import nn
 
     def wrap(original: Any) -> Any:
@@ -93,11 +93,11 @@ def loading(convert: Callable[[Any, Any], Any]) -> AbstractContextManager[None]:
 
 
 def keeping_arange() -> AbstractContextManager[None]:
-    """Leave the dtype of `torch.arange` alone while a model is built.
+    """Keep the dtype of `torch.arange` while a model is built.
 
-    zero.Init makes every new floating-point tensor 16-bit. Rotary embeddings count positions with one, and in 16 bits
-    their frequencies are off by up to 0.2 %, which at position 512 can be a radian. Later versions of transformers do the
-    same by themselves.
+    zero.Init makes every new floating-point tensor 16-bit. Rotary embeddings count positions with `arange`. In 16 bits
+    their frequencies are off by up to 0.2 %, which at position 512 can be a radian. Later versions of transformers
+    avoid this themselves.
     """
     from deepspeed.runtime.zero import partition_parameters
 
@@ -113,9 +113,9 @@ def keeping_arange() -> AbstractContextManager[None]:
 
 
 def pinning_exactly() -> AbstractContextManager[None]:
-    """Pin each partition at its own size.
+    """Pin each partition at its exact size.
 
-    torch's allocator copies into a block rounded up to a power of two: OPT-175B in INT4 would take 155 GB, not 98.
+    torch's allocator rounds each block up to a power of two: OPT-175B in INT4 would take 155 GB, not 98.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -130,7 +130,7 @@ def pinning_exactly() -> AbstractContextManager[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No report of missing keys: random weights miss them all, and of a checkpoint's the engine makes an error."""
+    """Suppress the report of missing keys: random weights miss all, and for a checkpoint the engine raises an error."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -6,7 +6,7 @@ from zi_experiments.runtime.pinned_memory import register
 
 
 def register_swap_buffers(model: Any) -> None:
-    """DeepSpeed locks its NVMe buffers in memory but does not tell CUDA, so copies from them are pageable ones."""
+    """Pin DeepSpeed's NVMe buffers: it locks them in memory without CUDA, so copies from them would be pageable."""
     from deepspeed.inference.quantization.utils import get_AsyncPartitionedParameterSwapper
 
     swapper = get_AsyncPartitionedParameterSwapper(model)

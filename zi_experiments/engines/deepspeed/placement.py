@@ -1,4 +1,4 @@
-"""What ZeRO stage 3 does with the weights of a plan: what stays on the GPU, what is swapped, which buffers. Pure figures."""
+"""Where ZeRO stage 3 keeps the weights of a plan (GPU, host memory or disk), and its buffers. Figures only."""
 
 from collections import Counter
 from dataclasses import replace
@@ -14,16 +14,16 @@ from zi_experiments.units import gigabytes
 MIN_SWAP_BYTES = 1 << 20  # DeepSpeed keeps smaller parameters in memory
 OVERLAP = {
     Profile.tuned: Overlap(hidden=0.95, launch=2.5, stall=1.6, load_s=2.0, load_s_per_parameter=2e-10),
-    # a hook, a fetch and a wait for every submodule, with nothing on its way meanwhile
+    # a hook, a fetch and a wait for every submodule, with no other copy in flight meanwhile
     Profile.reference: Overlap(hidden=1.0, launch=14.0, stall=8.0, load_s=2.0, load_s_per_parameter=2e-10),
 }
 
-# without a GPU that would go on by itself, DeepSpeed waits for what it reads, and its kernel to expand weights is CUDA's
+# on a CPU nothing computes while DeepSpeed waits for a read, and its kernel that expands weights is not there
 CPU_HIDDEN, CPU_EXPAND = 0.0, {Profile.tuned: 1.5, Profile.reference: 1.8}
 
 
 def storage(spec: Spec) -> Storage:
-    """Where DeepSpeed keeps the weights. Raises `ConfigError` when it has no room for its own NVMe buffers."""
+    """Return where DeepSpeed keeps the weights. Raises `ConfigError` when NVMe buffers do not fit in host memory."""
     placement, buffers = placement_of(stored(spec)), buffer_bytes_host(spec)
     if buffers > spec.machine.host_memory_bytes:
         profile = (
@@ -36,7 +36,7 @@ def storage(spec: Spec) -> Storage:
     offloaded = spec.run.offload.device is not OffloadDevice.none
     return Storage(
         placement=placement,
-        # on a CPU there is no link to cross
+        # on a CPU nothing crosses PCIe
         streamed_bytes_per_pass=placement.cpu_bytes + placement.nvme_bytes
         if offloaded and spec.machine.device == "cuda"
         else 0,
@@ -56,22 +56,22 @@ def _overlap(spec: Spec) -> Overlap:
 
 
 def persistence_numel(spec: Spec) -> int:
-    """Parameters of at most this many stored elements stay on the GPU."""
+    """Return the persistence threshold: parameters of at most this many stored elements stay on the GPU."""
     if spec.run.engine.profile is Profile.reference:
         return spec.architecture.hidden_size
-    # biases and norms: copying each on demand costs more than its bytes
+    # biases and norms: a copy on demand costs more in overhead than in bytes
     return max((p.numel for p in spec.architecture.parameters if len(p.shape) == 1), default=0)
 
 
 def swap_block_bytes(spec: Spec) -> int:
-    """Block size of asynchronous I/O."""
+    """Return the block size of asynchronous I/O in bytes."""
     reference = 16 * MIN_SWAP_BYTES
     default = reference if spec.run.engine.profile is Profile.reference else MIN_SWAP_BYTES
     return spec.run.offload.aio.block_size or default
 
 
 def swapped(spec: Spec) -> list[Parameter]:
-    """The parameters that DeepSpeed puts on disk: those whose partition is at least a block and 1 MiB."""
+    """Return the parameters that DeepSpeed puts on disk: those with partitions of at least a block and 1 MiB."""
     if spec.run.offload.device is not OffloadDevice.nvme:
         return []
     smallest, ranks = max(MIN_SWAP_BYTES, swap_block_bytes(spec)), spec.run.hardware.num_gpus
@@ -79,7 +79,7 @@ def swapped(spec: Spec) -> list[Parameter]:
 
 
 def stored(spec: Spec) -> dict[str, Stored]:
-    """Every parameter by name: large ones where `offload` says, small ones on the device that computes."""
+    """Return how each parameter is stored, by name: large ones where `offload` says, small ones on the device."""
     on_disk, most = {p.name for p in swapped(spec)}, persistence_numel(spec)
     offloaded = spec.run.offload.device is not OffloadDevice.none
 
@@ -92,7 +92,7 @@ def stored(spec: Spec) -> dict[str, Stored]:
 
 
 def buffer_numel(spec: Spec) -> int:
-    """Elements of one NVMe buffer: the largest partition on disk."""
+    """Return the elements of one NVMe buffer, by default those of the largest partition on disk."""
     if spec.run.offload.buffer_size is not None:
         return spec.run.offload.buffer_size
     if spec.run.engine.profile is Profile.reference:
@@ -102,7 +102,7 @@ def buffer_numel(spec: Spec) -> int:
 
 
 def buffer_count(spec: Spec) -> int:
-    """NVMe buffers: two layers' parameters, so that one is read while the other is used, and the rest of the model."""
+    """Return the number of NVMe buffers, by default for two layers (one is used, one is read) and other weights."""
     if spec.run.offload.buffer_count is not None:
         return spec.run.offload.buffer_count
     if spec.run.engine.profile is Profile.reference:
@@ -113,7 +113,7 @@ def buffer_count(spec: Spec) -> int:
 
 
 def _reference_buffers(spec: Spec) -> tuple[int, int]:
-    """Count and size, in elements, that the reference script uses."""
+    """Return the count of buffers in the reference script, and their size in elements."""
     if spec.architecture.model_type == "bloom":
         return (3, 8 << 30) if spec.run.offload.use_gds else (5, 9 << 30)
     if spec.architecture.model_type == "mixtral":
@@ -122,14 +122,14 @@ def _reference_buffers(spec: Spec) -> tuple[int, int]:
 
 
 def buffer_bytes_host(spec: Spec) -> int:
-    """Host memory of the NVMe buffers, over all ranks; with GPUDirect Storage they are on the GPU."""
+    """Return the bytes of all ranks' NVMe buffers in host memory; with GPUDirect Storage they are on the GPU."""
     if not swapped(spec) or spec.run.offload.use_gds:
         return 0
     return buffer_numel(spec) * buffer_count(spec) * ELEMENT_BYTES * spec.run.hardware.num_gpus
 
 
 def live_layers(spec: Spec) -> int:
-    """Decoder layers that may be on the GPU at once: the one that computes and those on their way."""
+    """Return how many decoder layers may be on the GPU at once: the one that computes and those being fetched."""
     layer = spec.layer_numel * ELEMENT_BYTES
     memory = spec.machine.gpu_memory_bytes
     if memory is None:
@@ -139,7 +139,7 @@ def live_layers(spec: Spec) -> int:
 
 
 def uses_cuda_quantizer(spec: Spec) -> bool:
-    """Whether DeepSpeed expands the weights with its CUDA kernel, which knows float16 and groups of columns only."""
+    """Return whether DeepSpeed's CUDA kernel expands the weights: it knows float16 and groups of columns only."""
     quant = spec.run.quant
     if quant.group_size is None or spec.machine.device != "cuda":
         return False

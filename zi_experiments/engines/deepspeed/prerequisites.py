@@ -1,4 +1,4 @@
-"""What DeepSpeed needs of a machine, checked before anything is loaded: it would fail late, or say little."""
+"""What DeepSpeed needs from a machine, checked before loading: DeepSpeed would fail late, or with a vague message."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from zi_experiments.units import gigabytes
 
 
 def problems(plan: Plan) -> Iterator[str]:
-    """What is lacking: a line for each, which says what to type."""
+    """Yield one line for each thing that this machine lacks; the line says what to type."""
     yield from _dtype(plan)
     yield from _operators(plan)
     if plan.run.offload.device is OffloadDevice.nvme:
@@ -22,16 +22,16 @@ def problems(plan: Plan) -> Iterator[str]:
 
 
 def _dtype(plan: Plan) -> Iterator[str]:
-    """DeepSpeed asks the processor, where the other engines let torch compute float16 as well as it can."""
+    """Check the dtype on a CPU: DeepSpeed asks the processor, other engines let torch compute float16 as it can."""
     if plan.machine.device == "cpu" and plan.dtype not in cpu_dtypes():
         yield (
-            f"hardware.dtypes=[{plan.dtype}] is a type that DeepSpeed does not compute on this processor: "
+            f"hardware.dtypes=[{plan.dtype}] is a type that DeepSpeed does not support on this processor: "
             f"pass hardware.dtypes=null, which takes {cpu_dtypes()[0]} here, or engine=stream"
         )
 
 
 def _operators(plan: Plan) -> Iterator[str]:
-    """What DeepSpeed's operators are compiled with; those that are compiled already ask for it too."""
+    """Check the tools that compile DeepSpeed's operators; operators that are compiled already need them too."""
     names = operators(plan)
     if not names:
         return
@@ -46,7 +46,7 @@ def _operators(plan: Plan) -> Iterator[str]:
 
 
 def _swapper(plan: Plan) -> Iterator[str]:
-    """What the part of DeepSpeed needs that moves weights between disk and memory."""
+    """Check what DeepSpeed needs to move weights between disk and memory."""
     locked = plan.storage.locked_bytes // plan.run.hardware.num_gpus
     yield from toolchain.lacking(
         f"offload=nvme locks {gigabytes(locked, 1)} of memory", toolchain.locked_memory(locked)
@@ -56,10 +56,10 @@ def _swapper(plan: Plan) -> Iterator[str]:
 
 
 def _buffers(plan: Plan) -> Iterator[str]:
-    """A weight on its way takes a buffer, and keeps it while it is on the GPU.
+    """Check size and number of the buffers. A weight in flight takes a buffer, and keeps it while it is on the GPU.
 
-    `tuned` fetches a layer at once, and a tied embedding stays for the head; `reference` fetches a module at a time, of
-    which only stacked experts have several weights on disk.
+    `tuned` fetches a layer at once, and a tied embedding stays for the head. `reference` fetches a module at a time,
+    and only modules of stacked experts have several weights on disk.
     """
     swapped, tuned = placement.swapped(plan), plan.run.engine.profile is Profile.tuned
     largest = max((ceil(plan.stored_numel(p) / plan.run.hardware.num_gpus) for p in swapped), default=0)
@@ -96,10 +96,10 @@ def _asynchronous_io(plan: Plan) -> Iterator[str]:
 
 
 def aio_requests(plan: Plan, queue_depth: int) -> int:
-    """Requests for asynchronous I/O that DeepSpeed reserves: its io_setup of this depth, over all ranks.
+    """Return how many asynchronous I/O requests DeepSpeed reserves (its io_setup of this depth), over all ranks.
 
-    Two handles, to read and to write, reserve them for the thread that calls and for each of their own, of which there
-    is one with GPUDirect Storage. Source: measured in /proc/sys/fs/aio-nr.
+    Two handles, to read and to write, each reserve them for the calling thread and for their own threads. There is one
+    own thread with GPUDirect Storage. Source: measured in /proc/sys/fs/aio-nr.
     """
     aio = ds_config.build(plan, "")["aio"]
     threads = 1 if aio["use_gds"] else aio.get("intra_op_parallelism", 1)

@@ -1,8 +1,8 @@
 """Quantized parameters: stored packed by DeepSpeed, expanded for the forward pass of the module that owns them.
 
-DeepSpeed quantizes `weight` of modules whose type is exactly `nn.Linear` or `nn.Embedding` and expands it inside
-`F.linear` and `F.embedding`. Experts in one 3-D tensor, subclasses of `nn.Linear` and GPT-2's `Conv1D` stay 16-bit there.
-Here the parameter is expanded where it is read, as an attribute of its module, whatever the module does with it.
+DeepSpeed quantizes `weight` of modules whose type is exactly `nn.Linear` or `nn.Embedding`, and expands it inside
+`F.linear` and `F.embedding`. Experts in one 3-D tensor, subclasses of `nn.Linear` and GPT-2's `Conv1D` stay 16-bit.
+Here a parameter is expanded where it is read, as an attribute of its module, whatever the module does with it.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from zi_experiments.config.schema import Quant
 
 
 def quantize(parameter: Any, quant: Quant) -> None:
-    """Pack a parameter in place: its integers, then a scale and a minimum per group, flat and in its own dtype."""
+    """Pack a parameter in place, flat and in its own dtype: its integers, then a scale and a minimum per group."""
     from deepspeed.inference.quantization.utils import _quantize_param
 
     assert quant.group_dim is not None
-    # of stacked experts, the dimension of each expert's matrix
+    # for stacked experts, the dimension within each expert's matrix
     group_dim = quant.group_dim + parameter.dim() - 2
     config = {"num_bits": quant.bits, "group_size": quant.group_size, "group_dim": group_dim, "symmetric": False}
     _quantize_param(parameter, config)
@@ -28,10 +28,10 @@ def is_quantized(parameter: Any) -> bool:
 
 
 def pack(parameter: Any, tensor: Any) -> Any:
-    """A tensor of a checkpoint as a quantized parameter stores it.
+    """Return a checkpoint's tensor packed as a quantized parameter stores it.
 
-    It is converted to the parameter's dtype first, on the device: quantized in another one, its scales would be read with
-    the wrong bits, which gives noise.
+    It is converted to the parameter's dtype first, on the device: scales in another dtype would be read with the wrong
+    bits, which gives noise.
     """
     from deepspeed.accelerator import get_accelerator
     from deepspeed.inference.quantization.utils import concat_to_compat_param
@@ -42,7 +42,7 @@ def pack(parameter: Any, tensor: Any) -> Any:
 
 
 def expand_in_forward(model: Any) -> None:
-    """Let each module that owns quantized parameters see them expanded while its `forward` runs."""
+    """Let each module with quantized parameters see them expanded while its `forward` runs."""
     for module in model.modules():
         if names := [name for name, parameter in module._parameters.items() if is_quantized(parameter)]:
             module.forward = _expanding(module, names, module.forward)
@@ -68,7 +68,7 @@ def _expanding(module: Any, names: list[str], forward: Callable[..., Any]) -> Ca
 
 
 def _unpack(parameter: Any) -> tuple[Any, Any, Any]:
-    """Integers as bytes, scales and minima of a gathered parameter."""
+    """Return the integers as bytes, the scales and the minima of a gathered parameter."""
     import torch
 
     codes, scale, minimum = parameter.deconcat(parameter)
@@ -76,12 +76,12 @@ def _unpack(parameter: Any) -> tuple[Any, Any, Any]:
 
 
 def _expand(parameter: Any) -> Any:
-    """The parameter's weights, in its dtype and shape before it was quantized."""
+    """Return the parameter's weights, in its dtype and shape before it was quantized."""
     codes, scale, minimum = _unpack(parameter)
     dequantizer = parameter.dequantizer
     if codes.device.type == "cuda":
         return dequantizer.dequantize(codes, scale, minimum)
-    # for float16 DeepSpeed would look for its CUDA kernel, on a processor that computes float16 as well
+    # for float16 DeepSpeed would look for its CUDA kernel, also on a CPU that computes float16
     if dequantizer.config["num_bits"] == 4:
         codes = dequantizer._decompress_uint4_to_uint8(codes)
     groups = codes.unflatten(dequantizer.config["group_dim"], (-1, dequantizer.config["group_size"]))
@@ -89,7 +89,7 @@ def _expand(parameter: Any) -> Any:
 
 
 class _Rows:
-    """A quantized embedding table of shape (vocabulary, hidden), of which a lookup expands only the rows it reads."""
+    """A quantized embedding table of shape (vocabulary, hidden). A lookup expands only the rows that it reads."""
 
     def __init__(self, parameter: Any) -> None:
         self._parameter = parameter

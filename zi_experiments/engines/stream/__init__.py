@@ -1,4 +1,4 @@
-"""Layer streaming: whole decoder layers come to the device through a ring of slots, ahead of what computes.
+"""Layer streaming: whole decoder layers are copied to the device through a ring of slots, ahead of the compute.
 
 docs/stream.md has a picture of it.
 """
@@ -32,34 +32,34 @@ CONFIG_NAME = "engine_config"
 
 
 def check(run: Run) -> None:
-    """Raises nothing: what can be composed can be streamed."""
+    """Raise nothing: the engine supports all settings."""
 
 
 def storage(spec: Spec) -> Storage:
-    """Where the slabs are, and the buffers that they pass through."""
+    """Return where the slabs are, and the buffers that they pass through."""
     return placement.storage(spec)
 
 
 def stored(plan: Plan) -> dict[str, Stored]:
-    """How each parameter is kept."""
+    """Return how each parameter is stored, by name."""
     return placement.stored(plan)
 
 
 def requirements(plan: Plan) -> Iterator[str]:
-    """What Triton needs to compile the kernel that expands quantized weights on a GPU."""
+    """Yield what Triton lacks to compile the kernel that expands quantized weights on a GPU."""
     if plan.machine.device == "cuda" and plan.run.quant.bits < 16:
         need = "Triton compiles the kernel that expands quantized weights"
         yield from toolchain.lacking(need, toolchain.c_compiler(), toolchain.python_headers())
 
 
 def disk_access(run: Run, folder: Path) -> Disk:
-    """Each buffer is read in so many parts at a time."""
+    """Return how a run reads from `folder`: each host buffer by several requests at a time."""
     aio = run.offload.aio
     return reading(folder, aio.block_size, (aio.intra_op_parallelism or placement.PARALLEL) * placement.BUFFERS)
 
 
 def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
-    """What was derived from the plan; `scratch` is the run's own folder on disk."""
+    """Return figures derived from the plan; `scratch` is the run's own folder on disk."""
     placed = placement.place(plan)
     return {
         "slots": placement.slots(plan),
@@ -76,7 +76,7 @@ def prepare(plan: Plan, progress: Progress) -> None:
 
 
 def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
-    """Load the planned model: what stays onto the device, what is streamed into slabs."""
+    """Load the planned model: resident weights onto the device, streamed weights into slabs. Return its session."""
     import torch
 
     from zi_experiments.engines.stream.device_kv_cache import make_cache
@@ -99,7 +99,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         resident = [loader.resident(f"{prefix}.{index}", layer) for index, layer in enumerate(placed)]
         streamed = [index for index, layer in enumerate(placed) if layer.streamed.nbytes]
         store = loader.store({f"{prefix}.{index}": placed[index] for index in streamed}, path)
-        # last, since weights are quantized in the room that it takes
+        # allocated last: until here, quantizing weights takes this room
         expanded = torch.empty(placement.expanded_elements(placed), dtype=dtype, device=device)
     source: Any = _source(plan, store, device) if streamed else None
     layers = []
@@ -116,7 +116,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
 
 
 def _inventory(model: Any, prefix: str, layers: list[Any], homes: dict[int, Home], store: Any) -> Inventory:
-    """What is outside of the layers, the slabs that stay with them, and this rank's shares of those that come."""
+    """Return what this rank holds: weights outside the layers, resident slabs, its shares of the streamed slabs."""
     times = Counter(p for layer in layers for p in layer.parameters())
     shared = {p for p, count in times.items() if count > 1}
     outside = {name: p for name, p in model.named_parameters() if p in shared or not name.startswith(f"{prefix}.")}

@@ -1,4 +1,4 @@
-"""Keys and values of the stream engine: with room for the whole pass from the start, so that no step allocates."""
+"""KV cache of the stream engine, allocated for the whole pass at the start, so that no decode step allocates."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from zi_experiments.engines.stream.micro_batches import BlockCache
 
 
 def make_cache(plan: Plan, device: torch.device) -> Cache | None:
-    """The cache of one rank's sequences, one part for each micro-batch; None: the model makes one of its own."""
+    """Return the KV cache of one rank's sequences, one part per micro-batch; None: the model makes its own."""
     if plan.architecture.has_own_cache:
         return None
     blocks = plan.run.workload.micro_batches
@@ -29,10 +29,10 @@ def _part(plan: Plan, device: torch.device) -> Cache:
 
 
 class DeviceCache(Cache):  # type: ignore[misc]
-    """A cache on the device with room for `capacity` tokens of each of `sequences`; it grows when a pass needs more.
+    """A KV cache on the device: room for `capacity` tokens of each of `sequences`; it grows when a pass needs more.
 
-    More sequences share that room, so that the verification of a run takes no more than the run.
-    Layers other than plain attention, such as sliding windows, stay as transformers makes them.
+    More sequences share that room, so that the verification of a run takes no more memory than the run.
+    Layers other than full attention, such as sliding windows, stay as transformers makes them.
     """
 
     layers: list[Any]
@@ -44,7 +44,7 @@ class DeviceCache(Cache):  # type: ignore[misc]
         self.reset()
 
     def reset(self) -> None:
-        """Forget all tokens, but keep the room for them."""
+        """Forget all tokens, but keep the allocated room."""
         kept = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, _RoomyLayer)}
         self.layers = DynamicCache(config=self._config).layers
         for index, layer in enumerate(self.layers):
@@ -55,7 +55,7 @@ class DeviceCache(Cache):  # type: ignore[misc]
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values are views of the front of larger tensors: (batch, heads, capacity, head_dim)."""
+    """Keys and values are views of the first tokens of larger tensors (batch, heads, capacity, head_dim)."""
 
     keys: Any
     values: Any

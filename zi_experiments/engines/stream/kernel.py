@@ -1,4 +1,4 @@
-"""The expansion of quantized weights as a Triton kernel."""
+"""Triton kernels that expand quantized weights."""
 
 from typing import Any
 
@@ -13,18 +13,18 @@ BLOCK = 2048  # elements that one program expands
 
 @triton.jit
 def _reciprocals(scale):  # type: ignore[no-untyped-def]
-    # a group of equal values, or nearly equal ones, has an infinite scale, and zeros for codes
+    # a group of equal or nearly equal values has an infinite scale, and codes of zero
     scale = tl.where(scale == float("inf"), 1.0, scale.to(tl.float32))
     return scale, tl.div_rn(1.0, scale)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _weights(code, scale, reciprocal, minimum, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    # code / scale, correctly rounded: a product and its remainder (Markstein 1990), a third of the work of a division
+    # code / scale, correctly rounded, from a product and its remainder (Markstein 1990): a third of a division's work
     code = code.to(tl.float32)
     product = code * reciprocal
     quotient = tl.fma(tl.fma(-product, scale, code), reciprocal, product)
-    # rounded to 16 bits before the sum too, as torch does it, so that the results are equal
+    # also rounded to 16 bits before the sum, as torch does, so that the results are equal
     return (quotient.to(dtype).to(tl.float32) + minimum.to(tl.float32)).to(dtype)
 
 
@@ -32,7 +32,7 @@ def _weights(code, scale, reciprocal, minimum, dtype: tl.constexpr):  # type: ig
 def _expand_groups(  # type: ignore[no-untyped-def]
     codes, scales, minima, out, start, groups, bits: tl.constexpr, group_size: tl.constexpr, block: tl.constexpr
 ):
-    """Groups along rows: a program has some of them, one below the other."""
+    """Groups along rows: a program expands `block` groups, as the rows of its tile."""
     dtype: tl.constexpr = out.dtype.element_ty
     group = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = group < groups
@@ -65,7 +65,7 @@ def _expand_elements(  # type: ignore[no-untyped-def]
     across_rows: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Any groups: each weight looks for its own."""
+    """Groups of any shape: each weight looks up its own group."""
     element = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = element < count
     code = tl.load(codes + (start + element) // (8 // bits), mask=inside, other=0)

@@ -1,4 +1,4 @@
-"""Decoder layers whose weights come and go: Hugging Face's own modules, with parameters that point into slabs."""
+"""Decoder layers with streamed weights: Hugging Face's own modules, with parameters that point into slabs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,10 +14,10 @@ from zi_experiments.engines.stream.slab import plain_views, views
 
 
 class StreamedLayer:
-    """Takes the place of the `forward` of one decoder layer.
+    """Replaces the `forward` of one decoder layer.
 
-    Quantized parameters always point into `expanded`, the buffer that all layers share; of the others, those that stay
-    point into `resident`, and those that are streamed into the slot that their slab has come to.
+    Quantized parameters always point into `expanded`, the buffer that all layers share. Other resident parameters point
+    into `resident`, and other streamed ones into the slot that has their slab.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class StreamedLayer:
         micro_batches: int,
     ) -> None:
         self._layer, self._placed = layer, placed
-        self.resident = resident  # the slab of what stays on the device
+        self.resident = resident  # the slab of the weights that stay on the device
         first = placed.resident.elements
         last = first + placed.streamed.elements
         self._expanded = expanded[:first], expanded[first:last]
@@ -38,32 +38,32 @@ class StreamedLayer:
         self._slots: dict[int, dict[str, nn.Parameter]] = {}  # parameters in each slot, by its address
         self._source: Source | None = None
         self._index = 0
-        here = plain_views(resident, placed.resident, self._dtype)
-        here |= views(self._expanded[0], placed.resident.quantized)
-        self._point(_as_parameters(here | views(self._expanded[1], placed.streamed.quantized)))
+        fixed = plain_views(resident, placed.resident, self._dtype)
+        fixed |= views(self._expanded[0], placed.resident.quantized)
+        self._point(_as_parameters(fixed | views(self._expanded[1], placed.streamed.quantized)))
         layer.forward = self._run
 
     def attach(self, source: Source, index: int) -> None:
-        """Where the slab comes from; `index` is the layer's among those that are streamed."""
+        """Set the source of the slab; `index` counts the streamed layers only."""
         self._source, self._index = source, index
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self._layer.parameters()
 
     def held(self, shared: set[nn.Parameter]) -> Iterator[tuple[str, int, bool]]:
-        """Every parameter: its name in the layer, the 16-bit elements it takes, and whether it stays on the device.
+        """Yield each parameter's name in the layer, its size in 16-bit elements, and whether it stays on the device.
 
-        Told by the buffer that it points into. Those in none of them are 16-bit ones that come with a slab; those that are
+        The buffer that it points into decides. Parameters in no buffer are 16-bit ones of a streamed slab. Parameters
         `shared` with other layers are left out, since no slab has them.
         """
-        stays, comes = self._expanded
+        resident, streamed = self._expanded
         for name, parameter in self._layer.named_parameters():
             if parameter in shared:
                 continue
-            numel, in_stays = parameter.numel(), _lies_in(parameter, stays)
-            if in_stays or _lies_in(parameter, comes):
+            numel, is_resident = parameter.numel(), _lies_in(parameter, resident)
+            if is_resident or _lies_in(parameter, streamed):
                 numel = self._placed.resident.packed_numel(numel)
-            yield name, numel, in_stays or _lies_in(parameter, self.resident)
+            yield name, numel, is_resident or _lies_in(parameter, self.resident)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         expand(self.resident, self._placed.resident, self._expanded[0])

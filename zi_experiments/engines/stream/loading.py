@@ -1,4 +1,4 @@
-"""Fill slabs: each layer's weights are made or read, and quantized, on the device, then copied to where they live."""
+"""Fill slabs: each layer's weights are made or read, and quantized, on the device, then copied to where they stay."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,45 +21,48 @@ from zi_experiments.runtime.pinned_memory import host_empty
 from zi_experiments.runtime.progress import Progress
 
 READERS = 4  # modules of a checkpoint that are read at a time
-AHEAD = 4  # slabs whose pages are being pinned while others are filled
+AHEAD = 4  # slabs that are pinned in advance, while others are filled
 
 
 class Loader:
-    """Loads one model; weights by their names from `weights`."""
+    """Loads one model; takes weights by name from `weights`."""
 
     def __init__(self, plan: Plan, weights: RandomWeights | PretrainedWeights, device: Any, progress: Progress) -> None:
         self._plan, self._weights, self._device, self._progress = plan, weights, device, progress
         self._dtype = getattr(torch, plan.dtype)
         self._parameters = {p.name: p for p in plan.architecture.parameters}
-        # a checkpoint is read module by module, several at a time; random weights keep the device busy one by one
+        # several modules of a checkpoint are read at a time; one module of random weights keeps the device busy
         self._readers = ThreadPoolExecutor(READERS if isinstance(weights, PretrainedWeights) else 1, "read")
 
     def close(self) -> None:
         self._readers.shutdown()
 
     def outside(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The parameters outside of decoder layers by name, on the device; quantized ones expanded again, for good."""
+        """Yield name and value, on the device, of parameters outside the layers; quantized ones stay expanded."""
         for parameter in self._parameters.values():
             if parameter.layer is None:
-                layout = lay_out([("it", parameter)], self._quantized([parameter]), self._plan.run.quant, 1)
+                layout = lay_out([("weight", parameter)], self._quantized([parameter]), self._plan.run.quant, 1)
                 value = self._value(parameter)
                 if layout.quantized:
                     slab = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device)
                     pack(value, slab, layout, layout.quantized[0])
                     expanded = torch.empty(layout.elements, dtype=self._dtype, device=self._device)
                     expand(slab, layout, expanded)
-                    value = views(expanded, layout.quantized)["it"]
+                    value = views(expanded, layout.quantized)["weight"]
                 self._progress.advance(value.nbytes)
                 yield parameter.name, value
 
     def resident(self, prefix: str, placed: LayerPlacement) -> torch.Tensor:
-        """The slab of what stays of a layer; `prefix` is its name in the model."""
+        """Return the slab of a layer's resident weights; `prefix` is the layer's name in the model."""
         slab = torch.empty(placed.resident.nbytes, dtype=torch.uint8, device=self._device)
         self._fill(slab, prefix, placed.resident)
         return slab
 
     def store(self, layers: dict[str, LayerPlacement], path: Path | None) -> Store:
-        """What is streamed of each layer, given by their names: this rank's shares, in host memory or in the file `path`."""
+        """Return the store of this rank's shares of streamed weights, in host memory or in the file `path`.
+
+        `layers` are given by their names in the model.
+        """
         placed = list(layers.values())
         shares = [layer.streamed.nbytes // layer.streamed.shares for layer in placed]
         on_disk = [share for share, layer in zip(shares, placed, strict=True) if layer.on_disk]
@@ -94,7 +97,7 @@ class Loader:
         return store
 
     def _staged(self, prefix: str, layer: LayerPlacement) -> torch.Tensor:
-        """This rank's share of a layer's slab, on the device."""
+        """Return this rank's share of a layer's streamed slab, on the device."""
         slab = torch.empty(layer.streamed.nbytes, dtype=torch.uint8, device=self._device)
         self._fill(slab, prefix, layer.streamed)
         share = len(slab) // layer.streamed.shares
@@ -128,7 +131,7 @@ class Loader:
         return {p.name for p in parameters if self._plan.is_quantized(p)}
 
     def _made(self, placed: list[LayerPlacement], shares: list[int]) -> Iterator[torch.Tensor | None]:
-        """Host memory for each slab, pinned by other threads a few slabs ahead; None for those on disk."""
+        """Yield host memory for each slab, pinned by other threads a few slabs ahead; None for slabs on disk."""
         with ThreadPoolExecutor(AHEAD, "pin") as threads:
             waiting = [
                 None if layer.on_disk else threads.submit(self._host_empty, share)

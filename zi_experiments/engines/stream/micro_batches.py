@@ -1,4 +1,4 @@
-"""The block schedule: several micro-batches go through a layer, one after the other, while its weights are there."""
+"""The block schedule: several micro-batches go through a layer, one after the other, while it is on the device."""
 
 from collections.abc import Callable
 from itertools import repeat
@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 
 
 class BlockCache(Cache):  # type: ignore[misc]
-    """One cache for each micro-batch, of which the model outside of its layers sees the first: all are equally long."""
+    """One KV cache per micro-batch. Outside the layers the model sees the first one: all have the same length."""
 
     def __init__(self, parts: list[Cache]) -> None:
         super().__init__(layers=parts[0].layers)
@@ -22,7 +22,7 @@ class BlockCache(Cache):  # type: ignore[misc]
 
 
 def in_blocks(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
-    """What `forward` returns for the whole batch, computed for a micro-batch at a time."""
+    """Return what `forward` returns for the whole batch, computed one micro-batch at a time."""
     batch = (args[0] if args else kwargs["hidden_states"]).shape[0]
     blocks = max(count for count in range(1, blocks + 1) if batch % count == 0)
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
@@ -36,7 +36,7 @@ def in_blocks(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 def _block(value: Any, batch: int, blocks: int, block: int) -> Any:
-    """A micro-batch's part of what a layer is called with: of tensors that have a row, or some, for each sequence."""
+    """Return a micro-batch's part of a layer's argument: its rows of tensors with one or more rows per sequence."""
     if isinstance(value, tuple | list):
         return type(value)(_block(one, batch, blocks, block) for one in value)
     if isinstance(value, dict):
@@ -50,7 +50,7 @@ def _block(value: Any, batch: int, blocks: int, block: int) -> Any:
 
 
 def _put(whole: Any, part: Any, blocks: int, block: int) -> Any:
-    """What a layer has returned for a micro-batch, in its place in the whole batch's, which the first one makes."""
+    """Return the whole batch's output with one micro-batch's `part` in its place; the first part allocates it."""
     if isinstance(part, torch.Tensor):
         rows = part.shape[0]
         joined = part.new_empty(blocks * rows, *part.shape[1:]) if whole is None else whole

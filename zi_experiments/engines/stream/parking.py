@@ -1,4 +1,4 @@
-"""Device memory for something else while the model does not run: its slabs wait in host memory, bit by bit the same."""
+"""Free device memory while the model does not run: its slabs wait in host memory, and come back bit for bit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ import torch
 
 @contextmanager
 def parked(expanded: torch.Tensor, slabs: list[torch.Tensor], nbytes: int) -> Iterator[None]:
-    """As many of the `slabs` as have `nbytes` together are in pageable host memory, and `expanded` is nowhere.
+    """Move the first `slabs` that have `nbytes` together to pageable host memory, and free `expanded`, in the context.
 
-    What `expanded` held is lost: every layer writes it before it reads it. Storages are emptied and filled again in
-    place, so that parameters, which are views, stay what they are.
+    The content of `expanded` is lost: every layer writes it before reading it. Storages are emptied and filled again in
+    place, so that parameters, which are views of them, stay valid.
     """
     waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
     for slab in slabs:
@@ -21,7 +21,7 @@ def parked(expanded: torch.Tensor, slabs: list[torch.Tensor], nbytes: int) -> It
         slab.untyped_storage().resize_(0)
     room = expanded.untyped_storage().nbytes()
     expanded.untyped_storage().resize_(0)
-    torch.cuda.empty_cache()  # blocks of these sizes fit nothing else
+    torch.cuda.empty_cache()  # cached blocks of these sizes fit nothing else
     try:
         yield
     finally:

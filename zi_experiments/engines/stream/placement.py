@@ -1,4 +1,4 @@
-"""What stays on the device and what is streamed, and from where. Pure figures."""
+"""Which weights stay on the device, which are streamed, and from where. Figures only."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +22,8 @@ OVERLAP = Overlap(
     load_s_per_quantized=2e-11,
     pinning=3.0,
 )
-BUFFERS = 4  # slabs in host memory in front of the GPU's slots, when they come from disk
-PARALLEL = 4  # requests for a slab at a time, unless offload.aio.intra_op_parallelism says otherwise
+BUFFERS = 4  # of one slab each, in host memory in front of the GPU's slots, when slabs come from disk
+PARALLEL = 4  # requests for one slab at a time, unless offload.aio.intra_op_parallelism sets another number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,20 +31,20 @@ class LayerPlacement:
     """Where the weights of one decoder layer are between passes."""
 
     resident: Layout  # stays on the device
-    streamed: Layout  # crosses to it in every pass
-    on_disk: bool  # whether it comes from there, or from host memory
+    streamed: Layout  # is copied to the device in every pass
+    on_disk: bool  # whether `streamed` is on disk, and not in host memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Layer:
-    """The parameters of a decoder layer, and of all that are like it: of most models there is one kind."""
+    """The parameters of equal decoder layers: most models have one kind."""
 
-    parameters: tuple[tuple[str, Parameter], ...]  # of the first, with their names in it
-    stored_bytes: dict[str, int]  # of each, the smallest first
+    parameters: tuple[tuple[str, Parameter], ...]  # of the first such layer, with their names in it
+    stored_bytes: dict[str, int]  # of each parameter, the smallest first
 
 
 def place(spec: Spec) -> tuple[LayerPlacement, ...]:
-    """The placement of each decoder layer, in the order in which they run."""
+    """Return the placement of each decoder layer, in the order in which they run."""
     layers = _layers(spec)
     resident = spec.run.offload.resident
     if spec.run.offload.device is OffloadDevice.none:
@@ -52,19 +52,19 @@ def place(spec: Spec) -> tuple[LayerPlacement, ...]:
     total = sum(sum(layer.stored_bytes.values()) for layer in layers)
     if resident != "auto":
         return _split(spec, layers, ceil((1 - resident) * total))
-    # what is streamed takes slots, which take room from what is resident
+    # streamed weights need slots, which take room from resident weights
     room, needed = _room(spec), 0
     placed = _split(spec, layers, needed)
     while (excess := sum(layer.resident.nbytes for layer in placed) + _buffer_bytes(spec, placed) - room) > 0:
         if needed >= total:
-            break  # nothing can stay, and the planner will say so if even that is too much
+            break  # nothing can stay; the planner refuses the run if even that is too much
         needed = min(total, sum(layer.streamed.nbytes for layer in placed) + excess)
         placed = _split(spec, layers, needed)
     return placed
 
 
 def storage(spec: Spec) -> Storage:
-    """Where this engine keeps the weights: each rank has what is resident to itself."""
+    """Return where this engine keeps the weights. Each rank has its own copy of the resident ones."""
     placed, ranks, on_gpu = place(spec), spec.run.hardware.num_gpus, spec.machine.device == "cuda"
     resident = _outside_bytes(spec) + sum(layer.resident.nbytes for layer in placed)
     host = sum(layer.streamed.nbytes for layer in placed if not layer.on_disk)
@@ -88,7 +88,7 @@ def storage(spec: Spec) -> Storage:
 
 
 def stored(spec: Spec) -> dict[str, Stored]:
-    """Every parameter by name: what is outside of layers on the device in 16 bits, the others as `place` says."""
+    """Return how each parameter is stored, by name: 16-bit on the device outside the layers, else as `place` says."""
     placed, found = place(spec), {}
     for p in spec.architecture.parameters:
         if p.layer is None:
@@ -102,17 +102,17 @@ def stored(spec: Spec) -> dict[str, Stored]:
 
 
 def name_in_layer(parameter: Parameter) -> str:
-    """What a parameter of a decoder layer is called within it."""
+    """Return the name of a decoder layer's parameter within its layer."""
     return parameter.name.partition(f".{parameter.layer}.")[2]
 
 
 def slots(spec: Spec) -> int:
-    """Slabs on the GPU: one computes, one is on its way, and unless memory is scarce one has arrived between them."""
+    """Return the number of slots: one computes, one is being filled and, unless memory is scarce, one is ready."""
     return 2 if spec.run.offload.resident == "auto" else 3
 
 
 def _layers(spec: Spec) -> list[_Layer]:
-    """The decoder layers, in the order in which they run."""
+    """Return the decoder layers, in the order in which they run."""
     parameters = sorted((p for p in spec.architecture.parameters if p.layer is not None), key=lambda p: p.layer or 0)
     kinds: dict[tuple[tuple[str, tuple[int, ...], bool], ...], _Layer] = {}
     layers = []
@@ -127,12 +127,12 @@ def _layers(spec: Spec) -> list[_Layer]:
 
 
 def _outside_bytes(spec: Spec) -> int:
-    """Embeddings, head and final norm, which stay on the device in 16 bits."""
+    """Return the bytes of embeddings, head and final norm, which stay on the device in 16 bits."""
     return ELEMENT_BYTES * sum(p.numel for p in spec.architecture.parameters if p.layer is None)
 
 
 def _split(spec: Spec, layers: list[_Layer], needed: int) -> tuple[LayerPlacement, ...]:
-    """Stream at least `needed` bytes, evenly: a part of every layer, so that slots are small and copies steady."""
+    """Return placements that stream `needed` bytes or more, a part of every layer: slots are small, copies steady."""
 
     @cache
     def with_streamed(layer: _Layer, chosen: tuple[str, ...]) -> LayerPlacement:
@@ -162,7 +162,7 @@ def _split(spec: Spec, layers: list[_Layer], needed: int) -> tuple[LayerPlacemen
 
 
 def _choose(layer: _Layer, bytes_due: int) -> Iterator[str]:
-    """Parameters of a layer that have at least so many bytes together: as few as possible, the last as small as enough."""
+    """Yield names of parameters with `bytes_due` or more together: as few as possible, the last of the least size."""
     left = list(layer.stored_bytes)
     while bytes_due > 0 and left:
         enough = (name for name in left if layer.stored_bytes[name] >= bytes_due)
@@ -173,23 +173,23 @@ def _choose(layer: _Layer, bytes_due: int) -> Iterator[str]:
 
 
 def _room(spec: Spec) -> int:
-    """Bytes of one device that are left for resident layers and their buffers."""
+    """Return the bytes of one device that are left for resident layers and their buffers."""
     machine, ranks = spec.machine, spec.run.hardware.num_gpus
     outside = _outside_bytes(spec)
     if machine.gpu_memory_bytes is None:
         return machine.host_memory_bytes * 9 // 10 // ranks - outside - spec.kv_cache_bytes - spec.reference_bytes
     on_gpu = spec.run.kv_cache.device is CacheDevice.gpu
     kv = (spec.kv_cache_bytes if on_gpu else spec.kv_slot_bytes) // ranks
-    # the reference finds its room where weights are parked meanwhile; with verify=off the same layers are resident
+    # no room for the reference: weights are parked meanwhile, so the same layers are resident with verify=off
     return (
         machine.gpu_memory_bytes - spec.context_bytes - outside - max(kv + spec.workspace_bytes, spec.observing_bytes)
     )
 
 
 def _parked_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
-    """Resident bytes that make room on the GPU for the reference: its weights, and as much again to quantize them.
+    """Return how many resident bytes leave the GPU for the reference: for its weights, and as much to quantize them.
 
-    The buffer that layers are expanded into makes room as well, and what a measured pass would take.
+    The buffer that layers are expanded into makes room as well, and so does what a measured pass would take.
     """
     memory = spec.machine.gpu_memory_bytes
     if memory is None or spec.run.verify is Verify.off:
@@ -200,24 +200,24 @@ def _parked_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
 
 
 def _buffer_bytes(spec: Spec, placed: tuple[LayerPlacement, ...]) -> int:
-    """Slots for what is streamed, and the buffer that a quantized layer is expanded into."""
+    """Return the bytes of the slots, and of the buffer that quantized layers are expanded into."""
     return slots(spec) * _largest(placed) + ELEMENT_BYTES * expanded_elements(placed)
 
 
 def _largest(placed: Sequence[LayerPlacement]) -> int:
-    """Bytes of the largest streamed slab."""
+    """Return the bytes of the largest streamed slab."""
     return max(layer.streamed.nbytes for layer in placed)
 
 
 def expanded_elements(placed: tuple[LayerPlacement, ...]) -> int:
-    """16-bit elements of the largest layer's quantized parameters, which all layers are expanded into one after the other."""
+    """Return the 16-bit elements of the buffer that all quantized layers share: those of the largest layer."""
     return max(layer.resident.elements + layer.streamed.elements for layer in placed)
 
 
 def _fitting_host(spec: Spec, placed: list[LayerPlacement]) -> int:
-    """Layers whose streamed part fits in host memory, beside the buffers for the others."""
+    """Return how many layers' streamed parts fit in host memory, beside the buffers for the others."""
     if spec.machine.device == "cpu":
-        return 0  # what is resident has been given that memory
+        return 0  # resident weights already have that memory
     largest = _largest(placed)
     kv = spec.kv_cache_bytes if spec.run.kv_cache.device is CacheDevice.cpu else 0
     beside = spec.process_bytes + kv + BUFFERS * largest + _parked_bytes(spec, placed)

@@ -1,4 +1,4 @@
-"""The reference's groupwise asymmetric format: packed into slabs when a model is loaded, expanded before a layer runs.
+"""DeepSpeed's groupwise asymmetric format: packed into slabs when a model is loaded, expanded before a layer runs.
 
 With `n` = 2^bits − 1 and the smallest and largest value of a group, scale = n / (largest − smallest), code =
 round((x − smallest) · scale), and a weight is code / scale + smallest, each step rounded to the 16-bit type.
@@ -31,7 +31,7 @@ def pack(weight: torch.Tensor, slab: torch.Tensor, layout: Layout, place: Place)
 
 
 def _quantize(rows: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Integers as bytes, scales and minima of some rows, flat."""
+    """Return the integers as bytes, the scales and the minima of some rows, each flat."""
     assert quant.group_dim is not None
     groups = rows.unflatten(  # type: ignore[no-untyped-call]
         quant.group_dim, (-1, quant.group_size)
@@ -40,7 +40,7 @@ def _quantize(rows: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, torch.Ten
     low, high = torch.aminmax(groups, dim=within, keepdim=True)
     largest = 2**quant.bits - 1
     scale = largest / (high - low)
-    # a group of values so close that its scale overflows gets zeros for codes, which is what the kernel goes by
+    # a group of values so close that its scale overflows gets codes of zero, as the kernel expects
     codes = ((groups - low) * scale).nan_to_num_(0.0, posinf=0.0).round_().clamp_(0, largest).to(torch.uint8)
     return codes.flatten(), scale.flatten(), low.flatten()
 
@@ -73,10 +73,10 @@ def expand(slab: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
 
 
 def spans(layout: Layout) -> list[tuple[int, int, int]]:
-    """What is expanded at a time: first element, rows and columns.
+    """Return the spans that are expanded one at a time: (first element, rows, columns).
 
-    Groups along the rows of a matrix are flat pieces of it, whatever its shape, so that all matrices are one; those across
-    rows are found by the columns of theirs.
+    Groups along rows are contiguous, whatever the shape of a matrix, so all matrices are one span. Groups across rows
+    depend on the columns of their matrix.
     """
     if layout.quant.group_dim == 1:
         assert layout.quant.group_size is not None

@@ -1,4 +1,4 @@
-"""Slabs come to the device in the order of the layers, ahead of them, and from the last on to the first again."""
+"""Slabs are copied to the device in the order of the layers, ahead of the compute; after the last comes the first."""
 
 from typing import Any, Protocol
 
@@ -8,21 +8,21 @@ from zi_experiments.engines.stream.store import Store
 
 
 class Source(Protocol):
-    """What a layer gets its slab from."""
+    """Where a layer gets its slab from."""
 
     def take(self, index: int) -> Any:
-        """The slab of the next layer, a uint8 tensor on the device; `index` is that layer's among the streamed ones."""
+        """Return the slab of the next layer, uint8 on the device; `index` counts the streamed layers only."""
 
     def hand_back(self) -> None:
-        """What has been launched is the last that reads that slab."""
+        """Release the slab taken last: operations launched later do not read it."""
 
 
 class InPlace:
-    """On a CPU a layer computes from its slab where it is."""
+    """On a CPU: a layer computes from its slab in the store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._computed = 0  # slabs, ever
+        self._computed = 0  # slabs so far, over all passes
 
     def take(self, index: int) -> Any:
         _check_turn(index, self._computed % len(self._store.sizes))
@@ -34,12 +34,12 @@ class InPlace:
 
 
 class Ring:
-    """Slots on the device, filled by a stream of its own.
+    """Slots on the device, filled by a CUDA stream of its own.
 
-    Two events a slot keep order, and the host waits for neither: `arrived`, the slab is there and a layer may compute;
-    `left`, the layer has computed and the next slab may come. The n-th slab to come, counted over all passes, goes to slot
-    n modulo slots; so while the last token is chosen, the first layers of the next pass are already on their way.
-    With several ranks each brings its share over its own link, and they gather the slab between them.
+    Two events per slot keep the order, and the host waits for neither: `arrived`, the slab is there and its layer may
+    compute; `left`, the layer has computed and the next slab may be copied. The n-th slab, counted over all passes,
+    goes to slot n modulo slots. So the first layers of the next pass are copied while the last token is being chosen.
+    With several ranks each copies its share over its own PCIe connection, and an all-gather makes the slab complete.
     """
 
     def __init__(self, store: Store, slots: int, device: torch.device, group: Any) -> None:
@@ -51,7 +51,7 @@ class Ring:
         self._side = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         events = [torch.cuda.Event() for _ in range(2 * slots * on_gpu)]  # type: ignore[no-untyped-call]
         self._arrived, self._left = events[:slots], events[slots:]
-        self._sent = self._computed = 0  # slabs, ever
+        self._sent = self._computed = 0  # slabs so far, over all passes
         self._send()
 
     def take(self, index: int) -> Any:
@@ -69,26 +69,26 @@ class Ring:
         self._send()
 
     def _send(self, at_least: int = 0) -> None:
-        """Launch the copies of all slabs that have a free slot and are in host memory, and of the first `at_least` ever."""
+        """Launch the copies of all slabs with a free slot that are in host memory, and the first `at_least` anyway."""
         while self._sent < self._computed + len(self._slots):
             index = self._sent % len(self._sizes)
-            # ranks gather in step, so none of them looks at how far its own disk is
+            # ranks gather in step, so none of them stops here because its own disk is behind
             if self._sent >= at_least and self._group is None and not self._store.is_ready(index):
                 return
             self._copy(index, self._sent % len(self._slots))
             self._sent += 1
 
     def _copy(self, index: int, slot: int) -> None:
-        share, there = self._store.take(index), self._slots[slot][: self._sizes[index]]
+        share, target = self._store.take(index), self._slots[slot][: self._sizes[index]]
         with torch.cuda.stream(self._side):
             if self._side is not None:
                 self._side.wait_event(self._left[slot])
             if self._group is None:
-                there.copy_(share, non_blocking=True)
+                target.copy_(share, non_blocking=True)
             else:
-                mine = there[self._group.rank() * len(share) :][: len(share)]
-                mine.copy_(share, non_blocking=True)
-                torch.distributed.all_gather_into_tensor(there, mine, group=self._group)
+                own = target[self._group.rank() * len(share) :][: len(share)]
+                own.copy_(share, non_blocking=True)
+                torch.distributed.all_gather_into_tensor(target, own, group=self._group)
             if self._side is not None:
                 self._arrived[slot].record(self._side)
         self._store.hand_back(index, self._side)

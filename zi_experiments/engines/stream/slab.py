@@ -1,4 +1,4 @@
-"""Where the parameters of a decoder layer lie in one flat slab of bytes."""
+"""The layout of a decoder layer's parameters in one flat slab of bytes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from zi_experiments.config.schema import Quant
 from zi_experiments.cost_model.spec import ELEMENT_BYTES
 from zi_experiments.models.architecture import Parameter
 
-ALIGNMENT = 256  # bytes: what CUDA's own allocator gives, and every kernel is happy with
-PAGE = 4096  # bytes: what O_DIRECT reads, and what is pinned
+ALIGNMENT = 256  # bytes, as CUDA's own allocator: enough for every kernel
+PAGE = 4096  # bytes: the unit of O_DIRECT reads and of pinning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +20,7 @@ class Place:
 
     name: str  # within its layer
     shape: tuple[int, ...]
-    start: int  # 16-bit element: of the slab, or when quantized of the buffer that it is expanded into
+    start: int  # in 16-bit elements of the slab or, when quantized, of the buffer that it is expanded into
 
     @property
     def end(self) -> int:
@@ -29,7 +29,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A slab: 16-bit parameters, then the integers, the scales and the minima of all quantized ones.
+    """A slab: first 16-bit parameters, then the integers, the scales and the minima of all quantized ones.
 
     Quantized matrices follow one another, so that one kernel expands them all into one buffer of `elements`.
     """
@@ -41,12 +41,12 @@ class Layout:
 
     @cached_property
     def elements(self) -> int:
-        """16-bit elements of the buffer that the quantized parameters are expanded into."""
+        """Size of the buffer that the quantized parameters are expanded into, in 16-bit elements."""
         return _up(max((place.end for place in self.quantized), default=0), _granule(self.quant))
 
     @cached_property
     def regions(self) -> tuple[slice, slice, slice]:
-        """Bytes of the integers, of the scales and of the minima."""
+        """Byte ranges of the integers, the scales and the minima."""
         start = _up(max((place.end for place in self.plain), default=0) * ELEMENT_BYTES, ALIGNMENT)
         if not self.elements:
             return slice(start, start), slice(start, start), slice(start, start)
@@ -57,7 +57,7 @@ class Layout:
         return slice(start, ends[0]), slice(ends[0], ends[1]), slice(ends[1], ends[2])
 
     def packed_numel(self, numel: int) -> int:
-        """16-bit elements that so many quantized weights take: integers, scales and minima."""
+        """Return how many 16-bit elements `numel` quantized weights take: integers, scales and minima."""
         assert self.quant.group_size is not None
         return numel * self.quant.bits // 16 + 2 * (numel // self.quant.group_size)
 
@@ -67,30 +67,30 @@ class Layout:
 
 
 def lay_out(parameters: Iterable[tuple[str, Parameter]], quantized: set[str], quant: Quant, shares: int) -> Layout:
-    """The slab of some parameters of a layer, given with their names in it; `quantized` has their names in the model."""
+    """Return the layout of `parameters`, given with their names in the layer; `quantized` has names in the model."""
     plain: list[Place] = []
     packed: list[Place] = []
-    after = {True: 0, False: 0}
+    following = {True: 0, False: 0}
     for name, parameter in parameters:
         is_quantized = parameter.name in quantized
-        place = Place(name=name, shape=parameter.shape, start=after[is_quantized])
+        place = Place(name=name, shape=parameter.shape, start=following[is_quantized])
         (packed if is_quantized else plain).append(place)
-        after[is_quantized] = _up(place.end, _granule(quant) if is_quantized else ALIGNMENT // ELEMENT_BYTES)
+        following[is_quantized] = _up(place.end, _granule(quant) if is_quantized else ALIGNMENT // ELEMENT_BYTES)
     return Layout(plain=tuple(plain), quantized=tuple(packed), quant=quant, shares=shares)
 
 
 def plain_views(slab: Any, layout: Layout, dtype: Any) -> dict[str, Any]:
-    """The 16-bit parameters that lie in a slab (a uint8 tensor), by name."""
+    """Return views of the 16-bit parameters in a slab (a uint8 tensor), by name."""
     return views(slab[: layout.regions[0].start].view(dtype), layout.plain)
 
 
 def views(elements: Any, places: Iterable[Place]) -> dict[str, Any]:
-    """The parameters that lie in a flat tensor of 16-bit elements, by name."""
+    """Return views of the parameters in a flat tensor of 16-bit elements, by name."""
     return {place.name: elements[place.start : place.end].view(place.shape) for place in places}
 
 
 def _granule(quant: Quant) -> int:
-    """Elements that quantized parameters begin at multiples of: whole groups, and aligned when expanded."""
+    """Return the alignment of quantized parameters in elements: whole groups, and aligned when expanded."""
     return lcm(ALIGNMENT // ELEMENT_BYTES, quant.group_size or 1)
 
 

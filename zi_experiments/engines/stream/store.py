@@ -1,4 +1,4 @@
-"""Where slabs wait for their turn: in host memory, or on disk behind a ring of host buffers."""
+"""Where slabs are kept: in host memory, or on disk behind a ring of host buffers."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from zi_experiments.engines.stream.slab import PAGE
 class DirectFile:
     """A file of slabs that is read and written around the page cache, by several threads.
 
-    Buffers and offsets are multiples of a page. A request that is not carried out whole raises `OSError`.
+    Buffers and offsets are multiples of a page. An incomplete request raises `OSError`.
     """
 
     def __init__(self, path: str, nbytes: int, chunk_bytes: int | None, parallel: int | None, slabs: int) -> None:
@@ -27,7 +27,7 @@ class DirectFile:
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
         try:
-            os.posix_fallocate(self._descriptor, 0, nbytes)  # a full disk is an error here and now
+            os.posix_fallocate(self._descriptor, 0, nbytes)  # a full disk is an error here, before any write
         except OSError as error:
             os.close(self._descriptor)
             os.unlink(path)
@@ -38,7 +38,7 @@ class DirectFile:
         self._threads = ThreadPoolExecutor(self._parallel * slabs, "disk")
 
     def read(self, buffer: torch.Tensor, offset: int, after: Callable[[], None]) -> list[Future[None]]:
-        """Start to fill a buffer from an offset, as soon as `after()` returns."""
+        """Start to fill `buffer` from `offset` as soon as `after()` returns. Return one future per request."""
         return self._start(os.preadv, buffer, offset, after)
 
     def write(self, buffer: torch.Tensor, offset: int) -> list[Future[None]]:
@@ -72,37 +72,37 @@ class DirectFile:
 class Store:
     """This rank's share of every slab, handed out in the order of the layers, round and round.
 
-    A slab is a tensor in host memory, or the offset of its bytes in the file. Those on disk are read ahead, into as many
-    buffers as there are: each is read into again once `hand_back` says that it is no longer needed.
+    A slab is a tensor in host memory, or the offset of its bytes in the file. Slabs on disk are read ahead into the
+    buffers. A buffer is used again once `hand_back` releases it.
     """
 
     def __init__(self, slabs: list[torch.Tensor | int], file: DirectFile | None, buffers: list[torch.Tensor]) -> None:
         self._slabs, self._file, self._buffers = slabs, file, buffers
         self.sizes: list[int] = []
-        self._reads: deque[list[Future[None]]] = deque()  # under way or done, in the order of their slabs
+        self._reads: deque[list[Future[None]]] = deque()  # running or done, in the order of their slabs
         on_disk = [index for index, slab in enumerate(slabs) if isinstance(slab, int)]
         self._next = (on_disk[number % len(on_disk)] for number in count()) if on_disk else iter(())
-        self._taken = 0  # buffers handed out, ever
+        self._taken = 0  # buffers handed out so far
 
     def pieces(self) -> list[tuple[Home, int]]:
-        """Where each slab is, and how many bytes of it; those on disk with the room that their file gives them."""
+        """Return where each slab is, and its bytes there; on disk this is its room in the file."""
         return [
             (Home.nvme, self.sizes[index]) if isinstance(slab, int) else (Home.cpu, slab.nbytes)
             for index, slab in enumerate(self._slabs)
         ]
 
     def start(self, sizes: list[int]) -> None:
-        """Begin to read ahead; `sizes` are the bytes of each slab's share."""
+        """Begin to read ahead; `sizes` are the bytes of this rank's share of each slab."""
         self.sizes = sizes
         for buffer in self._buffers:
             self._read(buffer, lambda: None)
 
     def is_ready(self, index: int) -> bool:
-        """Whether `take` would not wait for the disk."""
+        """Return whether `take` would not wait for the disk."""
         return not isinstance(self._slabs[index], int) or all(part.done() for part in self._reads[0])
 
     def take(self, index: int) -> torch.Tensor:
-        """A slab's bytes in host memory. Until `hand_back`, nothing else is written there."""
+        """Return a slab's bytes in host memory. Until `hand_back`, nothing else is written there."""
         slab = self._slabs[index]
         if not isinstance(slab, int):
             return slab
@@ -112,7 +112,7 @@ class Store:
         return self._buffers[(self._taken - 1) % len(self._buffers)][: self.sizes[index]]
 
     def hand_back(self, index: int, stream: torch.cuda.Stream | None) -> None:
-        """The slab taken last is not needed any more, once what has been launched on the stream is done."""
+        """Release the slab taken last, once all operations launched on `stream` are done."""
         if not isinstance(self._slabs[index], int):
             return
         buffer = self._buffers[(self._taken - 1) % len(self._buffers)]
@@ -127,7 +127,7 @@ class Store:
 
     def close(self) -> None:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()  # slabs of a pass that will not come are on their way
+            torch.cuda.synchronize()  # copies for a pass that will not run may be in flight
         if self._file is not None:
             self._file.close()
         self._slabs, self._buffers = [], []

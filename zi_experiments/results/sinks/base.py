@@ -1,6 +1,6 @@
 """Sinks: where the record of a run goes. They compute nothing.
 
-`result.json` is written first and may fail loudly; every other sink costs a warning at most.
+`result.json` is written first, and its failure is an error. A failure of any other sink is only a warning.
 """
 
 import logging
@@ -14,17 +14,17 @@ log = logging.getLogger(__name__)
 
 class Sink(Protocol):
     def open(self, record: Record) -> None:
-        """A run whose plan is accepted is about to start; `record` says what it will be."""
+        """Called when the plan is accepted, before the run starts; `record` has the plan."""
 
     def write(self, record: Record) -> None:
-        """The run is over; `record` is final."""
+        """Called when the run is over; `record` is final."""
 
     def close(self) -> None:
-        """Let go of everything, whether or not anything was written."""
+        """Release everything, whether or not anything was written."""
 
 
 class Guarded:
-    """A sink whose failures are warnings, and which is left alone after the first."""
+    """A sink whose failures are warnings; it is skipped after the first one."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink: Sink | None = sink

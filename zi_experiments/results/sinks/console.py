@@ -1,4 +1,4 @@
-"""What people read: the plan before a run, and a table after it."""
+"""Console output: the plan before a run, and a table after it."""
 
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class ConsoleSink:
 
 
 def show_plan(name: str, plan: Plan, prediction: Prediction, console: Console) -> None:
-    """Say in a few lines what a run is about to do."""
+    """Print in a few lines what a run is about to do."""
     arch, place = plan.architecture, plan.placement
     host = "pinned host" if plan.pin_memory else "host"
     where = [("GPU", place.gpu_bytes), (host, place.cpu_bytes), ("disk", place.nvme_bytes)]
@@ -129,7 +129,7 @@ def show_plan(name: str, plan: Plan, prediction: Prediction, console: Console) -
 
 
 def _copies(plan: Plan) -> str:
-    """Which of the weights are there more than once."""
+    """Return which of the weights are there more than once, as text; empty if none."""
     ranks = plan.run.hardware.num_gpus
     if not plan.storage.copied_bytes:
         return ""
@@ -138,7 +138,7 @@ def _copies(plan: Plan) -> str:
 
 
 def _quantized(plan: Plan) -> str:
-    """How much of the model is quantized, what that makes of its size, and why it is not more."""
+    """Return how much of the model is quantized, its bits per parameter, and what is kept in 16 bits, as text."""
     share = f"{100 * plan.quantized_fraction:.0f} % of the parameters quantized to {plan.run.quant.bits} bits"
     if kept := plan.quantized_fraction - plan.packed_fraction:
         share += (
@@ -149,7 +149,7 @@ def _quantized(plan: Plan) -> str:
 
 
 def show_sweep(jobs: list[tuple[list[str], dict[str, Any]]]) -> None:
-    """The records of a sweep in one table, in the order of its runs, each with the overrides that make it differ."""
+    """Print the records of a sweep in one table, in the order of its runs, each with the overrides that differ."""
     shared = set.intersection(*(set(overrides) for overrides, _ in jobs))
     figures = {
         label: [_figure(record, name, form) for _, record in jobs]
@@ -177,7 +177,7 @@ def _figure(record: dict[str, Any], name: str, form: str) -> str:
 
 
 def display_path(path: Path) -> str:
-    """A path as one would type it from here."""
+    """Return a path as one would type it in the current folder."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

@@ -1,4 +1,4 @@
-"""What `plan_only=true` shows: what goes where, how long it should take, and what would help."""
+"""Output of `plan_only=true`: where the memory goes, how long the run should take, and what would be faster."""
 
 from rich.console import Console
 from rich.table import Table
@@ -25,18 +25,18 @@ _PARTS = {
 
 
 def show(plan: Plan, prediction: Prediction, better: list[Candidate], console: Console) -> None:
-    """The plan in tables, and of the runs of `search.improvements` the best."""
+    """Print the plan in tables, and the best candidates of `search.improvements`."""
     console.print(_memory(plan))
     now = paced(plan)
     if lower_bound(plan).unknown or now is None:
-        return  # which rates are missing has been said
+        return  # the missing rates are named above the tables
     console.print(_times(plan, prediction))
     for each in better[:_MOST_SHOWN]:
         console.print(_gain(each, now), highlight=False, soft_wrap=True)
 
 
 def _gain(better: Candidate, now: Pace) -> str:
-    """What a change brings, and what it costs one who waits for an answer."""
+    """Return what a change gains, and what it costs in latency, as text."""
     by = "" if better.pace.is_predicted else " (by the lower bounds)"
     return (
         f"faster{by}: {better.text}, {better.tok_per_s / now.tok_per_s:.2f} × the tokens per second; "

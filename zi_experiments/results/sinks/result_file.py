@@ -15,7 +15,7 @@ class ResultFile:
         self.write(record)
 
     def write(self, record: Record) -> None:
-        """Write the record whole or not at all: to a temporary name, then renamed. One of another run is kept beside it."""
+        """Write the record atomically, through a temporary file. The record of another run is kept beside it."""
         folder = Path(record.folder)
         folder.mkdir(parents=True, exist_ok=True)
         temporary, text = folder / f".{NAME}.tmp", to_json(record)
@@ -31,7 +31,7 @@ class ResultFile:
         temporary.replace(folder / NAME)
 
     def withdraw(self, record: Record) -> None:
-        """Remove what was written: there is nothing to run."""
+        """Remove the written record: there is nothing to run."""
         (Path(record.folder) / NAME).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -39,12 +39,12 @@ class ResultFile:
 
 
 def to_json(record: Record) -> str:
-    """The text of `result.json`."""
+    """Return the text of `result.json`."""
     return json.dumps(record.to_dict(), indent=2, allow_nan=False)
 
 
 def _set_aside(path: Path, run_id: str) -> None:
-    """Rename the record of another run, which a sweep has left here before, after that run."""
+    """Rename the record of another run, which an earlier sweep has left here, after that run."""
     try:
         other = json.loads(path.read_text())["run"]["id"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What a search for the best throughput shows at its end: every candidate, and the command of the best."""
+"""Output of a search for the best throughput: all candidates, and the command of the best one."""
 
 import shlex
 from typing import Any
@@ -20,11 +20,11 @@ def is_search(jobs: list[Job]) -> bool:
 
 
 def _is_candidate(search: Any) -> bool:
-    return isinstance(search, dict) and search.get("rank") is not None  # of a refused run it may be anything
+    return isinstance(search, dict) and search.get("rank") is not None  # in a refused run it may be anything
 
 
 def show_search(jobs: list[Job], console: Console) -> None:
-    """The candidates that were measured, by their number of sequences, with what had been predicted."""
+    """Print the measured candidates by number of sequences, with their predictions, and the command of the best one."""
     measured = [job for job in jobs if job[1]["metrics"]]
     if not measured:
         return
@@ -53,7 +53,7 @@ def _rate(job: Job) -> float:
 
 
 def _decided(config: dict[str, Any]) -> list[str]:
-    """The overrides that stand for a candidate."""
+    """Return the overrides that define a candidate."""
     work = config["workload"]
     overrides = [f"workload.batch_size={work['batch_size']}", f"kv_cache={config['kv_cache']['device']}"]
     if "workload.micro_batches" in base.get(config["engine"]["name"]).OPTIONS:
@@ -64,14 +64,14 @@ def _decided(config: dict[str, Any]) -> list[str]:
 
 
 def _command(job: Job) -> str:
-    """What runs the candidate alone."""
+    """Return the command that runs the candidate alone."""
     overrides, record = job
     kept = [each for each in overrides if not each.startswith(("search.rank=", "experiment=best-throughput"))]
     decided = _decided(record["config"])
     keys = {each.partition("=")[0] for each in decided}
     kept = [each for each in kept if each.partition("=")[0] not in keys]
     if not any(each.startswith("workload=") for each in kept):
-        kept.insert(0, "workload=zero-inference")  # the experiment's
+        kept.insert(0, "workload=zero-inference")  # the default of the experiment
     folder = typed(shlex.split(record["run"]["command"])).config_dir
-    own = ["--config-dir", folder] if folder else []  # with choices of the user's
+    own = ["--config-dir", folder] if folder else []  # with the user's own choices
     return f"python -m zi_experiments {shlex.join([*own, *kept, *decided])}"

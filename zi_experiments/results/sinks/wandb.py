@@ -18,7 +18,7 @@ from zi_experiments.results.record import Record
 from zi_experiments.results.sinks.console import display_path
 from zi_experiments.results.sinks.result_file import NAME
 
-# for a server, in seconds, unless WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT say otherwise
+# how long to wait for W&B's server, unless WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT are set
 _PATIENCE_S = {"init_timeout": 10.0, "finish_timeout": 10.0}
 _LAST_PATIENCE_S = 1.5  # when the user stops a run
 
@@ -34,7 +34,7 @@ class WandbSink:
 
     def open(self, record: Record) -> None:
         if self._in_sweep and (shared := environment.forget("WANDB_RUN_ID")):
-            self._say(f"WANDB_RUN_ID={shared} is left out: each run of a sweep has an id of its own")
+            self._say(f"WANDB_RUN_ID={shared} is ignored: each run of a sweep has an id of its own")
         asked, why = self._tracking.mode.value, ""
         try:
             mode = login_mode() if asked in ("auto", "online") else asked
@@ -105,7 +105,7 @@ class WandbSink:
         if record.status == "ok":
             self._series(record)
             self._headline(record)
-        with suppress(wandb.Error):  # its server no longer answers; the files are beside what W&B has on disk
+        with suppress(wandb.Error):  # its server no longer answers; the files are on disk, beside W&B's own
             self._artifacts(record)
         self._finish(exit_code=0 if record.status == "ok" else 1)
 
@@ -155,15 +155,15 @@ class WandbSink:
 
 
 def login_mode() -> str:
-    """What `tracking.mode=auto` means here: online for who is logged in, and has not chosen `wandb offline`."""
+    """Return what `tracking.mode=auto` means here: "online" if the user is logged in and `wandb offline` is not set."""
     return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
 def _within(timeout_s: float, act: Callable[[], None]) -> None:
-    """Act, and end W&B's service with it; when its server does not answer in time, what is not sent stays on disk."""
+    """Run `act` and end W&B's service; if its server does not answer in time, unsent data stays on disk."""
 
     def act_and_leave() -> None:
-        with suppress(Exception):  # of a service that is killed below
+        with suppress(Exception):  # the service may be killed below
             act()
             wandb.teardown()
 
@@ -176,7 +176,7 @@ def _within(timeout_s: float, act: Callable[[], None]) -> None:
 
 
 def _passes(record: Record) -> list[tuple[str, Pass]]:
-    """Every pass, in order, with its phase."""
+    """Return every pass with its phase, in order."""
     samples = record.samples
     assert samples is not None
     return [("warm-up", one) for one in samples.warmup] + [("measured", one) for one in samples.measured]
