@@ -100,7 +100,9 @@ class Cli:
         forked.stdout = os.fdopen(reader, encoding="utf-8")
         return forked
 
-    def start_executed(self, *arguments: str, preexec_fn=None, **variables: str) -> subprocess.Popen:
+    def start_executed(
+        self, *arguments: str, preexec_fn=None, start_new_session=False, **variables: str
+    ) -> subprocess.Popen:
         """The same by the true command line."""
         return subprocess.Popen(
             self.command(*arguments),
@@ -111,6 +113,7 @@ class Cli:
             text=True,
             stdin=subprocess.DEVNULL,
             preexec_fn=preexec_fn,
+            start_new_session=start_new_session,
         )
 
     def results(self) -> list[dict]:

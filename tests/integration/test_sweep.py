@@ -205,7 +205,7 @@ def test_jobs_in_other_processes_take_turns_and_are_stopped(cli):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     launched = ("-m", *QUICK, "offload=nvme", "workload.prompt_len=4,5", "workload.repeats=100000")
     joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    process = cli.start(*launched, *joblib)
+    process = cli.start_executed(*launched, *joblib)
     wait_for_both(cli)
     same = cli.run(*launched)
     process.terminate()

@@ -1,6 +1,8 @@
 """Failures of workers: the status of the run, what happened, and what to type instead."""
 
+import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ from zi_experiments.config.schema import CacheDevice, ConfigError, OffloadDevice
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.results.record import Failure, Status
 from zi_experiments.runtime.progress import Event
+
+_ENTRY_POINT = re.compile(r"worker\.py\", line \d+ in main$")  # as faulthandler writes it
 
 
 class WorkerError(Exception):
@@ -117,5 +121,15 @@ def _pass(fixes: dict[str, bool]) -> str:
 
 def _log_tail(logs: Path, rank: int, lines: int = 40) -> str | None:
     for path in sorted(logs.glob(f"*/attempt_0/{rank}/stderr.log"), reverse=True):  # the latest try first
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(list(_without_callers(path.read_text(errors="replace").splitlines()))[-lines:])
     return None
+
+
+def _without_callers(lines: list[str]) -> Iterator[str]:
+    """Yield lines of a log; of stacks only what a worker called: it is forked, so those of the launcher lie below."""
+    is_caller = False
+    for line in lines:
+        is_caller = is_caller and line.startswith("  File ")
+        if not is_caller:
+            yield line
+        is_caller = is_caller or _ENTRY_POINT.search(line) is not None

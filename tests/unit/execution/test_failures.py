@@ -70,3 +70,15 @@ def test_what_a_worker_finds_wrong_with_what_was_asked_is_refused(said):
     status, message, hint = said("ConfigError: MASTER_PORT=1 is taken: set MASTER_PORT=2")
 
     assert (status, message, hint) == ("refused", "MASTER_PORT=1 is taken: set MASTER_PORT=2", None)
+
+
+def test_of_a_stack_what_the_worker_called_is_shown(tmp_path):
+    """A worker is forked: the frames below its entry point are the launcher's."""
+    log = tmp_path / "run" / "attempt_0" / "0" / "stderr.log"
+    log.parent.mkdir(parents=True)
+    inside = ['  File "/a/timing.py", line 9 in measure_pass', '  File "/a/execution/worker.py", line 65 in main']
+    callers = ['  File "/a/forkserver.py", line 274 in main', '  File "/a/cli.py", line 70 in main']
+    log.write_text("\n".join(["a warning", "Current thread (most recent call first):", *inside, *callers, "the end"]))
+
+    trace = failures.of_silence(5.0, "during measure", tmp_path).failure.traceback
+    assert trace.splitlines() == ["a warning", "Current thread (most recent call first):", *inside, "the end"]
