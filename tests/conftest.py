@@ -12,7 +12,7 @@ from pathlib import Path
 
 import hydra
 import pytest
-from made_up import MACHINES
+from machines import MACHINES
 from reliability import Page
 
 from zi_experiments.config import schema

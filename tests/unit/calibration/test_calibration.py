@@ -329,7 +329,7 @@ ASK = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, str(Path({tests!r})))
-from made_up import MACHINES
+from machines import MACHINES
 from dataclasses import replace
 from zi_experiments.config.composition import from_choices
 from zi_experiments.calibration import suite
