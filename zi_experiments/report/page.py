@@ -1,0 +1,104 @@
+"""The page: one HTML file with its data, its styles and its scripts, which needs no network."""
+
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from jinja2 import Environment
+from plotly.offline import get_plotlyjs
+
+from zi_experiments.report.charts import CHARTS
+from zi_experiments.report.columns import COLUMNS, Scalar
+from zi_experiments.report.runs import Passes, Run, labels
+
+NAME = "report.html"
+_MOST_TIMELINES = 200
+_MOST_POINTS = 500  # of a timeline
+_DIGITS = 6  # significant ones of a number in the page; the other files have all
+
+
+def write(runs: list[Run], folder: Path) -> Path:
+    """The page of these runs, written into the folder. Returns its path."""
+    environment = Environment(autoescape=True)
+    # the filter escapes what would end the script element
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    path = folder / NAME
+    path.write_text(
+        environment.from_string(_text("page.html")).render(
+            styles=_text("page.css"),
+            scripts=[_text(f"{name}.js") for name in ("data", "charts", "table", "details")],
+            plotly=get_plotlyjs(),
+            charts=CHARTS,
+            counts=_counts(runs),
+            data=_data(runs),
+        ),
+        encoding="utf-8",
+    )
+    return path
+
+
+def _data(runs: list[Run]) -> dict[str, Any]:
+    """What the scripts of the page read. A column has its values, or the different ones and a code for each run."""
+    return {
+        "labels": labels(runs),
+        "columns": [
+            {"name": each.name, "label": each.label, "unit": each.unit, "isShown": each.is_shown} for each in COLUMNS
+        ],
+        "rows": {each.name: _coded([_rounded(run.row[each.name]) for run in runs]) for each in COLUMNS},
+        "settings": _by_key([run.settings for run in runs]),
+        "environment": _by_key([run.environment for run in runs]),
+        "timelines": _timelines(runs),
+        "charts": [asdict(chart) for chart in CHARTS],
+    }
+
+
+def _counts(runs: list[Run]) -> dict[str, int]:
+    """Runs by status, the most first."""
+    statuses = [str(run.row["status"]) for run in runs]
+    return dict(sorted(((each, statuses.count(each)) for each in set(statuses)), key=lambda item: -item[1]))
+
+
+def _by_key(dictionaries: list[dict[str, Scalar]]) -> dict[str, Any]:
+    keys = dict.fromkeys(key for each in dictionaries for key in each)
+    return {key: _coded([each.get(key) for each in dictionaries]) for key in keys}
+
+
+def _coded(values: list[Scalar]) -> dict[str, Any]:
+    codes: dict[tuple[type, Scalar], int] = {}  # True is equal to 1
+    coded = [codes.setdefault((type(value), value), len(codes)) for value in values]
+    if 2 * len(codes) > len(values):
+        return {"values": values}
+    return {"values": [value for _, value in codes], "codes": coded}
+
+
+def _rounded(value: Scalar) -> Scalar:
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+
+
+def _timelines(runs: list[Run]) -> dict[int, list[list[Scalar]]]:
+    """By the number of a run: the last step of each point, and its time in s: median, smallest and largest of the passes."""
+    found: dict[int, list[list[Scalar]]] = {}
+    for number, run in enumerate(runs):
+        if len(found) == _MOST_TIMELINES:
+            break
+        if points := _timeline(run.passes):
+            found[number] = points
+    return found
+
+
+def _timeline(passes: Passes) -> list[list[Scalar]]:
+    steps = list(zip(*passes.step_s, strict=False))
+    width = -(-len(steps) // _MOST_POINTS)
+    groups = [steps[start : start + width] for start in range(0, len(steps), width or 1)]
+    points = [[median(time for step in group for time in step), *_ends(group)] for group in groups]
+    return [[(number + 1) * width, *map(_rounded, point)] for number, point in enumerate(points)]
+
+
+def _ends(group: list[tuple[float, ...]]) -> tuple[float, float]:
+    return min(map(min, group)), max(map(max, group))
+
+
+def _text(name: str) -> str:
+    return (files("zi_experiments.report") / "page" / name).read_text(encoding="utf-8")

@@ -1,0 +1,198 @@
+"use strict";
+// One function for each kind of chart: the numbers of runs → traces and layout of Plotly.
+
+const MOST_BARS = 30;
+const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down"];
+const names = (name) => [...new Set(runs.map((run) => value(name, run)))].sort();
+const engines = names("engine");
+const quants = names("quant");
+
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+const color = (index) => css(`series-${(index % 6) + 1}`);
+const engineColor = (run) => color(engines.indexOf(value("engine", run)));
+const joined = (run, ...keys) => keys.map((key) => value(key, run)).filter((part) => part !== null).join(" ");
+
+/** Text for Plotly, which reads markup. */
+const safe = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const short = (text) => {
+  const most = innerWidth < 600 ? 18 : 40;
+  return text.length > most ? `${text.slice(0, most - 1)}…` : text;
+};
+
+/** An axis of a column's unit. */
+function axis(name) {
+  const { label, unit } = columns.get(name);
+  const title = { text: { s: `${label}, s`, "tok/s": `${label}, tok/s` }[unit] ?? label };
+  if (unit === "share") return { title, tickformat: ".0%", rangemode: "tozero" };
+  if (unit === "B") return { title, tickformat: "~s", ticksuffix: "B", rangemode: "tozero" };
+  return { title, rangemode: "tozero" };
+}
+
+const hover = (run) => `${safe(data.labels[run])}<br>${safe(shown("machine", run))}`;
+const has = (...keys) => (run) => keys.every((key) => value(key, run) !== null);
+
+/** Horizontal bars, the first row at the top. Rows have the same names in all traces. */
+function barLayout(rows, horizontal, traces) {
+  return {
+    height: 110 + rows.length * Math.max(20, 12 * traces),
+    barmode: "group",
+    xaxis: horizontal,
+    yaxis: { autorange: "reversed", automargin: true, tickvals: rows.map((_, i) => i), ticktext: rows.map((row) => safe(short(row))) },
+    legend: { traceorder: "normal" },
+  };
+}
+
+const kinds = {
+  fastest({ y: [name] }, numbers) {
+    const measured = numbers.filter(has(name));
+    const several = new Set(measured.map((run) => value("model", run))).size > 1;
+    const groups = grouped(measured, (run) => joined(run, ...(several ? ["model"] : []), "engine", "offload"));
+    const rows = [...groups.keys()].sort().slice(0, MOST_BARS);
+    const used = quants.filter((quant) => rows.some((row) => groups.get(row).some((run) => value("quant", run) === quant)));
+    const traces = used.map((quant) => {
+      const best = rows.map((row) => groups.get(row).filter((run) => value("quant", run) === quant)
+        .reduce((a, b) => (a === null || value(name, b) > value(name, a) ? b : a), null));
+      const there = rows.map((_, i) => i).filter((i) => best[i] !== null);
+      return {
+        type: "bar", orientation: "h", name: safe(quant ?? "unknown"), y: there, marker: { color: color(quants.indexOf(quant)) },
+        x: there.map((i) => value(name, best[i])), text: there.map((i) => shown(name, best[i])), textposition: "auto",
+        hovertext: there.map((i) => hover(best[i])), hovertemplate: "%{hovertext}<br>%{text} tok/s<extra></extra>",
+      };
+    });
+    return { traces, layout: barLayout(rows, axis(name), used.length), note: leftOut(groups.size, rows.length, "groups") };
+  },
+
+  points({ x, y: [y] }, numbers) {
+    const measured = numbers.filter(has(x, y));
+    const series = grouped(measured, (run) => JSON.stringify(["engine", "quant", "model", "offload", "machine"].map((key) => value(key, run))));
+    const lines = [...series.values()].map((members) => [...members].sort((a, b) => value(x, a) - value(x, b)))
+      .filter((members) => value(x, members[0]) < value(x, members.at(-1)))
+      .map((members) => ({
+        type: "scatter", mode: "lines", line: { color: engineColor(members[0]), width: 1 }, hoverinfo: "skip", showlegend: false,
+        x: members.map((run) => value(x, run)), y: members.map((run) => value(y, run)),
+      }));
+    const layout = { xaxis: { ...axis(x), type: "log", title: { text: "sequences of a pass" }, tickformat: "d", dtick: Math.log10(2) }, yaxis: axis(y) };
+    return { traces: [...lines, ...dots(x, y, measured)], layout };
+  },
+
+  frontier({ x, y: [y] }, numbers) {
+    const measured = numbers.filter(has(x, y));
+    const lines = [...grouped(measured, (run) => value("model", run))].map(([model, members]) => {
+      let most = -Infinity;
+      const front = [...members].sort((a, b) => value(x, b) - value(x, a) || value(y, b) - value(y, a))
+        .filter((run) => value(y, run) > most && ((most = value(y, run)), true));
+      return {
+        type: "scatter", mode: "lines", line: { color: css("soft"), width: 1, dash: "dash" }, showlegend: false,
+        x: front.map((run) => value(x, run)), y: front.map((run) => value(y, run)),
+        hovertemplate: `frontier of ${safe(model)}<extra></extra>`,
+      };
+    });
+    const layout = { xaxis: { ...axis(x), type: "log", dtick: "D2" }, yaxis: { ...axis(y), type: "log", dtick: "D2" } };
+    return { traces: [...lines, ...dots(x, y, measured)], layout };
+  },
+
+  timelines(_, numbers) {
+    const members = numbers.filter((run) => data.timelines[run]);
+    const traces = members.map((run, index) => ({
+      type: "scatter", mode: data.timelines[run].length > 60 ? "lines" : "lines+markers", name: safe(short(data.labels[run])),
+      line: { color: color(index), width: 1.5 }, marker: { size: 4 }, x: data.timelines[run].map(([step]) => step), y: data.timelines[run].map(([, time]) => time),
+      hovertemplate: `${safe(data.labels[run])}<br>step %{x}: %{y:.4g} s<extra></extra>`,
+    }));
+    const layout = { showlegend: traces.length <= 12, xaxis: { title: { text: "decode step" }, tickformat: "d" }, yaxis: { title: { text: "step time, s" }, type: "log", dtick: "D2" } };
+    return { traces, layout, note: leftOut(numbers.length, members.length, "runs", "the others have no steps here") };
+  },
+
+  bars({ y }, numbers) {
+    const used = y.filter((name) => numbers.some((run) => value(name, run)));
+    const measured = numbers.filter((run) => used.some((name) => value(name, run) !== null));
+    const members = measured.slice(0, MOST_BARS);
+    const traces = used.map((name, index) => {
+      const there = members.map((_, i) => i).filter((i) => value(name, members[i]) !== null);
+      return {
+        type: "bar", orientation: "h", name: columns.get(name).label, y: there, marker: { color: color(index) },
+        x: there.map((i) => value(name, members[i])), text: there.map((i) => shown(name, members[i])), textposition: "auto",
+        hovertext: there.map((i) => hover(members[i])), hovertemplate: "%{hovertext}<br>%{text}<extra></extra>",
+      };
+    });
+    const rows = members.map((run) => data.labels[run]);
+    const horizontal = { ...axis(y[0]), ...(used.length > 1 ? { title: { text: "" } } : {}) };
+    const layout = barLayout(rows, horizontal, traces.length);
+    layout.showlegend = true;
+    if (columns.get(y[0]).unit === "share") {
+      layout.shapes = [{ type: "line", x0: 1, x1: 1, y0: 0, y1: 1, yref: "paper", line: { color: css("soft"), dash: "dot", width: 1 } }];
+    }
+    return { traces, layout, note: leftOut(measured.length, members.length, "runs") };
+  },
+
+  failures(_, numbers) {
+    const kind = (run) => [value("status", run), value("error_type", run)].filter(Boolean).join(": ");
+    const groups = grouped(numbers.filter((run) => value("status", run) !== "ok"), kind);
+    const rows = [...groups.keys()].sort();
+    const counts = rows.map((row) => groups.get(row).length);
+    const traces = rows.length ? [{ type: "bar", orientation: "h", y: rows.map((_, i) => i), x: counts, text: counts.map(String), marker: { color: css("bad") }, hoverinfo: "x" }] : [];
+    return { traces, layout: barLayout(rows, { title: { text: "runs" }, tickformat: "d", rangemode: "tozero" }, 1), nothing: "Every run shown is ok." };
+  },
+};
+
+function dots(x, y, measured) {
+  const groups = grouped(measured, (run) => joined(run, "engine", "quant"));
+  return [...groups].sort().map(([name, members]) => ({
+    type: "scatter", mode: "markers", name: safe(name),
+    marker: { size: 9, color: engineColor(members[0]), symbol: SYMBOLS[quants.indexOf(value("quant", members[0])) % SYMBOLS.length] },
+    x: members.map((run) => value(x, run)), y: members.map((run) => value(y, run)),
+    hovertext: members.map((run) => `${hover(run)}<br>${shown(x, run)}, ${shown(y, run)} ${columns.get(y).unit}`), hovertemplate: "%{hovertext}<extra></extra>",
+  }));
+}
+
+function leftOut(all, kept, what, why = "filters and the order of the table choose others") {
+  return kept < all ? `${kept} of ${all} ${what}: ${why}.` : "";
+}
+
+/** Draw one chart into its figure, or say that nothing shown has its figures. */
+function draw(figure, chart, numbers) {
+  const { traces, layout, note = "", nothing = "No run shown has these figures." } = kinds[chart.kind](chart, numbers);
+  const plot = figure.querySelector(".plot");
+  const text = traces.length ? note : nothing;
+  figure.querySelector(".note").textContent = text;
+  figure.querySelector(".note").hidden = !text;
+  plot.hidden = !traces.length;
+  if (traces.length) plotInto(plot, traces, layout);
+  else Plotly.purge(plot);
+}
+
+function plotInto(plot, traces, layout) {
+  const common = { gridcolor: css("line"), zerolinecolor: css("line"), automargin: true };
+  Plotly.react(plot, traces, {
+    paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: { color: css("ink"), size: 12 },
+    margin: { l: 10, r: 10, t: 10, b: 40 }, height: 340, hovermode: "closest", hoverlabel: { align: "left" },
+    dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+    ...layout,
+    legend: { orientation: "h", yanchor: "bottom", y: 1.02, x: 0, ...layout.legend },
+    xaxis: { ...common, ...layout.xaxis }, yaxis: { ...common, ...layout.yaxis },
+  }, { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] });
+}
+
+// A chart is drawn when it comes into view, and again when the runs have changed.
+const figures = new Map(data.charts.map((chart) => [document.getElementById(chart.id), { chart, isSeen: false, isDrawn: false }]));
+let drawnRuns = runs;
+
+function drawSeen() {
+  for (const [figure, state] of figures) {
+    if (!state.isSeen || state.isDrawn) continue;
+    state.isDrawn = true;
+    draw(figure, state.chart, drawnRuns);
+  }
+}
+
+function drawAgain(numbers = drawnRuns) {
+  drawnRuns = numbers;
+  for (const state of figures.values()) state.isDrawn = false;
+  drawSeen();
+}
+
+const observer = new IntersectionObserver((entries) => {
+  for (const entry of entries) figures.get(entry.target).isSeen = entry.isIntersecting;
+  drawSeen();
+}, { rootMargin: "300px" });
+for (const figure of figures.keys()) observer.observe(figure);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawAgain());

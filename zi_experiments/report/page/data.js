@@ -1,0 +1,69 @@
+"use strict";
+// The data of the page, and how values are written.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const runs = data.labels.map((_, number) => number);
+const columns = new Map(data.columns.map((column) => [column.name, column]));
+const ABSENT = "–";
+
+/** The value of a run in a coded column; null where there is none. */
+function at(coded, run) {
+  return coded.codes ? coded.values[coded.codes[run]] : coded.values[run];
+}
+
+const value = (name, run) => at(data.rows[name], run);
+
+const plain = (number, digits) => number.toLocaleString("en", { maximumSignificantDigits: digits });
+
+function scaled(number, unit) {
+  const [prefix, size] = [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]].find(([, size]) => number >= size) ?? ["", 1];
+  return `${plain(number / size, 3)} ${prefix}${unit}`;
+}
+
+/** A value with its unit, as text. */
+function written(given, unit) {
+  if (given === null || given === undefined) return ABSENT;
+  if (typeof given === "boolean") return given ? "yes" : "no";
+  if (typeof given !== "number") return given;
+  if (unit === "s") return given >= 1 || given <= 0 ? `${plain(given, 4)} s` : `${plain(1000 * given, 3)} ms`;
+  if (unit === "B" || unit === "B/s") return scaled(given, unit);
+  if (unit === "share") return `${plain(100 * given, 3)} %`;
+  return plain(given, unit === "tok/s" ? 4 : 6);
+}
+
+const shown = (name, run) => written(value(name, run), columns.get(name).unit);
+
+/** An element with attributes and children; text stays text. */
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, content] of Object.entries(attributes)) {
+    if (content !== null && content !== false) element.setAttribute(name, content);
+  }
+  element.append(...children);
+  return element;
+}
+
+/** A cell of a table. */
+function cell(text, kind = "") {
+  return make("td", { class: text === ABSENT ? `${kind} absent` : kind }, text);
+}
+
+/** A table in a box that scrolls. Rows are of texts, the first heads its row; `kind` is the class of the other cells. */
+function tableOf(headers, rows, kind = "number") {
+  const head = make("tr", {}, ...headers.map((text, i) => make("th", { scope: "col", class: i ? kind : "" }, text)));
+  const body = rows.map(([name, ...texts]) =>
+    make("tr", {}, make("th", { scope: "row" }, name), ...texts.map((text) => cell(text, kind))));
+  const table = make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
+  return make("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": headers.filter(Boolean).join(", ") }, table);
+}
+
+/** Runs by the text of some columns, in order of appearance. */
+function grouped(numbers, key) {
+  const groups = new Map();
+  for (const run of numbers) {
+    const name = key(run);
+    if (!groups.has(name)) groups.set(name, []);
+    groups.get(name).push(run);
+  }
+  return groups;
+}

@@ -1,0 +1,50 @@
+"""Finds records in folders and files, and makes runs of them."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from zi_experiments.config.schema import ConfigError
+from zi_experiments.report import committed, runs
+from zi_experiments.report.runs import Run
+
+NAME = "result.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    runs: list[Run]
+    skipped: list[str]  # a line for each file that was not read
+
+
+def read(paths: list[Path]) -> Found:
+    """The runs of all files in the paths, in the order of the paths and of the names in them, each file once.
+
+    Raises ConfigError for a path that is not there.
+    """
+    found, skipped = list[Run](), list[str]()
+    for path in dict.fromkeys(file for path in paths for file in _files(path)):
+        try:
+            # JSON of the standard library takes whatever encoding of Unicode a file has
+            content = json.loads(path.read_bytes())
+            found += [runs.from_record(record, str(path)) for record in committed.records(content)]
+        except committed.NotReadable as error:
+            skipped.append(f"skipped {path}: {error}")
+        except (ValueError, RecursionError) as error:
+            skipped.append(f"skipped {path}: it is not JSON, or not all of it ({str(error).splitlines()[0]})")
+        except OSError as error:
+            skipped.append(f"skipped {path}: {error.strerror}")
+    return Found(runs=found, skipped=skipped)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """A file itself; of a folder every `result.json` below it, or if there is none its own JSON files."""
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        below = sorted(Path(folder, NAME) for folder, _, names in os.walk(path) if NAME in names)
+        yield from below or sorted(path.glob("*.json"))
+    else:
+        raise ConfigError(f"{path} is not there: name a folder with runs, such as outputs, or a {NAME}")

@@ -1,0 +1,161 @@
+"""A finished run as reports see it: figures by column, settings and environment by dotted name, raw times."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from zi_experiments.config.folders import ASIDE
+from zi_experiments.report.columns import COLUMNS, Column, Scalar
+
+GROUPS = ("model", "engine", "offload", "quant", "kv_cache", "weights", "workload", "hardware", "experiment")
+# what tells runs of one name apart, the most telling first
+_TELLING = ("model", "engine", "profile", "offload", "quant", "kv_cache", "sequences", "prompt_len", "gen_len", "machine")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passes:
+    """Raw times of the measured passes, in seconds; empty where the record has none."""
+
+    ttft_s: list[float]
+    total_s: list[float]
+    step_s: list[list[float]]  # of each pass, its G − 1 decode steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    source: str  # the file, as one would type it
+    row: dict[str, Scalar]  # by column; None where the record has no value
+    settings: dict[str, Scalar]  # choices by group (`engine`), values by dotted name (`engine.profile`)
+    environment: dict[str, Scalar]
+    passes: Passes
+
+
+def from_record(record: dict[str, Any], source: str) -> Run:
+    """The run of a record in its JSON form. What is missing or of another type than it should be is absent."""
+    choices, config = _dict(record, "choices"), _dict(record, "config")
+    settings = {key: value for key, value in flat(config).items() if key.split(".")[0] not in ASIDE}
+    settings |= {group: _scalar(choices[group]) for group in GROUPS if group in choices}
+    environment = flat(_dict(record, "environment"))
+    samples = _dict(record, "samples")
+    passes = Passes(
+        ttft_s=_numbers(samples.get("ttft_s")),
+        total_s=_numbers(samples.get("total_s")),
+        step_s=[_numbers(steps) for steps in _list(samples.get("step_s"))],
+    )
+    row = {column.name: _value(column, record, settings) for column in COLUMNS}
+    row |= _derived(row, settings, environment, passes) | _planned_totals(record) | {"source": source}
+    return Run(source=source, row=row, settings=settings, environment=environment, passes=passes)
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    """Values of nested dictionaries by dotted name; a list is its text."""
+    values: dict[str, Scalar] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = _scalar(value)
+    return values
+
+
+def labels(runs: list[Run]) -> list[str]:
+    """A name for each run: its own, with what tells it apart from others of that name."""
+    groups: dict[Scalar, list[int]] = {}
+    for number, run in enumerate(runs):
+        groups.setdefault(run.row["name"], []).append(number)
+    names = [""] * len(runs)
+    for name, members in groups.items():
+        rows = [_telling(runs[member]) for member in members]
+        varied = _distinguishing(rows)
+        seen: dict[str, int] = {}
+        for member, row in zip(members, rows, strict=True):
+            new = [_text(key, row[key]) for key in varied if row.get(key) is not None]
+            text = " ".join([str(name or "unnamed"), *(part for part in new if part not in str(name))])
+            seen[text] = seen.get(text, 0) + 1
+            names[member] = text if seen[text] == 1 else f"{text} #{seen[text]}"
+    return names
+
+
+def _distinguishing(rows: list[dict[str, Scalar]]) -> list[str]:
+    """The columns that tell rows apart, none that only repeats what those before it tell."""
+    chosen, known = list[str](), 1
+    for key in _TELLING:
+        apart = len({tuple(row.get(each) for each in (*chosen, key)) for row in rows})
+        if apart > known:
+            chosen, known = [*chosen, key], apart
+    return chosen
+
+
+def _telling(run: Run) -> dict[str, Scalar]:
+    return run.row | {"profile": run.settings.get("engine.profile")}
+
+
+def _text(key: str, value: Scalar) -> str:
+    return f"{key}={value}" if isinstance(value, int | float) else str(value)
+
+
+def _value(column: Column, record: dict[str, Any], settings: dict[str, Scalar]) -> Scalar:
+    for place in column.places:
+        value = settings.get(place.removeprefix("settings:")) if place.startswith("settings:") else dig(record, place)
+        if value is not None and (column.is_text or (isinstance(value, int | float) and not isinstance(value, bool))):
+            return value
+    return None
+
+
+def dig(record: dict[str, Any], path: str) -> Scalar:
+    """The value at a dotted path; None where there is none. An index is a number."""
+    value: Any = record
+    for key in path.split("."):
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return None
+    return _scalar(value)
+
+
+def _derived(
+    row: dict[str, Scalar], settings: dict[str, Scalar], environment: dict[str, Scalar], passes: Passes
+) -> dict[str, Scalar]:
+    """Columns that are computed from others."""
+    batch_size, micro_batches = row["batch_size"], settings.get("workload.micro_batches") or 1
+    sequences = row["sequences"]
+    if sequences is None and isinstance(batch_size, int) and isinstance(micro_batches, int):
+        sequences = batch_size * micro_batches
+    step_s = row["tpot_p50_s"]
+    return {
+        "machine": environment.get("gpu") or environment.get("cpu"),
+        "sequences": sequences,
+        "passes": len(passes.ttft_s) or None,
+        "tok_per_s_per_user": 1 / step_s if isinstance(step_s, int | float) and step_s > 0 else None,
+    }
+
+
+def _planned_totals(record: dict[str, Any]) -> dict[str, Scalar]:
+    """Bytes that the plan takes of each memory, buffers and caches included."""
+    totals = {use.get("where"): use.get("total") for use in _list(_dict(record, "plan").get("memory")) if isinstance(use, dict)}
+    return {f"planned_{where.lower()}_total_bytes": _scalar(totals.get(where)) for where in ("GPU", "host", "disk")}
+
+
+def _dict(record: dict[str, Any], key: str) -> dict[str, Any]:
+    value = record.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _numbers(values: Any) -> list[float]:
+    found = _list(values)
+    return found if all(isinstance(each, float | int) and math.isfinite(each) for each in found) else []
+
+
+def _scalar(value: Any) -> Scalar:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, int | bool):
+        return value
+    text = str(value)
+    return text if text.isascii() else text.encode(errors="replace").decode()  # half of a surrogate pair is no text
