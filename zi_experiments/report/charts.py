@@ -27,13 +27,22 @@ CHARTS: tuple[Chart, ...] = (
         "measured passes.",
     ),
     Chart(
+        id="bound",
+        title="Fraction of the bound",
+        kind="bars",
+        y=("fraction_of_bound", "prefill_fraction_of_bound"),
+        definition="The time that no run of the same plan can beat, divided by the measured median: of a decode step, and of "
+        "prefill. 100 % is the limit of the machine. Absent where a rate of the machine is not known.",
+    ),
+    Chart(
         id="batch",
         title="Decode throughput against batch size",
         kind="points",
         x="sequences",
         y=("decode_tok_per_s",),
         definition="One point for each run. The batch is B, the sequences of a pass over all GPUs and micro-batches. Lines "
-        "join runs of the same model, engine, offload target, quantization and machine.",
+        "join the fastest at each batch size of the same model, engine, offload target, quantization, KV cache, prompt and "
+        "machine.",
     ),
     Chart(
         id="pareto",
@@ -54,6 +63,12 @@ CHARTS: tuple[Chart, ...] = (
         "of long ones each point is the median of neighbouring steps.",
     ),
     Chart(
+        id="failures-chart",
+        title="Failures",
+        kind="failures",
+        definition="Runs that are not ok, by status and kind of error. A run that is under way counts as killed.",
+    ),
+    Chart(
         id="memory",
         title="Memory peaks",
         kind="bars",
@@ -62,24 +77,10 @@ CHARTS: tuple[Chart, ...] = (
         "the run together, at any time. Disk: in the run's own folder, at any time.",
     ),
     Chart(
-        id="bound",
-        title="Fraction of the bound",
-        kind="bars",
-        y=("fraction_of_bound", "prefill_fraction_of_bound"),
-        definition="The time that no run of the same plan can beat, divided by the measured median: of a decode step, and of "
-        "prefill. 100 % is the limit of the machine. Absent where a rate of the machine is not known.",
-    ),
-    Chart(
         id="load",
         title="Load time",
         kind="bars",
         y=("load_s",),
         definition="Seconds from an empty process group to a model that is ready; building operators is left out.",
-    ),
-    Chart(
-        id="failures-chart",
-        title="Failures",
-        kind="failures",
-        definition="Runs that are not ok, by status and kind of error. A run that is under way counts as killed.",
     ),
 )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 Scalar = str | int | float | bool | None
+Path = tuple[str | int, ...]  # of keys into the JSON of a record, from the outside in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -10,7 +11,7 @@ class Column:
     name: str
     label: str
     unit: str = ""  # s, B, B/s, tok/s; share: of 1; count; empty: text
-    places: tuple[str, ...] = ()  # paths in the record, the first that has a value counts; none: it is derived
+    places: tuple[Path, ...] = ()  # the first that has a value counts; none: the column is derived
     is_shown: bool = False  # in the table of the page
 
     @property
@@ -19,11 +20,18 @@ class Column:
 
 
 def _text(name: str, label: str, *places: str, is_shown: bool = False) -> Column:
-    return Column(name=name, label=label, places=places, is_shown=is_shown)
+    return _number(name, label, "", *places, is_shown=is_shown)
 
 
 def _number(name: str, label: str, unit: str, *places: str, is_shown: bool = False) -> Column:
-    return Column(name=name, label=label, unit=unit, places=places, is_shown=is_shown)
+    return Column(name=name, label=label, unit=unit, places=tuple(map(_path, places)), is_shown=is_shown)
+
+
+def _path(text: str) -> Path:
+    """Keys from a dotted text. After a colon is one key: settings have dotted names."""
+    if text.startswith("settings:"):
+        return ("settings", text.removeprefix("settings:"))
+    return tuple(int(key) if key.isdigit() else key for key in text.split("."))
 
 
 def _metric(name: str, label: str, unit: str, is_shown: bool = False) -> Column:
@@ -47,20 +55,19 @@ COLUMNS: tuple[Column, ...] = (
     _text("quant", "quant", "settings:quant", "settings:quant.name", is_shown=True),
     _text("kv_cache", "KV cache", "settings:kv_cache", "settings:kv_cache.name"),
     _text("weights", "weights", "settings:weights", "settings:weights.source"),
-    _text("machine", "machine", is_shown=True),
     _number("num_gpus", "GPUs", "count", "settings:hardware.num_gpus"),
     _number("batch_size", "batch size", "count", "plan.batch_size", "settings:workload.batch_size"),
     _number("sequences", "sequences", "count", "plan.sequences", is_shown=True),
     _number("prompt_len", "prompt", "count", "settings:workload.prompt_len", is_shown=True),
     _number("gen_len", "generated", "count", "settings:workload.gen_len", is_shown=True),
     _number("passes", "passes", "count", is_shown=True),
-    _metric("prefill_tok_per_s", "prefill", "tok/s", is_shown=True),
-    _metric("decode_tok_per_s", "decode", "tok/s", is_shown=True),
-    _metric("total_tok_per_s", "prefill and decode", "tok/s"),
-    _number("tok_per_s_per_user", "decode per user", "tok/s", is_shown=True),
-    *_extremes("prefill_tok_per_s", "prefill"),
-    *_extremes("decode_tok_per_s", "decode"),
-    *_extremes("total_tok_per_s", "prefill and decode"),
+    _metric("prefill_tok_per_s", "prefill tok/s", "tok/s", is_shown=True),
+    _metric("decode_tok_per_s", "decode tok/s", "tok/s", is_shown=True),
+    _metric("total_tok_per_s", "prefill and decode tok/s", "tok/s"),
+    _number("tok_per_s_per_user", "decode tok/s per user", "tok/s", is_shown=True),
+    *_extremes("prefill_tok_per_s", "prefill tok/s"),
+    *_extremes("decode_tok_per_s", "decode tok/s"),
+    *_extremes("total_tok_per_s", "prefill and decode tok/s"),
     _metric("ttft_s", "time to first token", "s", is_shown=True),
     _metric("tpot_p50_s", "time per token, p50", "s", is_shown=True),
     _metric("tpot_p90_s", "time per token, p90", "s"),
@@ -106,6 +113,7 @@ COLUMNS: tuple[Column, ...] = (
     _number("predicted_decode_step_s", "decode step, predicted", "s", "plan.prediction.decode_step_s"),
     _text("predicted_limited_by", "decode, mostly spent on", "plan.prediction.limited_by"),
     _text("rates_source", "source of the rates", "plan.bound.source"),
+    _text("machine", "machine", is_shown=True),
     _text("started_at", "started", "run.started_at", is_shown=True),
     _text("finished_at", "finished", "run.finished_at"),
     _text("command", "command", "run.command"),

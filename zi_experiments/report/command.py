@@ -11,14 +11,14 @@ from rich.console import Console
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.report import reading
 from zi_experiments.report.comparison import Comparison
-from zi_experiments.report.runs import Run
+from zi_experiments.report.runs import Run, labels
 
 _INSTALL = "pip install 'zi_experiments[report]', or in a checkout pip install -c constraints.txt -e '.[report]'"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write a report, or show a comparison. Returns the exit code."""
-    gc.set_threshold(100_000)  # ten thousand records are many objects, and none of them is garbage
+    gc.disable()  # ten thousand records are many objects, and none of them is garbage
     try:
         return _compare(arguments[1:]) if arguments[:1] == ["compare"] else _report(arguments)
     except ConfigError as error:
@@ -47,7 +47,8 @@ def _report(arguments: Sequence[str]) -> int:
     from zi_experiments.report import page, tables
 
     asked.output.mkdir(parents=True, exist_ok=True)
-    for path in (page.write(runs, asked.output), *tables.write(runs, asked.output)):
+    names = labels(runs)
+    for path in (page.write(runs, names, asked.output), *tables.write(runs, names, asked.output)):
         print(path)
     return 0
 

@@ -11,7 +11,7 @@ from zi_experiments.report.runs import GROUPS, Run
 
 DECODE = "decode_tok_per_s"
 # the figures of `metrics`, in the order of their columns; what a run is asked for is no figure
-FIGURES = tuple(column for column in COLUMNS if column.places == (f"metrics.{column.name}",))
+FIGURES = tuple(column for column in COLUMNS if column.places == (("metrics", column.name),))
 _PREDICTIONS = {"decode_prediction_error": "decode, predicted / actual", "prefill_prediction_error": "prefill, predicted / actual"}
 
 Differences = dict[str, tuple[Scalar, Scalar]]  # by dotted name: before and after

@@ -1,5 +1,6 @@
 """The page: one HTML file with its data, its styles and its scripts, which needs no network."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -11,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from zi_experiments.report.charts import CHARTS
 from zi_experiments.report.columns import COLUMNS, Scalar
-from zi_experiments.report.runs import Passes, Run, labels
+from zi_experiments.report.runs import Passes, Run
 
 NAME = "report.html"
 _MOST_TIMELINES = 200
@@ -19,8 +20,8 @@ _MOST_POINTS = 500  # of a timeline
 _DIGITS = 6  # significant ones of a number in the page; the other files have all
 
 
-def write(runs: list[Run], folder: Path) -> Path:
-    """The page of these runs, written into the folder. Returns its path."""
+def write(runs: list[Run], names: list[str], folder: Path) -> Path:
+    """The page of these runs and the names that tell them apart, written into the folder. Returns its path."""
     environment = Environment(autoescape=True)
     # the filter escapes what would end the script element
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
@@ -32,21 +33,21 @@ def write(runs: list[Run], folder: Path) -> Path:
             plotly=get_plotlyjs(),
             charts=CHARTS,
             counts=_counts(runs),
-            data=_data(runs),
+            data=_data(runs, names),
         ),
         encoding="utf-8",
     )
     return path
 
 
-def _data(runs: list[Run]) -> dict[str, Any]:
-    """What the scripts of the page read. A column has its values, or the different ones and a code for each run."""
+def _data(runs: list[Run], names: list[str]) -> dict[str, Any]:
+    """What the scripts of the page read. A column has a value for all runs, one for each, or different ones and codes."""
     return {
-        "labels": labels(runs),
+        "labels": names,
         "columns": [
             {"name": each.name, "label": each.label, "unit": each.unit, "isShown": each.is_shown} for each in COLUMNS
         ],
-        "rows": {each.name: _coded([_rounded(run.row[each.name]) for run in runs]) for each in COLUMNS},
+        "rows": {each.name: _coded(_rounded([run.row[each.name] for run in runs])) for each in COLUMNS},
         "settings": _by_key([run.settings for run in runs]),
         "environment": _by_key([run.environment for run in runs]),
         "timelines": _timelines(runs),
@@ -61,20 +62,24 @@ def _counts(runs: list[Run]) -> dict[str, int]:
 
 
 def _by_key(dictionaries: list[dict[str, Scalar]]) -> dict[str, Any]:
-    keys = dict.fromkeys(key for each in dictionaries for key in each)
+    keys: dict[str, Scalar] = {}
+    for each in dictionaries:
+        keys |= each
     return {key: _coded([each.get(key) for each in dictionaries]) for key in keys}
 
 
 def _coded(values: list[Scalar]) -> dict[str, Any]:
-    codes: dict[tuple[type, Scalar], int] = {}  # True is equal to 1
-    coded = [codes.setdefault((type(value), value), len(codes)) for value in values]
-    if 2 * len(codes) > len(values):
+    if values.count(values[0]) == len(values) == list(map(type, values)).count(type(values[0])):  # True is equal to 1
+        return {"values": values[:1]}
+    if 2 * len(set(values)) > len(values):
         return {"values": values}
-    return {"values": [value for _, value in codes], "codes": coded}
+    typed = list(zip(map(type, values), values, strict=True))
+    codes = {each: code for code, each in enumerate(dict.fromkeys(typed))}
+    return {"values": [value for _, value in codes], "codes": [codes[each] for each in typed]}
 
 
-def _rounded(value: Scalar) -> Scalar:
-    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+def _rounded(values: Sequence[Scalar]) -> list[Scalar]:
+    return [float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value for value in values]
 
 
 def _timelines(runs: list[Run]) -> dict[int, list[list[Scalar]]]:
@@ -93,7 +98,7 @@ def _timeline(passes: Passes) -> list[list[Scalar]]:
     width = -(-len(steps) // _MOST_POINTS)
     groups = [steps[start : start + width] for start in range(0, len(steps), width or 1)]
     points = [[median(time for step in group for time in step), *_ends(group)] for group in groups]
-    return [[(number + 1) * width, *map(_rounded, point)] for number, point in enumerate(points)]
+    return [[(number + 1) * width, *_rounded(point)] for number, point in enumerate(points)]
 
 
 def _ends(group: list[tuple[float, ...]]) -> tuple[float, float]:

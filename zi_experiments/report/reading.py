@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,12 @@ def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
     elif path.is_dir():
-        below = sorted(Path(folder, NAME) for folder, _, names in os.walk(path) if NAME in names)
-        yield from below or sorted(path.glob("*.json"))
+        below = [os.path.join(folder, NAME) for folder, _, names in os.walk(path) if NAME in names]
+        yield from map(Path, sorted(below or map(str, path.glob("*.json")), key=_numbered))
     else:
         raise ConfigError(f"{path} is not there: name a folder with runs, such as outputs, or a {NAME}")
+
+
+def _numbered(path: str) -> list[str]:
+    """Sorts run 2 of a sweep before run 10."""
+    return [part.zfill(12) if part.isdigit() else part for part in re.split(r"(\d+)", path)]

@@ -33,7 +33,7 @@ class Run:
 def from_record(record: dict[str, Any], source: str) -> Run:
     """The run of a record in its JSON form. What is missing or of another type than it should be is absent."""
     choices, config = _dict(record, "choices"), _dict(record, "config")
-    settings = {key: value for key, value in flat(config).items() if key.split(".")[0] not in ASIDE}
+    settings = flat({key: value for key, value in config.items() if key not in ASIDE})
     settings |= {group: _scalar(choices[group]) for group in GROUPS if group in choices}
     environment = flat(_dict(record, "environment"))
     samples = _dict(record, "samples")
@@ -42,7 +42,8 @@ def from_record(record: dict[str, Any], source: str) -> Run:
         total_s=_numbers(samples.get("total_s")),
         step_s=[_numbers(steps) for steps in _list(samples.get("step_s"))],
     )
-    row = {column.name: _value(column, record, settings) for column in COLUMNS}
+    content = record | {"settings": settings}
+    row = {column.name: _value(column, content) for column in COLUMNS}
     row |= _derived(row, settings, environment, passes) | _planned_totals(record) | {"source": source}
     return Run(source=source, row=row, settings=settings, environment=environment, passes=passes)
 
@@ -54,7 +55,7 @@ def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Scalar]:
         if isinstance(value, dict):
             values |= flat(value, f"{prefix}{key}.")
         else:
-            values[f"{prefix}{key}"] = _scalar(value)
+            values[prefix + key] = _scalar(value)
     return values
 
 
@@ -94,25 +95,18 @@ def _text(key: str, value: Scalar) -> str:
     return f"{key}={value}" if isinstance(value, int | float) else str(value)
 
 
-def _value(column: Column, record: dict[str, Any], settings: dict[str, Scalar]) -> Scalar:
-    for place in column.places:
-        value = settings.get(place.removeprefix("settings:")) if place.startswith("settings:") else dig(record, place)
-        if value is not None and (column.is_text or (isinstance(value, int | float) and not isinstance(value, bool))):
+def _value(column: Column, content: dict[str, Any]) -> Scalar:
+    for path in column.places:
+        found: Any = content
+        try:
+            for key in path:
+                found = found[key]
+        except (KeyError, IndexError, TypeError):
+            continue
+        value = _scalar(found)
+        if value is not None and (column.is_text or not isinstance(value, str | bool)):
             return value
     return None
-
-
-def dig(record: dict[str, Any], path: str) -> Scalar:
-    """The value at a dotted path; None where there is none. An index is a number."""
-    value: Any = record
-    for key in path.split("."):
-        if isinstance(value, dict):
-            value = value.get(key)
-        elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
-            value = value[int(key)]
-        else:
-            return None
-    return _scalar(value)
 
 
 def _derived(
@@ -148,14 +142,18 @@ def _list(value: Any) -> list[Any]:
 
 
 def _numbers(values: Any) -> list[float]:
+    """A list of finite numbers; empty for anything else."""
     found = _list(values)
-    return found if all(isinstance(each, float | int) and math.isfinite(each) for each in found) else []
+    try:
+        return found if all(map(math.isfinite, found)) else []
+    except TypeError:
+        return []
 
 
 def _scalar(value: Any) -> Scalar:
+    if value is None or isinstance(value, int):
+        return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, int | bool):
-        return value
     text = str(value)
     return text if text.isascii() else text.encode(errors="replace").decode()  # half of a surrogate pair is no text

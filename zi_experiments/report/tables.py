@@ -1,15 +1,18 @@
 """The runs as tables for other programs: CSV and Parquet with all columns, Markdown with those that the page shows."""
 
+import re
 from pathlib import Path
 
 import polars
 
 from zi_experiments.report import formats
 from zi_experiments.report.columns import COLUMNS, Scalar
-from zi_experiments.report.runs import Run, labels
+from zi_experiments.report.runs import Run
+
+_MARKUP = re.compile(r"([\\|<>*_`\[\]])")
 
 
-def write(runs: list[Run], folder: Path) -> list[Path]:
+def write(runs: list[Run], names: list[str], folder: Path) -> list[Path]:
     """Writes report.csv, report.parquet and report.md into the folder. Returns their paths.
 
     Seconds are seconds, bytes are bytes, and nothing is rounded, but for the Markdown. An absent value is an empty cell
@@ -19,13 +22,13 @@ def write(runs: list[Run], folder: Path) -> list[Path]:
     csv, parquet, markdown = (folder / f"report.{ending}" for ending in ("csv", "parquet", "md"))
     frame.write_csv(csv)
     frame.write_parquet(parquet)
-    markdown.write_text(_markdown(runs), encoding="utf-8")
+    markdown.write_text(_markdown(runs, names), encoding="utf-8")
     return [csv, parquet, markdown]
 
 
 def _series(name: str, values: list[Scalar]) -> polars.Series:
     """A column of the one type that all its values have."""
-    kinds = {type(value) for value in values if value is not None}
+    kinds = set(map(type, values)) - {type(None)}
     if kinds == {bool}:
         return polars.Series(name, values, dtype=polars.Boolean)
     if kinds == {int} and all(value is None or abs(int(value)) < 2**63 for value in values):
@@ -35,27 +38,29 @@ def _series(name: str, values: list[Scalar]) -> polars.Series:
     return polars.Series(name, [None if value is None else str(value) for value in values], dtype=polars.String)
 
 
-def _markdown(runs: list[Run]) -> str:
+def _markdown(runs: list[Run], names: list[str]) -> str:
     shown = [each for each in COLUMNS if each.is_shown and any(run.row[each.name] is not None for run in runs)]
     lines = [
         _line(["run", *(column.label for column in shown)]),
         _line(["---", *("---:" if column.unit else "---" for column in shown)]),
     ]
-    for label, run in zip(labels(runs), runs, strict=True):
-        lines.append(_line([label, *(formats.text(run.row[each.name], each.unit) for each in shown)]))
-    failed = [run for run in runs if run.row["status"] != "ok"]
+    for name, run in zip(names, runs, strict=True):
+        cells = (formats.text(run.row[each.name], each.unit) for each in shown)
+        lines.append(_line([name, *cells]))
+    failed = [
+        f"{name}: {run.row['status']}, {run.row['error'] or 'no reason is known'}"
+        for name, run in zip(names, runs, strict=True)
+        if run.row["status"] != "ok"
+    ]
     if failed:
-        lines += ["", "Runs that are not ok:", ""]
-        lines += [_escaped(f"{r.row['name']}: {r.row['status']}, {r.row['error'] or 'no reason is known'}") for r in failed]
+        lines += ["", "Runs that are not ok:", "", *(f"- {_escaped(text)}" for text in failed)]
     return "\n".join(lines) + "\n"
 
 
 def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(_escaped(cell) for cell in cells)} |"
+    """A row; what its cells have of Markdown's own characters stays text, also where it would end a cell."""
+    return f"| {' | '.join(map(_escaped, cells))} |"
 
 
 def _escaped(text: str) -> str:
-    """Text that neither ends a cell nor is taken for markup."""
-    for character in "\\|<>*_`[]":
-        text = text.replace(character, f"\\{character}") if character in text else text
-    return " ".join(text.split())
+    return " ".join(_MARKUP.sub(r"\\\1", text).split())

@@ -1,7 +1,7 @@
 "use strict";
 // One function for each kind of chart: the numbers of runs → traces and layout of Plotly.
 
-const MOST_BARS = 30;
+const MOST_BARS = 20;
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down"];
 const names = (name) => [...new Set(runs.map((run) => value(name, run)))].sort();
 const engines = names("engine");
@@ -14,15 +14,20 @@ const joined = (run, ...keys) => keys.map((key) => value(key, run)).filter((part
 
 /** Text for Plotly, which reads markup. */
 const safe = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-const short = (text) => {
-  const most = innerWidth < 600 ? 18 : 40;
-  return text.length > most ? `${text.slice(0, most - 1)}…` : text;
-};
+const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+
+/** A name in up to two lines, for Plotly. */
+function folded(text) {
+  const most = innerWidth < 600 ? 18 : 32;
+  if (text.length <= most) return safe(text);
+  const end = Math.max(...[" ", "-", "/"].map((mark) => text.lastIndexOf(mark, most - 1))) + 1 || most;
+  return `${safe(text.slice(0, end))}<br>${safe(short(text.slice(end), most))}`;
+}
 
 /** An axis of a column's unit. */
 function axis(name) {
   const { label, unit } = columns.get(name);
-  const title = { text: { s: `${label}, s`, "tok/s": `${label}, tok/s` }[unit] ?? label };
+  const title = { text: unit === "s" ? `${label}, s` : label };
   if (unit === "share") return { title, tickformat: ".0%", rangemode: "tozero" };
   if (unit === "B") return { title, tickformat: "~s", ticksuffix: "B", rangemode: "tozero" };
   return { title, rangemode: "tozero" };
@@ -31,13 +36,14 @@ function axis(name) {
 const hover = (run) => `${safe(data.labels[run])}<br>${safe(shown("machine", run))}`;
 const has = (...keys) => (run) => keys.every((key) => value(key, run) !== null);
 
-/** Horizontal bars, the first row at the top. Rows have the same names in all traces. */
+/** Horizontal bars, the first row at the top; text at their ends has room. */
 function barLayout(rows, horizontal, traces) {
+  const longest = Math.max(...traces.flatMap((trace) => trace.x));
   return {
-    height: 110 + rows.length * Math.max(20, 12 * traces),
+    height: 110 + rows.length * Math.max(30, 15 * traces.length),
     barmode: "group",
-    xaxis: horizontal,
-    yaxis: { autorange: "reversed", automargin: true, tickvals: rows.map((_, i) => i), ticktext: rows.map((row) => safe(short(row))) },
+    xaxis: { ...horizontal, range: [0, 1.2 * longest || 1] },
+    yaxis: { autorange: "reversed", automargin: true, tickvals: rows.map((_, i) => i), ticktext: rows.map(folded), ticks: "outside", ticklen: 4, tickcolor: "transparent" },
     legend: { traceorder: "normal" },
   };
 }
@@ -55,17 +61,18 @@ const kinds = {
       const there = rows.map((_, i) => i).filter((i) => best[i] !== null);
       return {
         type: "bar", orientation: "h", name: safe(quant ?? "unknown"), y: there, marker: { color: color(quants.indexOf(quant)) },
-        x: there.map((i) => value(name, best[i])), text: there.map((i) => shown(name, best[i])), textposition: "auto",
+        x: there.map((i) => value(name, best[i])), text: there.map((i) => shown(name, best[i])), textposition: "outside", cliponaxis: false,
         hovertext: there.map((i) => hover(best[i])), hovertemplate: "%{hovertext}<br>%{text} tok/s<extra></extra>",
       };
     });
-    return { traces, layout: barLayout(rows, axis(name), used.length), note: leftOut(groups.size, rows.length, "groups") };
+    return { traces, layout: barLayout(rows, axis(name), traces), note: leftOut(groups.size, rows.length, "groups", "filters choose others") };
   },
 
   points({ x, y: [y] }, numbers) {
     const measured = numbers.filter(has(x, y));
-    const series = grouped(measured, (run) => JSON.stringify(["engine", "quant", "model", "offload", "machine"].map((key) => value(key, run))));
-    const lines = [...series.values()].map((members) => [...members].sort((a, b) => value(x, a) - value(x, b)))
+    const same = ["model", "engine", "offload", "quant", "kv_cache", "prompt_len", "machine"];
+    const series = grouped(measured, (run) => JSON.stringify(same.map((key) => value(key, run))));
+    const lines = [...series.values()].map((members) => fastest(members, x, y))
       .filter((members) => value(x, members[0]) < value(x, members.at(-1)))
       .map((members) => ({
         type: "scatter", mode: "lines", line: { color: engineColor(members[0]), width: 1 }, hoverinfo: "skip", showlegend: false,
@@ -94,7 +101,7 @@ const kinds = {
   timelines(_, numbers) {
     const members = numbers.filter((run) => data.timelines[run]);
     const traces = members.map((run, index) => ({
-      type: "scatter", mode: data.timelines[run].length > 60 ? "lines" : "lines+markers", name: safe(short(data.labels[run])),
+      type: "scatter", mode: data.timelines[run].length > 60 ? "lines" : "lines+markers", name: safe(short(data.labels[run], 32)),
       line: { color: color(index), width: 1.5 }, marker: { size: 4 }, x: data.timelines[run].map(([step]) => step), y: data.timelines[run].map(([, time]) => time),
       hovertemplate: `${safe(data.labels[run])}<br>step %{x}: %{y:.4g} s<extra></extra>`,
     }));
@@ -110,18 +117,18 @@ const kinds = {
       const there = members.map((_, i) => i).filter((i) => value(name, members[i]) !== null);
       return {
         type: "bar", orientation: "h", name: columns.get(name).label, y: there, marker: { color: color(index) },
-        x: there.map((i) => value(name, members[i])), text: there.map((i) => shown(name, members[i])), textposition: "auto",
+        x: there.map((i) => value(name, members[i])), text: there.map((i) => shown(name, members[i])), textposition: "outside", cliponaxis: false,
         hovertext: there.map((i) => hover(members[i])), hovertemplate: "%{hovertext}<br>%{text}<extra></extra>",
       };
     });
     const rows = members.map((run) => data.labels[run]);
     const horizontal = { ...axis(y[0]), ...(used.length > 1 ? { title: { text: "" } } : {}) };
-    const layout = barLayout(rows, horizontal, traces.length);
+    const layout = barLayout(rows, horizontal, traces);
     layout.showlegend = true;
     if (columns.get(y[0]).unit === "share") {
       layout.shapes = [{ type: "line", x0: 1, x1: 1, y0: 0, y1: 1, yref: "paper", line: { color: css("soft"), dash: "dot", width: 1 } }];
     }
-    return { traces, layout, note: leftOut(measured.length, members.length, "runs") };
+    return { traces, layout, note: leftOut(measured.length, members.length, "runs", "filters and the order of the table choose others") };
   },
 
   failures(_, numbers) {
@@ -129,10 +136,17 @@ const kinds = {
     const groups = grouped(numbers.filter((run) => value("status", run) !== "ok"), kind);
     const rows = [...groups.keys()].sort();
     const counts = rows.map((row) => groups.get(row).length);
-    const traces = rows.length ? [{ type: "bar", orientation: "h", y: rows.map((_, i) => i), x: counts, text: counts.map(String), marker: { color: css("bad") }, hoverinfo: "x" }] : [];
-    return { traces, layout: barLayout(rows, { title: { text: "runs" }, tickformat: "d", rangemode: "tozero" }, 1), nothing: "Every run shown is ok." };
+    const traces = rows.length ? [{ type: "bar", orientation: "h", y: rows.map((_, i) => i), x: counts, text: counts.map(String), textposition: "outside", marker: { color: css("bad") }, hoverinfo: "x" }] : [];
+    const horizontal = { title: { text: "runs" }, ...(Math.max(...counts) < 10 ? { dtick: 1 } : {}) };
+    return { traces, layout: barLayout(rows, horizontal, traces), nothing: "Every run shown is ok." };
   },
 };
+
+/** The fastest run at each x, in the order of x. */
+function fastest(members, x, y) {
+  const descending = [...members].sort((a, b) => value(y, b) - value(y, a));
+  return [...grouped(descending, (run) => value(x, run)).values()].map(([run]) => run).sort((a, b) => value(x, a) - value(x, b));
+}
 
 function dots(x, y, measured) {
   const groups = grouped(measured, (run) => joined(run, "engine", "quant"));
@@ -144,7 +158,7 @@ function dots(x, y, measured) {
   }));
 }
 
-function leftOut(all, kept, what, why = "filters and the order of the table choose others") {
+function leftOut(all, kept, what, why) {
   return kept < all ? `${kept} of ${all} ${what}: ${why}.` : "";
 }
 
@@ -161,15 +175,17 @@ function draw(figure, chart, numbers) {
 }
 
 function plotInto(plot, traces, layout) {
+  const { height = 340, ...others } = layout;
+  plot.style.height = `${height}px`;
   const common = { gridcolor: css("line"), zerolinecolor: css("line"), automargin: true };
   Plotly.react(plot, traces, {
     paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: { color: css("ink"), size: 12 },
-    margin: { l: 10, r: 10, t: 10, b: 40 }, height: 340, hovermode: "closest", hoverlabel: { align: "left" },
+    margin: { l: 10, r: 10, t: 10, b: 40 }, hovermode: "closest", hoverlabel: { align: "left" },
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
-    ...layout,
-    legend: { orientation: "h", yanchor: "bottom", y: 1.02, x: 0, ...layout.legend },
-    xaxis: { ...common, ...layout.xaxis }, yaxis: { ...common, ...layout.yaxis },
-  }, { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] });
+    ...others,
+    legend: { orientation: "h", yanchor: "bottom", y: 1.02, x: 0, ...others.legend },
+    xaxis: { ...common, ...others.xaxis }, yaxis: { ...common, ...others.yaxis },
+  }, { responsive: true, displayModeBar: false });
 }
 
 // A chart is drawn when it comes into view, and again when the runs have changed.

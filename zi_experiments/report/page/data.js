@@ -8,7 +8,8 @@ const ABSENT = "–";
 
 /** The value of a run in a coded column; null where there is none. */
 function at(coded, run) {
-  return coded.codes ? coded.values[coded.codes[run]] : coded.values[run];
+  if (coded.values.length === 1) return coded.values[0];
+  return coded.values[coded.codes ? coded.codes[run] : run];
 }
 
 const value = (name, run) => at(data.rows[name], run);
@@ -28,7 +29,7 @@ function written(given, unit) {
   if (unit === "s") return given >= 1 || given <= 0 ? `${plain(given, 4)} s` : `${plain(1000 * given, 3)} ms`;
   if (unit === "B" || unit === "B/s") return scaled(given, unit);
   if (unit === "share") return `${plain(100 * given, 3)} %`;
-  return plain(given, unit === "tok/s" ? 4 : 6);
+  return Number.isInteger(given) ? given.toLocaleString("en") : plain(given, 4);
 }
 
 const shown = (name, run) => written(value(name, run), columns.get(name).unit);

@@ -2,7 +2,6 @@
 // What is said of single runs: plan against measurement, two runs against each other, failures, environments.
 
 const MOST_FAILURES = 200;
-const error = (name, run) => shown(name, run);
 
 function planned(run) {
   const load = ["load", ABSENT, shown("predicted_load_s", run), shown("load_s", run), ABSENT, ABSENT, ABSENT, ABSENT];
@@ -30,14 +29,12 @@ function facts(run) {
   return list;
 }
 
-function timeline(run) {
-  const plot = make("div", { class: "plot", role: "img", "aria-label": "Step times" });
+function drawTimeline(plot, run) {
   const points = data.timelines[run];
   const x = points.map(([step]) => step);
   const line = (index, name, width) => ({ type: "scatter", mode: "lines", name, x, y: points.map((point) => point[index]), line: { width, color: css("series-1") } });
   plotInto(plot, [line(2, "smallest", 0.5), line(3, "largest", 0.5), line(1, "median of the passes", 2)],
     { xaxis: { title: { text: "decode step" }, tickformat: "d" }, yaxis: { title: { text: "step time, s" }, rangemode: "tozero" } });
-  return plot;
 }
 
 function settings(run) {
@@ -53,8 +50,9 @@ function fill(details, run) {
   }
   details.append(settings(run));
   if (data.timelines[run]) {
-    details.append(make("h3", {}, "Steps"));
-    details.append(timeline(run));
+    const plot = make("div", { class: "plot", role: "img", "aria-label": "Step times" });
+    details.append(make("h3", {}, "Steps"), plot);
+    drawTimeline(plot, run);
   }
 }
 
@@ -99,7 +97,7 @@ function differing(dictionary, a, b) {
 function showPair() {
   const [a, b] = [Number(pair.elements.a.value), Number(pair.elements.b.value)];
   const numeric = data.columns.filter(({ name, unit }) => unit && (value(name, a) !== null || value(name, b) !== null));
-  const all = numeric.map(({ name, label, unit }) => [unit === "tok/s" ? `${label}, tok/s` : label, shown(name, a), shown(name, b),
+  const all = numeric.map(({ name, label }) => [label, shown(name, a), shown(name, b),
     name.endsWith("_error") ? ABSENT : ratio(value(name, a), value(name, b))]);
   const parts = [make("h3", {}, "Figures"), tableOf(["", "A", "B", "B / A"], all)];
   for (const [title, dictionary] of [["Settings that differ", data.settings], ["Environment that differs", data.environment]]) {

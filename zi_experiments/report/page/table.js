@@ -59,12 +59,8 @@ function row(run) {
   }));
 }
 
-function withUnit({ label, unit }) {
-  return unit === "tok/s" ? `${label} tok/s` : label;
-}
-
 function showTable() {
-  const head = [header("label", "run", ""), ...shownColumns.map((column) => header(column.name, withUnit(column), column.unit ? "number" : ""))];
+  const head = [header("label", "run", ""), ...shownColumns.map((column) => header(column.name, column.label, column.unit ? "number" : ""))];
   document.getElementById("table").replaceChildren(
     make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...chosen.slice(0, most).map(row)));
   const hidden = Math.max(0, chosen.length - most);
