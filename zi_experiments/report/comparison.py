@@ -53,9 +53,8 @@ class Comparison:
 def compare(before: list[Run], after: list[Run]) -> Comparison:
     """All pairs of runs that belong together. Two single runs always do.
 
-    Runs of sweeps do when they have the same name, if no two runs of one sweep have. Otherwise those settings decide that
-    vary within a sweep and of which both sweeps have values in common; of runs with the same ones the last counts.
-    Raises ConfigError when no two runs belong together.
+    Runs of sweeps do when they have the same name, if no two runs of one sweep have. Otherwise the settings decide that vary
+    within a sweep; of runs with the same ones the last counts. Raises ConfigError when no two runs belong together.
     """
     if len(before) == len(after) == 1:
         return Comparison(pairs=(_pair("", before[0], after[0]),), only_before=(), only_after=())
@@ -90,9 +89,8 @@ def _by_settings(before: list[Run], after: list[Run]) -> tuple[dict[str, Run], d
 
 def _is_telling(key: str, before: list[Run], after: list[Run]) -> bool:
     """Whether a setting says which runs belong together. Rates of the machine do not."""
-    first, second = ({run.settings.get(key) for run in runs} for runs in (before, after))
-    varies = max(len(first), len(second)) > 1
-    return varies and bool(first & second) and not key.startswith("hardware.ceilings.")
+    varies = any(len({run.settings.get(key) for run in runs}) > 1 for runs in (before, after))
+    return varies and not key.startswith("hardware.ceilings.")
 
 
 def _identity(run: Run, keys: list[str]) -> str:

@@ -78,7 +78,7 @@ const kinds = {
         type: "scatter", mode: "lines", line: { color: engineColor(members[0]), width: 1 }, hoverinfo: "skip", showlegend: false,
         x: members.map((run) => value(x, run)), y: members.map((run) => value(y, run)),
       }));
-    const layout = { xaxis: { ...axis(x), type: "log", title: { text: "sequences of a pass" }, tickformat: "d", dtick: Math.log10(2) }, yaxis: axis(y) };
+    const layout = { xaxis: { ...axis(x), type: "log", title: { text: "sequences of a pass" }, tickformat: "d", dtick: Math.log10(2) }, yaxis: { ...axis(y), type: "log", dtick: "D2" } };
     return { traces: [...lines, ...dots(x, y, measured)], layout };
   },
 
@@ -182,7 +182,7 @@ function plotInto(plot, traces, layout) {
     paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: { color: css("ink"), size: 12 },
     margin: { l: 10, r: 10, t: 10, b: 40 }, hovermode: "closest", hoverlabel: { align: "left" },
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
-    ...others,
+    ...others, height,
     legend: { orientation: "h", yanchor: "bottom", y: 1.02, x: 0, ...others.legend },
     xaxis: { ...common, ...others.xaxis }, yaxis: { ...common, ...others.yaxis },
   }, { responsive: true, displayModeBar: false });

@@ -68,3 +68,9 @@ function grouped(numbers, key) {
   }
   return groups;
 }
+
+/** Call when something in a form is typed or chosen: a program that chooses for a user only causes the second event. */
+function onInput(form, call) {
+  form.addEventListener("input", call);
+  form.addEventListener("change", call);
+}

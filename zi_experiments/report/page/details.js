@@ -111,7 +111,7 @@ for (const [index, select] of [pair.elements.a, pair.elements.b].entries()) {
   select.append(...runs.map((run) => make("option", { value: run }, data.labels[run])));
   select.value = Math.min(index, runs.length - 1);
 }
-pair.addEventListener("input", showPair);
+onInput(pair, showPair);
 showPair();
 
 /** Environments that differ, each with the number of its runs. */

@@ -79,7 +79,7 @@ function update() {
 }
 
 let waiting;
-form.addEventListener("input", () => {
+onInput(form, () => {
   clearTimeout(waiting);
   waiting = setTimeout(() => { most = STEP; update(); }, 150);
 });
