@@ -18,11 +18,24 @@ echo '#include <libaio.h>' | $(CC) -E -x c - >/dev/null 2>&1 || missing="$$missi
 [ -f "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || missing="$$missing $$name-dev"; \
 $(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing $$name-venv"; \
 [ -n "$$missing" ] || exit 0; \
+$(apt_install) || \
+{ echo "missing:$$missing. To install: $${sudo}apt-get update && $${sudo}apt-get install -y$$missing" >&2; exit 1; }
+endef
+
+# One test looks at a report in a browser; where there is none and none may be installed, it is skipped and says so.
+define check_browser
+@missing=; command -v chromium >/dev/null || missing=" chromium"; \
+command -v chromedriver >/dev/null || missing="$$missing chromium-driver"; \
+[ -n "$$missing" ] || exit 0; \
+$(apt_install) || echo "missing:$$missing. The test of the report's page is skipped" >&2
+endef
+
+# Installs the packages of $$missing, if the user may.
+define apt_install
 sudo=; may=yes; [ "$$(id -u)" = 0 ] || { sudo="sudo "; sudo -n true 2>/dev/null || may=no; }; \
 apt="env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300"; \
 [ $$may = yes ] && echo "installing$$missing" && $$sudo$$apt update </dev/null && \
-  $$sudo$$apt install -y --no-install-recommends $$missing </dev/null >/dev/null || \
-{ echo "missing:$$missing. To install: $${sudo}apt-get update && $${sudo}apt-get install -y$$missing" >&2; exit 1; }
+  $$sudo$$apt install -y --no-install-recommends $$missing </dev/null >/dev/null
 endef
 
 help: ## list the targets
@@ -35,9 +48,11 @@ test-fast: $(STAMP) ## the unit tests
 	@$(IN_VENV) python -m pytest tests/unit $(ARGS)
 
 test: $(STAMP) ## the tests, as CI runs them: make test ARGS="-k packaging"
+	$(check_browser)
 	@$(IN_VENV) python -m pytest $(ARGS)
 
 test-all: $(STAMP) ## before a release: every combination too
+	$(check_browser)
 	@$(IN_VENV) python -m pytest --all $(ARGS)
 
 bench-gpu: $(STAMP) ## the engines against what this machine's GPU can do: make bench-gpu ARGS="--list"

@@ -1,6 +1,7 @@
 """Hydra's entry point."""
 
 import gc
+import shlex
 import sys
 
 import hydra
@@ -68,6 +69,7 @@ def _report(jobs: list[sweep.Job]) -> None:
     show_sweep(jobs)
     if is_search(jobs):
         show_search(jobs, Console())
+    print(f"report: python -m zi_experiments.report {shlex.quote(str(sweep.output()))}")
 
 
 def _run(cfg: DictConfig) -> None:

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass, fields
 
 import cli
+import made_up
 import pytest
 import torch
 from places import ROOT
@@ -186,8 +187,18 @@ def test_a_plan(carry_out, command):
     assert command.shown in done.stdout
 
 
+def put_what_a_report_needs(words, folder):
+    """A run in each folder of outputs/ that a command names, and this project's docs/."""
+    (folder / "docs").symlink_to(ROOT / "docs")
+    for word in words:
+        if word.startswith("outputs") and "--output" not in words[words.index(word) - 1]:
+            made_up.write(folder / word, made_up.record())
+
+
 @pytest.mark.parametrize("command", once(TOOLS), ids=str)
 def test_a_tool(carry_out, command, tmp_path):
+    if "zi_experiments.report" in command.words:
+        put_what_a_report_needs(command.words, tmp_path)
     # what it measures would become a choice of this checkout
     elsewhere = (
         ("--output", str(tmp_path / "hardware" / "here.yaml")) if "zi_experiments.hardware" in command.words else ()
@@ -210,7 +221,7 @@ def test_a_target_of_make(command):
 def test_what_a_sentence_names_is_there(command):
     """Those in code blocks are carried out."""
     if command.words[1] == "-m":
-        assert command.words[2] in {"zi_experiments", "zi_experiments.hardware", "zi_experiments.doctor"}
+        assert command.words[2] in {f"zi_experiments{name}" for name in ("", ".hardware", ".doctor", ".report")}
     else:
         assert (ROOT / command.words[1]).is_file()
 

@@ -45,7 +45,8 @@ def test_wheel_holds_every_yaml_file_module_and_text(unpacked: Path) -> None:
 
     assert names(unpacked / "zi_experiments" / "conf", "*.yaml") == names(ROOT / "conf", "*.yaml")
     assert names(unpacked / "zi_experiments", "*.py") == names(ROOT / "zi_experiments", "*.py")
-    assert names(unpacked / "zi_experiments", "data/*") == names(ROOT / "zi_experiments", "data/*") != set()
+    for kind in ("data/*", "report/page/*"):
+        assert names(unpacked / "zi_experiments", kind) == names(ROOT / "zi_experiments", kind) != set()
     assert {path.name for path in unpacked.iterdir()} == {"zi_experiments", f"zi_experiments-{VERSION}.dist-info"}
 
 

@@ -39,7 +39,14 @@ def record(
     if status != "ok":
         kind, message = FAILED[status]
         error = {"type": kind, "message": message, "hint": None, "traceback": None}
-        made |= {"status": status, "error": error, "metrics": None, "samples": None, "verification": None, "stored": None}
+        made |= {
+            "status": status,
+            "error": error,
+            "metrics": None,
+            "samples": None,
+            "verification": None,
+            "stored": None,
+        }
     return made | changes
 
 

@@ -62,8 +62,14 @@ def browser(started, page):
 
 def column(browser, name):
     """The texts of a column of the table, from the top."""
-    numbers = {each.get_attribute("data-name"): i for i, each in enumerate(browser.find_elements(By.CSS_SELECTOR, "#table thead th"))}
-    return [row.find_elements(By.CSS_SELECTOR, "th, td")[numbers[name]].text for row in browser.find_elements(By.CSS_SELECTOR, "#table tbody tr")]
+    numbers = {
+        each.get_attribute("data-name"): i
+        for i, each in enumerate(browser.find_elements(By.CSS_SELECTOR, "#table thead th"))
+    }
+    return [
+        row.find_elements(By.CSS_SELECTOR, "th, td")[numbers[name]].text
+        for row in browser.find_elements(By.CSS_SELECTOR, "#table tbody tr")
+    ]
 
 
 def wait(browser, condition):
@@ -77,9 +83,9 @@ def count(browser):
 def drawn(browser, chart):
     """The data of a chart, after it has been scrolled to."""
     browser.execute_script(f"document.getElementById({chart!r}).scrollIntoView()")
-    return wait(browser, lambda: browser.execute_script(
-        f"return figures.get(document.getElementById({chart!r})).isDrawn && (document.querySelector('#{chart} .plot').data ?? [])"
-    ))  # fmt: skip
+    script = "const figure = document.getElementById(arguments[0]);"
+    script += "return figures.get(figure).isDrawn && (figure.querySelector('.plot').data ?? [])"
+    return wait(browser, lambda: browser.execute_script(script, chart))
 
 
 def test_sorting_has_the_largest_first_then_the_smallest_and_what_is_absent_last(browser):
@@ -110,7 +116,10 @@ def test_filters_choose_rows_and_charts(browser):
 
 
 def test_charts_show_the_values_of_the_runs(browser):
-    shown = {chart: drawn(browser, chart) for chart in ("decode", "bound", "batch", "pareto", "steps", "memory", "load", "failures-chart")}
+    shown = {
+        chart: drawn(browser, chart)
+        for chart in ("decode", "bound", "batch", "pareto", "steps", "memory", "load", "failures-chart")
+    }
 
     (bars,) = shown["decode"]
     fastest = browser.execute_script(
@@ -135,7 +144,11 @@ def test_two_runs_are_compared(browser):
     text = browser.find_element(By.ID, "differences").text
 
     decode = [float(column(browser, "decode_tok_per_s")[row]) for row in (0, 6)]
-    (line,) = [line for line in text.splitlines() if line.startswith("decode tok/s ") and "user" not in line and "pass" not in line]
+    (line,) = [
+        line
+        for line in text.splitlines()
+        if line.startswith("decode tok/s ") and "user" not in line and "pass" not in line
+    ]
     assert float(line.split()[-1]) == pytest.approx(decode[1] / decode[0], rel=1e-2)
     assert "engine stream deepspeed" in text
     assert "offload cpu nvme" in text
@@ -171,7 +184,9 @@ def test_all_can_be_reached_with_the_keyboard_and_has_a_name(browser):
         ".filter((each) => !(each.textContent.trim() || each.labels?.length || each.ariaLabel)).map((each) => each.outerHTML)"
     )
     assert nameless == []
-    unlabelled = browser.execute_script("return [...document.querySelectorAll('input, select')].filter((each) => !each.labels.length).length")
+    unlabelled = browser.execute_script(
+        "return [...document.querySelectorAll('input, select')].filter((each) => !each.labels.length).length"
+    )
     assert unlabelled == 0
     reached = set()
     for _ in range(60):
@@ -187,7 +202,9 @@ def test_nothing_is_wider_than_the_window(browser, page, width, is_dark):
     chromium.show(browser, page, width=width, is_dark=is_dark)
     for chart in ("decode", "pareto", "steps", "memory"):
         drawn(browser, chart)
-    browser.execute_script("document.getElementById('run-0').open = true; document.querySelector('#machines details').open = true")
+    browser.execute_script(
+        "document.getElementById('run-0').open = true; document.querySelector('#machines details').open = true"
+    )
 
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
@@ -195,8 +212,9 @@ def test_nothing_is_wider_than_the_window(browser, page, width, is_dark):
 def test_a_dark_page_is_dark_and_its_charts_are_readable(browser, page):
     chromium.show(browser, page, is_dark=True)
     drawn(browser, "decode")
-    ground, ink = browser.execute_script(
-        "return [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('#decode .xtick text')).fill]"
+    script = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+    ground, ink = (
+        browser.execute_script(script, *each) for each in (("body", "backgroundColor"), ("#decode .xtick text", "fill"))
     )
     assert luminance(ground) < 0.2
     assert luminance(ink) > 0.7

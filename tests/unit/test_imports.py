@@ -30,6 +30,7 @@ LAUNCHER = (
     "execution.launcher",
     "run",
 )
+REPORT = ("report.command", "report.page", "report.tables", "report.comparison_tables")
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "wandb"}
 
 
@@ -89,7 +90,7 @@ ORDER = (
     ("results",),
     ("execution",),
     ("plan_only",),
-    ("run", "api", "hardware", "doctor"),
+    ("run", "api", "hardware", "doctor", "report"),
     ("cli",),
     ("__main__", "zi_experiments"),
 )
@@ -163,6 +164,7 @@ def test_packages_are_light(name):
         ("calibration.rates", {"hydra", "omegaconf", "transformers", "deepspeed"}),
         ("system.toolchain", {"hydra", "omegaconf", "psutil", "transformers", "deepspeed", "wandb"}),
         ("doctor", {"hydra", "omegaconf", "psutil", "transformers", "deepspeed", "wandb"}),
+        *((name, {"hydra", "omegaconf", *HEAVY}) for name in SOURCES if name.startswith("report")),
     ],
 )
 def test_a_room_never_imports_what_is_not_its_own(name, never):
@@ -224,7 +226,8 @@ def test_typed_past_the_door():
 
 
 @pytest.mark.parametrize(
-    "name", [*LAUNCHER, "planner.search", "doctor", "engines.stream", "engines.stream.placement", "hardware"]
+    "name",
+    [*LAUNCHER, "planner.search", "doctor", "engines.stream", "engines.stream.placement", "hardware", *REPORT],
 )
 def test_importing_what_the_launcher_needs_loads_nothing_heavy(name):
     code = f"import sys, zi_experiments.{name}; print(*{HEAVY!r} & set(sys.modules))"

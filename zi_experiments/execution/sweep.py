@@ -47,6 +47,7 @@ class Sweep(Callback):
         folder = scratch.for_temporary_files(uuid.uuid4().hex[:12])
         atexit.register(scratch.Scratch(folder).close)
         environment.set_sweep(folder)
+        (folder / "output").write_text(config.hydra.sweep.dir)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"command_line": sys.argv}
@@ -99,6 +100,13 @@ def told() -> list[Job]:
     folder = environment.sweep()
     files = sorted(folder.glob("*.json"), key=lambda path: int(path.stem)) if folder else []
     return [tuple(json.loads(path.read_text())) for path in files]
+
+
+def output() -> Path:
+    """The folder that this command writes its jobs to, as it was typed."""
+    folder = environment.sweep()
+    assert folder is not None
+    return Path((folder / "output").read_text())
 
 
 def stop_jobs() -> None:

@@ -13,7 +13,7 @@ from zi_experiments.report import reading
 from zi_experiments.report.comparison import Comparison
 from zi_experiments.report.runs import Run, labels
 
-_INSTALL = "pip install 'zi_experiments[report]', or in a checkout pip install -c constraints.txt -e '.[report]'"
+_INSTALL = "pip install polars plotly jinja2 numpy PyYAML"  # the extra `report`
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,9 +24,10 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("zi_experiments"):
+        package = (error.name or "").partition(".")[0]
+        if package == "zi_experiments":
             raise
-        return _refuse(f"{error.name} is not installed: {_INSTALL}")
+        return _refuse(f"{package} is not installed: {_INSTALL}")
     except OSError as error:
         return _refuse(f"{error.filename} cannot be written ({error.strerror}): pass --output /another/folder")
 

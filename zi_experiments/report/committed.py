@@ -12,17 +12,17 @@ from zi_experiments.results.record import SCHEMA_VERSION
 Json = dict[str, Any]
 
 
-class NotReadable(ValueError):
+class NotReadableError(ValueError):
     """A file is no record that this version reads; the message says why."""
 
 
 def records(content: Any) -> list[Json]:
     """The records in a file's content; those that are not whole have what is known of them, and no other key.
 
-    Raises NotReadable for content without runs, and for records of another schema.
+    Raises NotReadableError for content without runs, and for records of another schema.
     """
     if not isinstance(content, dict):
-        raise NotReadable("it holds no runs")
+        raise NotReadableError("it holds no runs")
     if "schema_version" in content:
         return [_checked(content)]
     runs, cases = content.get("runs"), content.get("cases")
@@ -36,16 +36,16 @@ def records(content: Any) -> list[Json]:
     else:
         found = []
     if not found:
-        raise NotReadable("it holds no runs")
+        raise NotReadableError("it holds no runs")
     return found
 
 
 def _checked(record: Any) -> Json:
     if not isinstance(record, dict) or "status" not in record:
-        raise NotReadable("it holds no runs")
+        raise NotReadableError("it holds no runs")
     version = record.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise NotReadable(f"its schema_version is {version}, and this version reads {SCHEMA_VERSION}")
+        raise NotReadableError(f"its schema_version is {version}, and this version reads {SCHEMA_VERSION}")
     return record
 
 

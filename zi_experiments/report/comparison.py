@@ -11,8 +11,11 @@ from zi_experiments.report.runs import GROUPS, Run
 
 DECODE = "decode_tok_per_s"
 # the figures of `metrics`, in the order of their columns; what a run is asked for is no figure
-FIGURES = tuple(column for column in COLUMNS if column.places == (("metrics", column.name),))
-_PREDICTIONS = {"decode_prediction_error": "decode, predicted / actual", "prefill_prediction_error": "prefill, predicted / actual"}
+FIGURES = [column for column in COLUMNS if column.places == (("metrics", column.name),)]
+_PREDICTIONS = {
+    "decode_prediction_error": "decode, predicted / actual",
+    "prefill_prediction_error": "prefill, predicted / actual",
+}
 
 Differences = dict[str, tuple[Scalar, Scalar]]  # by dotted name: before and after
 
@@ -63,7 +66,9 @@ def compare(before: list[Run], after: list[Run]) -> Comparison:
         first, second = _by_settings(before, after)
     shared = [name for name in first if name in second]
     if not shared:
-        raise ConfigError("no run of A has the settings of a run of B: name two runs, or two sweeps of the same settings")
+        raise ConfigError(
+            "no run of A has the settings of a run of B: name two runs, or two sweeps of the same settings"
+        )
     return Comparison(
         pairs=tuple(_pair(name, first[name], second[name]) for name in shared),
         only_before=tuple(run for name, run in first.items() if name not in second),
@@ -117,7 +122,9 @@ def _pair(name: str, before: Run, after: Run) -> Pair:
 def _figure(column: Column, before: Run, after: Run) -> Figure:
     # an error has no ratio, since it is about zero: what was predicted over what was measured has
     shift = 1 if column.name in _PREDICTIONS else 0
-    values = [None if value is None else value + shift for value in (number(run, column.name) for run in (before, after))]
+    values = [
+        None if value is None else value + shift for value in (number(run, column.name) for run in (before, after))
+    ]
     first, second = values
     ratio = second / first if first and second is not None else None
     return Figure(

@@ -7,28 +7,29 @@ from rich.table import Table
 from zi_experiments.report import formats
 from zi_experiments.report.comparison import Comparison, Differences, Figure, Pair, shared
 from zi_experiments.report.intervals import ENOUGH_PASSES
-from zi_experiments.report.runs import Run
 
 # what more of a figure is: better, worse, or neither
 _BETTER_UP = ("tok_per_s", "fraction_of_bound")
 _BETTER_DOWN = ("ttft_s", "tpot_p50_s", "tpot_p90_s", "tpot_p99_s")
+_TITLES = ("settings that differ", "environment that differs")
 
 
 def show(comparison: Comparison, console: Console) -> None:
     """Every figure of every pair, what else differs, and for several pairs a table of their decode throughput."""
     pairs = comparison.pairs
+    if len(pairs) == 1:
+        for name, run in (("A", pairs[0].before), ("B", pairs[0].after)):
+            _say(f"{name}: {run.row['name']} ({run.source})", console)
     same = [shared(pair.settings for pair in pairs), shared(pair.environment for pair in pairs)]
-    for title, differences in zip(("settings", "environment"), same, strict=True):
-        _show_differences(f"{title} that differ" + (" in every pair" if len(pairs) > 1 else ""), differences, console)
+    for title, differences in zip(_TITLES, same, strict=True):
+        _show_differences(title + (" in every pair" if len(pairs) > 1 else ""), differences, console)
     for pair in pairs:
         console.print(_figures(pair))
         _say_failures(pair, console)
-        for title, all_of_pair, known in zip(
-            ("settings", "environment"), (pair.settings, pair.environment), same, strict=True
-        ):
-            rest = {key: values for key, values in all_of_pair.items() if key not in known}
+        for title, differences, known in zip(_TITLES, (pair.settings, pair.environment), same, strict=True):
+            rest = {key: values for key, values in differences.items() if key not in known}
             if rest:
-                _show_differences(f"{title} that differ in this pair", rest, console)
+                _show_differences(f"{title} in this pair", rest, console)
     if len(pairs) > 1:
         console.print(_summary(pairs))
     for name, runs in (("A", comparison.only_before), ("B", comparison.only_after)):
@@ -62,9 +63,7 @@ def _summary(pairs: tuple[Pair, ...]) -> Table:
             formats.text(value, "tok/s") if value is not None else str(run.row["status"])
             for run, value in ((pair.before, pair.decode.before), (pair.after, pair.decode.after))
         )
-        table.add_row(
-            escape(pair.name), *cells, _ratio(pair.decode), _interval(pair.decode), _verdict(pair.decode)
-        )
+        table.add_row(escape(pair.name), *cells, _ratio(pair.decode), _interval(pair.decode), _verdict(pair.decode))
     return table
 
 

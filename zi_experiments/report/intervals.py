@@ -76,7 +76,7 @@ def of_ratio(name: str, before: Run, after: Run, ratio: float) -> Interval | Non
     factor = ratio / float(whole[1] / whole[0])  # of what the runs do not share: sequences, tokens, bytes
     if min(counts) < ENOUGH_PASSES:
         single = [statistic.of(each, np.arange(len(each))[:, None]) for each in times]
-        return _range(*single, factor) if max(counts) > 1 else None
+        return _range(single, factor) if max(counts) > 1 else None
     random = np.random.default_rng(0)  # the same records give the same interval
     drawn = [statistic.of(each, random.integers(len(each), size=(_RESAMPLES, len(each)))) for each in times]
     outside = (1 - _LEVEL) / 2
@@ -89,10 +89,11 @@ def _by_spread(name: str, before: Run, after: Run) -> Interval | None:
     ends = [_array([run.row.get(f"{name}_{end}") for end in ("min", "max")]) for run in (before, after)]
     if any(len(each) == 0 for each in ends) or all(each[0] == each[1] for each in ends):
         return None
-    return _range(*ends, 1.0)
+    return _range(ends, 1.0)
 
 
-def _range(before: Array, after: Array, factor: float) -> Interval:
+def _range(of_passes: list[Array], factor: float) -> Interval:
+    before, after = of_passes
     low, high = factor * after.min() / before.max(), factor * after.max() / before.min()
     return Interval(low=float(low), high=float(high), is_range=True)
 

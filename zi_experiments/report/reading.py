@@ -26,12 +26,12 @@ def read(paths: list[Path]) -> Found:
     Raises ConfigError for a path that is not there.
     """
     found, skipped = list[Run](), list[str]()
-    for path in dict.fromkeys(file for path in paths for file in _files(path)):
+    for path in dict.fromkeys(file for each in paths for file in _files(each)):
         try:
             # JSON of the standard library takes whatever encoding of Unicode a file has
             content = json.loads(path.read_bytes())
             found += [runs.from_record(record, str(path)) for record in committed.records(content)]
-        except committed.NotReadable as error:
+        except committed.NotReadableError as error:
             skipped.append(f"skipped {path}: {error}")
         except (ValueError, RecursionError) as error:
             skipped.append(f"skipped {path}: it is not JSON, or not all of it ({str(error).splitlines()[0]})")

@@ -9,7 +9,18 @@ from zi_experiments.report.columns import COLUMNS, Column, Scalar
 
 GROUPS = ("model", "engine", "offload", "quant", "kv_cache", "weights", "workload", "hardware", "experiment")
 # what tells runs of one name apart, the most telling first
-_TELLING = ("model", "engine", "profile", "offload", "quant", "kv_cache", "sequences", "prompt_len", "gen_len", "machine")
+_TELLING = (
+    "model",
+    "engine",
+    "profile",
+    "offload",
+    "quant",
+    "kv_cache",
+    "sequences",
+    "prompt_len",
+    "gen_len",
+    "machine",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +139,11 @@ def _derived(
 
 def _planned_totals(record: dict[str, Any]) -> dict[str, Scalar]:
     """Bytes that the plan takes of each memory, buffers and caches included."""
-    totals = {use.get("where"): use.get("total") for use in _list(_dict(record, "plan").get("memory")) if isinstance(use, dict)}
+    totals = {
+        use.get("where"): use.get("total")
+        for use in _list(_dict(record, "plan").get("memory"))
+        if isinstance(use, dict)
+    }
     return {f"planned_{where.lower()}_total_bytes": _scalar(totals.get(where)) for where in ("GPU", "host", "disk")}
 
 

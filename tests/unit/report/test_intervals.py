@@ -39,20 +39,28 @@ def test_a_time_that_is_half_differs():
 
 def test_noise_is_no_difference():
     """Passes that scatter by half, and medians that are a few percent apart."""
-    before, after = (run(passes=5, noise=0.5, steps=1, seed=seed, step_s=step_s) for seed, step_s in ((1, 0.1), (2, 0.101)))
+    before, after = (
+        run(passes=5, noise=0.5, steps=1, seed=seed, step_s=step_s) for seed, step_s in ((1, 0.1), (2, 0.101))
+    )
 
     assert of("decode_tok_per_s", before, after).differs is False
 
 
 def test_more_passes_make_an_interval_smaller():
-    few, many = (of("decode_tok_per_s", run(passes=n, noise=0.5, steps=1), run(passes=n, noise=0.5, steps=1, seed=9)) for n in (5, 60))
+    few, many = (
+        of("decode_tok_per_s", run(passes=n, noise=0.5, steps=1), run(passes=n, noise=0.5, steps=1, seed=9))
+        for n in (5, 60)
+    )
 
     assert many.high - many.low < (few.high - few.low) / 2
 
 
 def test_the_interval_of_most_repetitions_has_the_true_ratio():
     """Of 40 pairs without a difference, a 95 % interval may miss a few: with five passes a bootstrap is a little too sure."""
-    pairs = [(run(passes=8, noise=0.3, steps=2, seed=2 * i), run(passes=8, noise=0.3, steps=2, seed=2 * i + 1)) for i in range(40)]
+    pairs = [
+        (run(passes=8, noise=0.3, steps=2, seed=2 * i), run(passes=8, noise=0.3, steps=2, seed=2 * i + 1))
+        for i in range(40)
+    ]
 
     assert sum(of("decode_tok_per_s", *pair).differs for pair in pairs) <= 6
 

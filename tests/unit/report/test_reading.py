@@ -70,7 +70,9 @@ def test_committed_results_are_read_whatever_their_shape():
     found = reading.read([RESULTS])
 
     assert {Path(line.split(":")[0]).name for line in found.skipped} == WITHOUT_RUNS
-    assert {Path(run.source).name for run in found.runs} == {path.name for path in RESULTS.glob("*.json")} - WITHOUT_RUNS
+    assert {Path(run.source).name for run in found.runs} == {
+        path.name for path in RESULTS.glob("*.json")
+    } - WITHOUT_RUNS
     for run in found.runs:
         assert run.row["status"] == "ok"
         assert None not in [run.row[name] for name in ("model", "engine", "offload", "quant", "machine")], run.source
@@ -89,7 +91,12 @@ def test_a_case_of_a_committed_file_has_the_choices_of_its_command():
 
 
 def test_a_case_that_has_failed_keeps_its_reason(tmp_path):
-    case = {"command": "python -m zi_experiments engine=stream", "status": "oom", "error": "OutOfMemory: no room", "metrics": None}
+    case = {
+        "command": "python -m zi_experiments engine=stream",
+        "status": "oom",
+        "error": "OutOfMemory: no room",
+        "metrics": None,
+    }
     made_up.write(tmp_path, {"command": "make bench-gpu", "cases": {"one": case}}, "bench.json")
 
     (run,) = reading.read([tmp_path / "bench.json"]).runs
@@ -115,7 +122,9 @@ def test_values_of_a_record():
 
 def test_what_is_missing_or_of_another_type_is_absent():
     metrics = {"decode_tok_per_s": "fast", "ttft_s": float("nan"), "tpot_p50_s": 0, "load_s": True, "gpu_peak_bytes": 0}
-    run = runs.from_record(made_up.record(metrics=metrics, plan=[], samples={"ttft_s": ["a"]}, environment=None), "here")
+    run = runs.from_record(
+        made_up.record(metrics=metrics, plan=[], samples={"ttft_s": ["a"]}, environment=None), "here"
+    )
 
     assert {run.row[name] for name in ("decode_tok_per_s", "ttft_s", "load_s", "weight_bytes", "machine")} == {None}
     assert run.row["tok_per_s_per_user"] is None
