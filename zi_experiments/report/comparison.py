@@ -146,7 +146,8 @@ def number(run: Run, name: str) -> float | None:
 def _settings(before: Run, after: Run) -> Differences:
     """Settings that differ; `engine.name` is no news where `engine` differs."""
     found = _differences(before.settings, after.settings)
-    return {key: values for key, values in found.items() if key.removesuffix(".name") not in found or key in GROUPS}
+    repeated = {f"{group}.name" for group in found}
+    return {key: values for key, values in found.items() if key not in repeated}
 
 
 def _differences(before: dict[str, Scalar], after: dict[str, Scalar]) -> Differences:

@@ -31,11 +31,15 @@ def console(capsys, monkeypatch):
 
 
 def test_two_runs_belong_together_whatever_they_are():
-    (pair,) = comparison.compare([run()], [run(engine="fsdp", model="opt-30b", step_s=0.05)]).pairs
+    (pair,) = comparison.compare([run()], [run(engine="fsdp", model="opt-30b", step_s=0.05, batch_size=4)]).pairs
 
-    assert pair.decode.ratio == pytest.approx(2)
-    assert pair.settings["engine"] == ("stream", "fsdp")
-    assert "engine.name" not in pair.settings  # says the same again
+    assert pair.decode.ratio == pytest.approx(4)
+    # engine.name and model.name would say the same again
+    assert pair.settings == {
+        "engine": ("stream", "fsdp"),
+        "model": ("opt-125m", "opt-30b"),
+        "workload.batch_size": (2, 4),
+    }
     assert pair.environment == {}
 
 

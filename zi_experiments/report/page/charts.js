@@ -3,6 +3,7 @@
 
 const MOST_BARS = 20;
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down"];
+const DASHES = ["solid", "dash", "dot"];
 const names = (name) => [...new Set(runs.map((run) => value(name, run)))].sort();
 const engines = names("engine");
 const quants = names("quant");
@@ -12,13 +13,15 @@ const color = (index) => css(`series-${(index % 6) + 1}`);
 const engineColor = (run) => color(engines.indexOf(value("engine", run)));
 const joined = (run, ...keys) => keys.map((key) => value(key, run)).filter((part) => part !== null).join(" ");
 
+const isNarrow = () => innerWidth < 600;
+
 /** Text for Plotly, which reads markup. */
 const safe = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
 
 /** A name in up to two lines, for Plotly. */
 function folded(text) {
-  const most = innerWidth < 600 ? 18 : 32;
+  const most = isNarrow() ? 18 : 32;
   if (text.length <= most) return safe(text);
   const end = Math.max(...[" ", "-", "/"].map((mark) => text.lastIndexOf(mark, most - 1))) + 1 || most;
   return `${safe(text.slice(0, end))}<br>${safe(short(text.slice(end), most))}`;
@@ -42,7 +45,7 @@ function barLayout(rows, horizontal, traces) {
   return {
     height: 110 + rows.length * Math.max(30, 15 * traces.length),
     barmode: "group",
-    xaxis: { ...horizontal, range: [0, 1.2 * longest || 1] },
+    xaxis: { ...horizontal, range: [0, (isNarrow() ? 1.4 : 1.2) * longest || 1] },
     yaxis: { autorange: "reversed", automargin: true, tickvals: rows.map((_, i) => i), ticktext: rows.map(folded), ticks: "outside", ticklen: 4, tickcolor: "transparent" },
     legend: { traceorder: "normal" },
   };
@@ -78,7 +81,11 @@ const kinds = {
         type: "scatter", mode: "lines", line: { color: engineColor(members[0]), width: 1 }, hoverinfo: "skip", showlegend: false,
         x: members.map((run) => value(x, run)), y: members.map((run) => value(y, run)),
       }));
-    const layout = { xaxis: { ...axis(x), type: "log", title: { text: "sequences of a pass" }, tickformat: "d", dtick: Math.log10(2) }, yaxis: { ...axis(y), type: "log", dtick: "D2" } };
+    const batches = measured.map((run) => value(x, run));
+    const ticks = Array.from({ length: 24 }, (_, power) => 2 ** power);
+    const range = [Math.min(...batches) / 1.5, Math.max(...batches) * 1.5].map(Math.log10);
+    const horizontal = { type: "log", title: { text: "sequences of a pass" }, tickvals: ticks, range };
+    const layout = { xaxis: horizontal, yaxis: { ...axis(y), type: "log", dtick: "D2" } };
     return { traces: [...lines, ...dots(x, y, measured)], layout };
   },
 
@@ -102,10 +109,11 @@ const kinds = {
     const members = numbers.filter((run) => data.timelines[run]);
     const traces = members.map((run, index) => ({
       type: "scatter", mode: data.timelines[run].length > 60 ? "lines" : "lines+markers", name: safe(short(data.labels[run], 32)),
-      line: { color: color(index), width: 1.5 }, marker: { size: 4 }, x: data.timelines[run].map(([step]) => step), y: data.timelines[run].map(([, time]) => time),
+      line: { color: color(index), width: 1.5, dash: DASHES[Math.floor(index / 6) % DASHES.length] }, marker: { size: 4 },
+      x: data.timelines[run].map(([step]) => step), y: data.timelines[run].map(([, time]) => time),
       hovertemplate: `${safe(data.labels[run])}<br>step %{x}: %{y:.4g} s<extra></extra>`,
     }));
-    const layout = { showlegend: traces.length <= 12, xaxis: { title: { text: "decode step" }, tickformat: "d" }, yaxis: { title: { text: "step time, s" }, type: "log", dtick: "D2" } };
+    const layout = { showlegend: traces.length <= (isNarrow() ? 4 : 12), xaxis: stepAxis(traces), yaxis: { title: { text: "step time, s" }, type: "log", dtick: "D2" } };
     return { traces, layout, note: leftOut(numbers.length, members.length, "runs", "the others have no steps here") };
   },
 
@@ -137,10 +145,15 @@ const kinds = {
     const rows = [...groups.keys()].sort();
     const counts = rows.map((row) => groups.get(row).length);
     const traces = rows.length ? [{ type: "bar", orientation: "h", y: rows.map((_, i) => i), x: counts, text: counts.map(String), textposition: "outside", marker: { color: css("bad") }, hoverinfo: "x" }] : [];
-    const horizontal = { title: { text: "runs" }, ...(Math.max(...counts) < 10 ? { dtick: 1 } : {}) };
+    const horizontal = { title: { text: "runs" }, ...whole(counts) };
     return { traces, layout: barLayout(rows, horizontal, traces), nothing: "Every run shown is ok." };
   },
 };
+
+/** Ticks at whole numbers, also where there is room for more. */
+const whole = (numbers) => (Math.max(...numbers) < 10 ? { dtick: 1 } : {});
+
+const stepAxis = (traces) => ({ title: { text: "decode step" }, ...whole(traces.flatMap((trace) => trace.x)) });
 
 /** The fastest run at each x, in the order of x. */
 function fastest(members, x, y) {

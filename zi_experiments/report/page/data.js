@@ -14,7 +14,7 @@ function at(coded, run) {
 
 const value = (name, run) => at(data.rows[name], run);
 
-const plain = (number, digits) => number.toLocaleString("en", { maximumSignificantDigits: digits });
+const plain = (number, digits) => number.toLocaleString("en", { maximumSignificantDigits: digits }).replace("-", "−");
 
 function scaled(number, unit) {
   const [prefix, size] = [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]].find(([, size]) => number >= size) ?? ["", 1];

@@ -32,9 +32,11 @@ function facts(run) {
 function drawTimeline(plot, run) {
   const points = data.timelines[run];
   const x = points.map(([step]) => step);
-  const line = (index, name, width) => ({ type: "scatter", mode: "lines", name, x, y: points.map((point) => point[index]), line: { width, color: css("series-1") } });
-  plotInto(plot, [line(2, "smallest", 0.5), line(3, "largest", 0.5), line(1, "median of the passes", 2)],
-    { xaxis: { title: { text: "decode step" }, tickformat: "d" }, yaxis: { title: { text: "step time, s" }, rangemode: "tozero" } });
+  const line = (index, name, width) =>
+    ({ type: "scatter", mode: "lines", name, x, y: points.map((point) => point[index]), line: { width, color: css("series-1") } });
+  const ends = value("passes", run) > 1 ? [line(2, "smallest", 0.5), line(3, "largest", 0.5)] : [];
+  const traces = [...ends, line(1, "median of the passes", 2)];
+  plotInto(plot, traces, { xaxis: stepAxis(traces), yaxis: { title: { text: "step time, s" }, rangemode: "tozero" } });
 }
 
 function settings(run) {

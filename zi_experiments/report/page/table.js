@@ -12,11 +12,11 @@ let most = STEP;
 const texts = runs.map((run) =>
   [data.labels[run], ...data.columns.filter((column) => !column.unit).map((column) => shown(column.name, run))].join(" ").toLowerCase());
 
-for (const name of FILTERS) {
-  const choices = names(name);
-  if (choices.length < 2) continue;
+const choices = new Map(FILTERS.map((name) => [name, names(name)]));
+for (const [name, all] of choices) {
+  if (all.length < 2) continue;
   const select = make("select", { name }, make("option", { value: "" }, "all"),
-    ...choices.map((choice, index) => make("option", { value: index + 1 }, written(choice))));
+    ...all.map((choice, index) => make("option", { value: index }, written(choice))));
   form.append(make("label", {}, columns.get(name).label, select));
 }
 
@@ -24,7 +24,7 @@ function fits(run) {
   const text = form.elements.text.value.trim().toLowerCase();
   return (!text || texts[run].includes(text)) && FILTERS.every((name) => {
     const index = form.elements[name]?.value;
-    return !index || value(name, run) === names(name)[index - 1];
+    return !index || value(name, run) === choices.get(name)[index];
   });
 }
 
