@@ -22,6 +22,7 @@ def folder(tmp_path):
     made_up.write(tmp_path / "0", made_up.record(step_s=1 / 3))
     made_up.write(tmp_path / "1", made_up.record(engine="fsdp"))
     refused = made_up.record(offload="none", status="refused")
+    refused["run"]["name"] = "none|refused"
     refused["error"]["message"] = "a|b <script>x</script>\n*c*"
     made_up.write(tmp_path / "2", refused)
     return tmp_path
@@ -75,7 +76,8 @@ def test_markdown_is_a_table_and_text_in_it_stays_text(folder):
 
     header, _, *rows = [line for line in lines if line.startswith("|")]
     assert len(rows) == 3
-    assert {line.count("|") for line in (header, *rows)} == {header.count("|")}
+    assert {line.replace(r"\|", "").count("|") for line in (header, *rows)} == {header.count("|")}
+    assert rows[2].startswith(r"| none\|refused | refused | opt-125m |")
     assert rows[2].split(" | ")[header.split(" | ").index("decode tok/s")] == "–"
     assert r"a\|b \<script\>x\</script\> \*c\*" in lines[-1]
 
@@ -85,7 +87,7 @@ def test_the_page_is_one_file_with_the_values_of_the_records(folder):
     page = folder / "out" / "report.html"
     data = data_of(page)
 
-    assert data["labels"] == ["opt-125m-cpu-fp16 stream", "opt-125m-cpu-fp16 fsdp", "opt-125m-none-fp16"]
+    assert data["labels"] == ["opt-125m-cpu-fp16 stream", "opt-125m-cpu-fp16 fsdp", "none|refused"]
     assert column(data, "decode_tok_per_s") == [pytest.approx(6), pytest.approx(20), None]
     assert column(data, "error_type") == [None, None, "ConfigError"]
     assert [len(points) for points in data["timelines"].values()] == [2, 2]

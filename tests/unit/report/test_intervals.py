@@ -111,6 +111,6 @@ def test_times_that_cannot_be_have_no_interval(step_s):
 
 
 def test_the_same_records_give_the_same_interval():
-    pair = run(passes=5, noise=0.3), run(passes=5, noise=0.3, seed=3)
+    pair = run(passes=9, noise=0.3, steps=7), run(passes=9, noise=0.3, steps=7, seed=3)
 
     assert of("tpot_p90_s", *pair) == of("tpot_p90_s", *pair)
