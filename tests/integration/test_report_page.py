@@ -32,10 +32,10 @@ def page(tmp_path_factory):
                 made_up.write(folder / f"{number}", record)
     failed = made_up.record(status="oom")
     failed["run"]["name"] = HOSTILE
-    failed["error"]["message"] = HOSTILE
+    failed["error"] |= {"type": "<b>bold</b>", "message": HOSTILE}
     failed["environment"]["driver"] = HOSTILE
     failed["config"]["weights"]["path"] = HOSTILE
-    made_up.write(folder / "13", failed)
+    made_up.write(folder / "0", failed)  # first in its folder
     assert command.main([str(folder), "--output", str(folder)]) == 0
     return folder / "report.html"
 
@@ -139,11 +139,11 @@ def test_charts_show_the_values_of_the_runs(browser):
 
 def test_two_runs_are_compared(browser):
     labels = column(browser, "label")
-    for name, label in (("a", labels[0]), ("b", labels[6])):
+    for name, label in (("a", labels[1]), ("b", labels[7])):
         Select(browser.find_element(By.NAME, name)).select_by_visible_text(label)
     text = browser.find_element(By.ID, "differences").text
 
-    decode = [float(column(browser, "decode_tok_per_s")[row]) for row in (0, 6)]
+    decode = [float(column(browser, "decode_tok_per_s")[row]) for row in (1, 7)]
     (line,) = [
         line
         for line in text.splitlines()
@@ -156,8 +156,8 @@ def test_two_runs_are_compared(browser):
 
 
 def test_a_run_opens_with_its_plan_and_its_measurement(browser):
-    browser.find_element(By.CSS_SELECTOR, "#table tbody a").click()
-    section = browser.find_element(By.ID, "run-0")
+    browser.find_elements(By.CSS_SELECTOR, "#table tbody a")[1].click()
+    section = browser.find_element(By.ID, "run-1")
     wait(browser, lambda: section.get_attribute("open"))
 
     lines = wait(browser, lambda: "decode step" in section.text and section.text.splitlines())
@@ -167,14 +167,15 @@ def test_a_run_opens_with_its_plan_and_its_measurement(browser):
 
 
 def test_what_records_say_is_text(browser):
-    assert HOSTILE in column(browser, "label")[-1]
+    assert HOSTILE in column(browser, "label")[0]
     assert HOSTILE in browser.find_element(By.ID, "failed").text
     assert HOSTILE in browser.execute_script("return document.getElementById('machines').textContent")
-    Select(browser.find_element(By.NAME, "b")).select_by_index(12)
     assert HOSTILE in browser.find_element(By.ID, "differences").text
     browser.execute_script("runs.forEach((run) => document.getElementById(`run-${run}`).open = true)")
-    assert wait(browser, lambda: HOSTILE in browser.find_element(By.ID, "run-12").text)
+    assert wait(browser, lambda: HOSTILE in browser.find_element(By.ID, "run-0").text)
     drawn(browser, "failures-chart")
+    label = browser.find_element(By.CSS_SELECTOR, "#failures-chart .ytick text")
+    assert label.get_attribute("textContent") == "oom: <b>bold</b>"
     assert browser.execute_script("return document.querySelectorAll('main img, main script').length") == 0
 
 
@@ -203,7 +204,7 @@ def test_nothing_is_wider_than_the_window(browser, page, width, is_dark):
     for chart in ("decode", "pareto", "steps", "memory"):
         drawn(browser, chart)
     browser.execute_script(
-        "document.getElementById('run-0').open = true; document.querySelector('#machines details').open = true"
+        "document.getElementById('run-1').open = true; document.querySelector('#machines details').open = true"
     )
 
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
