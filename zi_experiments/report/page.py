@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from zi_experiments.report.charts import CHARTS
 from zi_experiments.report.columns import COLUMNS, Scalar
-from zi_experiments.report.runs import Passes, Run
+from zi_experiments.report.runs import Passes, Run, by_column
 
 NAME = "report.html"
 _MOST_TIMELINES = 200
@@ -47,7 +47,7 @@ def _data(runs: list[Run], names: list[str]) -> dict[str, Any]:
         "columns": [
             {"name": each.name, "label": each.label, "unit": each.unit, "isShown": each.is_shown} for each in COLUMNS
         ],
-        "rows": {each.name: _coded(_rounded([run.row[each.name] for run in runs])) for each in COLUMNS},
+        "rows": {name: _coded(_rounded(values)) for name, values in by_column(runs).items()},
         "settings": _by_key([run.settings for run in runs]),
         "environment": _by_key([run.environment for run in runs]),
         "timelines": _timelines(runs),
@@ -65,7 +65,8 @@ def _by_key(dictionaries: list[dict[str, Scalar]]) -> dict[str, Any]:
     keys: dict[str, Scalar] = {}
     for each in dictionaries:
         keys |= each
-    return {key: _coded([each.get(key) for each in dictionaries]) for key in keys}
+    rows = [tuple(map(each.get, keys)) for each in dictionaries]
+    return {key: _coded(list(values)) for key, values in zip(keys, zip(*rows, strict=True), strict=False)}
 
 
 def _coded(values: list[Scalar]) -> dict[str, Any]:

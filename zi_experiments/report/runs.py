@@ -59,15 +59,25 @@ def from_record(record: dict[str, Any], source: str) -> Run:
     return Run(source=source, row=row, settings=settings, environment=environment, passes=passes)
 
 
-def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Scalar]:
+def flat(nested: dict[str, Any]) -> dict[str, Scalar]:
     """Values of nested dictionaries by dotted name; a list is its text."""
     values: dict[str, Scalar] = {}
+    _flatten(nested, "", values)
+    return values
+
+
+def _flatten(nested: dict[str, Any], prefix: str, values: dict[str, Scalar]) -> None:
     for key, value in nested.items():
         if isinstance(value, dict):
-            values |= flat(value, f"{prefix}{key}.")
+            _flatten(value, f"{prefix}{key}.", values)
         else:
             values[prefix + key] = _scalar(value)
-    return values
+
+
+def by_column(runs: list[Run]) -> dict[str, tuple[Scalar, ...]]:
+    """The values of all runs in each column, in the order of the columns."""
+    names = [column.name for column in COLUMNS]
+    return dict(zip(names, zip(*(run.row.values() for run in runs), strict=True), strict=True))
 
 
 def labels(runs: list[Run]) -> list[str]:

@@ -1,13 +1,14 @@
 """The runs as tables for other programs: CSV and Parquet with all columns, Markdown with those that the page shows."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import polars
 
 from zi_experiments.report import formats
 from zi_experiments.report.columns import COLUMNS, Scalar
-from zi_experiments.report.runs import Run
+from zi_experiments.report.runs import Run, by_column
 
 _MARKUP = re.compile(r"([\\|<>*_`\[\]])")
 
@@ -18,7 +19,7 @@ def write(runs: list[Run], names: list[str], folder: Path) -> list[Path]:
     Seconds are seconds, bytes are bytes, and nothing is rounded, but for the Markdown. An absent value is an empty cell
     of CSV, a null of Parquet, and a dash in Markdown.
     """
-    frame = polars.DataFrame([_series(column.name, [run.row[column.name] for run in runs]) for column in COLUMNS])
+    frame = polars.DataFrame([_series(name, values) for name, values in by_column(runs).items()])
     csv, parquet, markdown = (folder / f"report.{ending}" for ending in ("csv", "parquet", "md"))
     frame.write_csv(csv)
     frame.write_parquet(parquet)
@@ -26,7 +27,7 @@ def write(runs: list[Run], names: list[str], folder: Path) -> list[Path]:
     return [csv, parquet, markdown]
 
 
-def _series(name: str, values: list[Scalar]) -> polars.Series:
+def _series(name: str, values: tuple[Scalar, ...]) -> polars.Series:
     """A column of the one type that all its values have."""
     kinds = set(map(type, values)) - {type(None)}
     if kinds == {bool}:
@@ -39,14 +40,14 @@ def _series(name: str, values: list[Scalar]) -> polars.Series:
 
 
 def _markdown(runs: list[Run], names: list[str]) -> str:
-    shown = [each for each in COLUMNS if each.is_shown and any(run.row[each.name] is not None for run in runs)]
+    values = by_column(runs)
+    shown = [each for each in COLUMNS if each.is_shown and set(values[each.name]) != {None}]
+    cells = [[_escaped(name) for name in names], *(_cells(values[each.name], each.unit) for each in shown)]
     lines = [
         _line(["run", *(column.label for column in shown)]),
         _line(["---", *("---:" if column.unit else "---" for column in shown)]),
+        *map(_line, zip(*cells, strict=True)),
     ]
-    for name, run in zip(names, runs, strict=True):
-        cells = (formats.text(run.row[each.name], each.unit) for each in shown)
-        lines.append(_line([name, *cells]))
     failed = [
         f"{name}: {run.row['status']}, {run.row['error'] or 'no reason is known'}"
         for name, run in zip(names, runs, strict=True)
@@ -57,10 +58,15 @@ def _markdown(runs: list[Run], names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _line(cells: list[str]) -> str:
-    """A row; what its cells have of Markdown's own characters stays text, also where it would end a cell."""
-    return f"| {' | '.join(map(_escaped, cells))} |"
+def _cells(values: tuple[Scalar, ...], unit: str) -> list[str]:
+    texts = {value: _escaped(formats.text(value, unit)) for value in set(values)}
+    return [texts[value] for value in values]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _escaped(text: str) -> str:
+    """Text whose characters of Markdown stay text, also where they would end a cell."""
     return " ".join(_MARKUP.sub(r"\\\1", text).split())
