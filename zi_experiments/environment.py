@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def describe(machine: Any) -> dict[str, Any]:
-    """Versions, processor, memory and GPU of this machine, as they go into the record."""
+    """Return versions, processor, memory and GPU of this machine, as the record has them."""
     import psutil
 
     return {
@@ -48,14 +48,14 @@ def describe(machine: Any) -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line, ready to be typed again."""
+    """Return the command line, quoted for a shell."""
     module = Path(sys.argv[0]).name == "__main__.py"
     typed = [each for each in sys.argv[1:] if not each.startswith("--local_rank")]  # which deepspeed's launcher adds
     return shlex.join((["python", "-m", "zi_experiments"] if module else [Path(sys.argv[0]).name]) + typed)
 
 
 def git_revision() -> str | None:
-    """Revision of the checkout this code runs from, with `-dirty` when it has changes; None outside one."""
+    """Return the Git revision of this code, with `-dirty` if files are changed; None outside a checkout."""
     folder = Path(__file__).parent
     try:
         described = subprocess.run(
@@ -73,19 +73,19 @@ def git_revision() -> str | None:
 
 
 def first_visible_gpu() -> str | int:
-    """The first GPU that CUDA shows this process: an index, or a UUID when the user named one."""
+    """Return the first GPU that CUDA shows this process: an index, or a UUID if CUDA_VISIBLE_DEVICES has one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     return int(visible) if visible.isdigit() else (visible or 0)
 
 
 def visible_gpus(count: int) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls each of the GPUs that CUDA shows this process."""
+    """Return the name of each visible GPU as CUDA_VISIBLE_DEVICES has it; indices where it is not set."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [each.strip() for each in named.split(",")][:count] if named else [str(index) for index in range(count)]
 
 
 def worker_environment(cuda: bool) -> dict[str, str]:
-    """Variables that a worker needs: PATH with this Python's programs, and what the user has not set."""
+    """Return variables that a worker needs: PATH with this Python's programs, and defaults for those that are not set."""
     wanted = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if not cuda:
         wanted["DS_ACCELERATOR"] = "cpu"
@@ -98,13 +98,13 @@ def worker_environment(cuda: bool) -> dict[str, str]:
 
 
 def distributed_variables() -> dict[str, str]:
-    """The launcher variables that are set, of those that torch.distributed reads."""
+    """Return the variables of a launcher that are set, of those that torch.distributed reads."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def launched_processes() -> int | None:
-    """How many processes a launcher has started of this command (torchrun, deepspeed, srun, mpirun); None: there is none."""
+    """Return how many processes torchrun, deepspeed, srun or mpirun has started of this command; None without them."""
     if len(distributed_variables()) == 5:
         return int(os.environ["WORLD_SIZE"])
     # a shell in an allocation of Slurm's has variables too, and a step of one task
@@ -114,28 +114,28 @@ def launched_processes() -> int | None:
 
 
 def set_variables(values: dict[str, str]) -> None:
-    """Set variables of this process, which DeepSpeed reads."""
+    """Set variables of this process."""
     os.environ.update(values)
 
 
 def sweep() -> Path | None:
-    """The folder that a `-m` command shares with its jobs, in whichever process they are; None outside a sweep."""
+    """Return the folder that a `-m` command shares with its jobs in all processes; None outside a sweep."""
     return folder("ZI_SWEEP")
 
 
 def runs_a_job_elsewhere() -> bool:
-    """Whether this process runs jobs of a `-m` command that another one carries out."""
+    """Return whether this process runs jobs of a `-m` command that is another process."""
     return "ZI_SWEEP" in os.environ and os.environ["ZI_SWEEP_PID"] != str(os.getpid())
 
 
 def set_sweep(folder: Path) -> None:
-    """This process carries out a `-m` command, and hands the folder down to those that it starts."""
+    """Note that this process is a `-m` command with that folder, for processes that it starts too."""
     os.environ |= {"ZI_SWEEP": str(folder), "ZI_SWEEP_PID": str(os.getpid())}
 
 
 @contextmanager
 def variables(values: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Set variables for the processes that are started meanwhile, yield all there are, and put everything back."""
+    """Set variables for a while, for processes that are started in it; yield all variables of the process."""
     before = dict(os.environ)
     os.environ.update(values)
     try:
@@ -146,27 +146,27 @@ def variables(values: dict[str, str]) -> Iterator[dict[str, str]]:
 
 
 def program(variable: str, default: str = "") -> list[str]:
-    """A variable such as CC or CFLAGS, or its default, split as a shell does: a compiler, or more to pass to it."""
+    """Return a variable such as CC or CFLAGS, or its default, split into words as a shell does."""
     return shlex.split(os.environ.get(variable) or default)
 
 
 def cuda_arch_list() -> str | None:
-    """TORCH_CUDA_ARCH_LIST; None when it is not set, or blank, which means the same."""
+    """Return TORCH_CUDA_ARCH_LIST; None if it is not set or blank."""
     return variable("TORCH_CUDA_ARCH_LIST")
 
 
 def path_list(variable: str) -> list[str]:
-    """The folders in a variable such as CPATH."""
+    """Return the folders in a variable such as CPATH."""
     return [part for part in os.environ.get(variable, "").split(os.pathsep) if part]
 
 
 def folder(variable: str) -> Path | None:
-    """The folder that a variable names."""
+    """Return the folder that a variable names; None if it is not set or empty."""
     return Path(value) if (value := os.environ.get(variable)) else None
 
 
 def home() -> Path | None:
-    """The user's home; None where that is not there, as in containers for a user whom they do not know."""
+    """Return the user's home; None if it does not exist, as in containers without an entry for the user."""
     try:
         found = Path.home()
     except RuntimeError:
@@ -175,32 +175,32 @@ def home() -> Path | None:
 
 
 def cache_folder() -> Path:
-    """The folder, made or not, for what a later run need not find out again: below XDG_CACHE_HOME or `~/.cache`."""
+    """Return the folder for caches of this project, which may not exist yet: below XDG_CACHE_HOME or `~/.cache`."""
     return (folder("XDG_CACHE_HOME") or Path.home() / ".cache") / "zi_experiments"
 
 
 def variable(name: str) -> str | None:
-    """What a variable says; None when it is not set, or blank, which means the same."""
+    """Return the value of a variable; None if it is not set or blank."""
     return os.environ.get(name, "").strip() or None
 
 
 def forget(name: str) -> str | None:
-    """Unset a variable, and return what it said."""
+    """Unset a variable. Return its value before; None if it was not set or blank."""
     said = variable(name)
     os.environ.pop(name, None)
     return said
 
 
 def wandb_mode() -> str | None:
-    """WANDB_MODE by the names of `tracking.mode`; None when it is not set."""
+    """Return WANDB_MODE, by the names of `tracking.mode`; None if it is not set."""
     mode = (variable("WANDB_MODE") or "").lower()
     return {"run": "online", "dryrun": "offline"}.get(mode, mode) or None
 
 
 def prepare_for_wandb(mode: str) -> None:
-    """Make its variables such that `wandb` takes them for a run of that mode; it reads them when it is imported.
+    """Set the variables that `wandb` reads when it is imported, for a run of that mode.
 
-    Its own telemetry is off unless asked for: without a network it holds up the end of the process.
+    Its telemetry is off unless the user has set it: without a network it delays the end of the process.
     """
     for name in [name for name in os.environ if name.startswith("WANDB_") and variable(name) is None]:
         forget(name)
@@ -220,7 +220,7 @@ def _version(package: str) -> str | None:
 
 
 def _code() -> str:
-    """Hash of this package's sources: with uncommitted changes the revision does not tell them apart."""
+    """Return a hash of this package's sources: uncommitted changes do not change the revision."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""Start the worker processes, wait, and say what became of them."""
+"""Start the worker processes, watch them, and return what they measured or raise why they failed."""
 
 import importlib
 import logging
@@ -32,7 +32,7 @@ _LONGEST_LOOK_S = 1.0  # that counts: in a longer one this process did not run
 
 
 def warm_up() -> None:
-    """Import what workers need, and have those of this command forked from here where that works."""
+    """Import what workers need, and start the server that they are forked from."""
     importlib.import_module("torch.distributed.launcher.api")
     importlib.import_module("transformers.generation.utils")
     importlib.import_module("zi_experiments.execution.worker")
@@ -40,9 +40,9 @@ def warm_up() -> None:
 
 
 def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, console: Console) -> "Measurement":
-    """Run the workers of a plan, one process per GPU, and return what rank 0 measured.
+    """Run the workers of a plan, one process per GPU. Return the measurement of rank 0.
 
-    Its GPU peak is the largest of all ranks, and what is stored that of all together.
+    Its GPU peak is the largest of all ranks, and its `stored` is the sum over them.
 
     Their output goes to files under `logs`, and their temporary files to the folder `temporary`. Raises
     `failures.WorkerError` when one fails, is killed, or gives no sign of progress for `launch.timeout_s`. A
@@ -100,9 +100,9 @@ def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, cons
 
 
 def _watch(running: Future[Any], display: Display, timeout_s: float) -> bool:
-    """Wait until the workers have ended; whether they had to be killed since they gave no sign of progress.
+    """Wait until the workers have ended. Return whether they were killed for giving no sign of progress.
 
-    Ctrl-Z stops them and this process together: time that passes then is no silence.
+    Ctrl-Z stops them and this process together: that time does not count as silence.
     """
     silent_s, looked_at = 0.0, time.monotonic()
     while not _ended(running, _INTERVAL_S):
@@ -119,7 +119,7 @@ def _watch(running: Future[Any], display: Display, timeout_s: float) -> bool:
 
 
 def _stop(running: Future[Any], first: signal.Signals = signal.SIGTERM) -> None:
-    """End the workers, with SIGKILL those that a softer signal has not ended in time; also those that are yet to start."""
+    """End the workers, also those yet to start; SIGKILL ends those that `first` has not ended in time."""
     number, asked_at = first, time.monotonic()
     while True:
         for process in multiprocessing.active_children():

@@ -1,4 +1,4 @@
-"""What one worker process does: load, warm up, measure. The only part of a run that touches devices."""
+"""What one worker process does: load, verify, warm up, measure. Only workers of a run use devices."""
 
 import faulthandler
 import gc
@@ -31,7 +31,7 @@ from zi_experiments.runtime.progress import Progress, silent
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """What a worker brings back."""
+    """What a worker returns to the launcher."""
 
     stored: Held  # the weights of this rank
     samples: Samples | None  # None when what was loaded failed its verification
@@ -74,7 +74,7 @@ def main(plan: Plan, config: dict[str, Any], variables: dict[str, str], channel:
 
 
 def check_stored(plan: Plan, engine: base.Engine, session: base.Session) -> Held:
-    """What this rank holds. Raises `RuntimeError` when that is not what the plan says, and figures would mislead."""
+    """Return what this rank holds. Raises `RuntimeError` if it is not what the plan says: figures would mislead."""
     found = session.inventory()
     if problem := inventory.difference(engine.stored(plan), found.parameters):
         raise RuntimeError(problem)
@@ -82,7 +82,7 @@ def check_stored(plan: Plan, engine: base.Engine, session: base.Session) -> Held
 
 
 def _belong_to_the_launcher() -> None:
-    """Whatever happens to this machine or the launcher, this process is the one to go."""
+    """End with the launcher, leave Ctrl-C to it, and be the first to go when memory runs out."""
     from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher asks where a process hangs

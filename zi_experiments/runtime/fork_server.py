@@ -11,7 +11,7 @@ from multiprocessing import forkserver, resource_tracker, util
 
 from zi_experiments.runtime import scratch, signals
 
-_started = False
+_number: int | None = None  # of the server's process
 
 
 def start() -> None:
@@ -20,8 +20,7 @@ def start() -> None:
     To be called before this process asks NVML or CUDA for GPUs, neither of which works in a copy of a process that has.
     Does nothing where threads would be missing in the copy, or a CUDA context is there already.
     """
-    global _started
-    if _started or threading.active_count() > 1 or _has_cuda_context():
+    if _number is not None or threading.active_count() > 1 or _has_cuda_context():
         return
     place = scratch.Scratch(scratch.for_temporary_files(uuid.uuid4().hex[:12]))
     util.Finalize(None, place.close, exitpriority=-200)  # after what multiprocessing removes in there
@@ -29,12 +28,16 @@ def start() -> None:
     # its socket is a file, which may have no long name, and which the next command removes if this one is killed
     with _forked_instead_of_executed(), scratch.temporary_files_in(place.path), suppress(OSError):
         forkserver.ensure_running()
-        _started = True
 
 
 def start_method() -> str:
-    """How `multiprocessing` starts a worker: `forkserver`, or `spawn` where there is no server."""
-    return "forkserver" if _started else "spawn"
+    """Return how `multiprocessing` starts a worker: `forkserver`, or `spawn` where there is no server."""
+    return "spawn" if _number is None else "forkserver"
+
+
+def number() -> int | None:
+    """Return the process number of the server; None where there is none."""
+    return _number
 
 
 def _has_cuda_context() -> bool:
@@ -55,7 +58,9 @@ def _forked_instead_of_executed() -> Iterator[None]:
 
 def _fork(path: bytes, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
     """Return the number of a new process, which does what `python -c` would: the last of the arguments."""
+    global _number
     if number := os.fork():
+        _number = number
         return number
     try:
         from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]

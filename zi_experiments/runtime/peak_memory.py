@@ -5,6 +5,8 @@ from pathlib import Path
 
 import psutil
 
+from zi_experiments.runtime import fork_server
+
 _INTERVAL_S = 0.2
 
 
@@ -40,6 +42,8 @@ def _resident_bytes() -> int:
     this = psutil.Process()
     total = 0
     for process in (this, *this.children(recursive=True)):
+        if process.pid == fork_server.number():
+            continue  # all that it has is this process's
         try:
             total += process.memory_info().rss
         except psutil.Error:

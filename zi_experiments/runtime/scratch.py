@@ -48,7 +48,7 @@ def for_temporary_files(run_id: str) -> Path:
 
 @contextmanager
 def temporary_files_in(folder: Path) -> Iterator[None]:
-    """Meanwhile `tempfile`, and who uses it, makes its files there."""
+    """For a while, have `tempfile` and its users make their files in `folder`."""
     before = tempfile.tempdir
     tempfile.tempdir = str(folder)
     try:

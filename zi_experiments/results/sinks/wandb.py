@@ -148,7 +148,7 @@ class WandbSink:
             self._run.log({"samples": wandb.Table(columns=["pass", "phase", "token", "seconds"], data=rows)})
         artifact = wandb.Artifact(f"run-{self._run.id}", type="result")
         folder = Path(record.folder)
-        for path in (folder / NAME, folder / "ds_config.json", folder / ".hydra" / "config.yaml"):
+        for path in (folder / NAME, *sorted(folder.glob("*_config.json")), folder / ".hydra" / "config.yaml"):
             if path.is_file():
                 artifact.add_file(str(path))
         self._run.log_artifact(artifact)
