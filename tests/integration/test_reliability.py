@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zi_experiments import environment
 
 STREAM = ("engine=stream", "quant=fp16")
-LONG = (*STREAM, "model=deep", "workload.repeats=500", "tracking=none")
+LONG = (*STREAM, "model=deep", "workload.repeats=500", "verify=off", "tracking=none")
+MORE = {"verify": ["verify=on"], "warm-up": ["workload.warmup=500"]}  # that a phase takes some seconds
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_shared_memory_is_abandoned_when_no_process_has_it():
 
 @pytest.mark.parametrize("phase", ["start", "load", "verify", "warm-up", "measure"])
 def test_a_worker_is_killed(cli, conclude, phase):
-    process = cli.start(*LONG, "offload=nvme", *["workload.warmup=500"] * (phase == "warm-up"))
+    process = cli.start(*LONG, "offload=nvme", *MORE.get(phase, []))
     if phase != "start":
         wait_for(process, f"{phase}:")
     worker_of(process).kill()
@@ -143,7 +144,7 @@ STOPS = {
 def test_a_run_is_stopped(cli, conclude, page, phase):
     """By all signals that end a run, at all times; a terminal sends Ctrl-C to all processes at once."""
     start = cli.start_executed if phase == "plan" else cli.start  # what is forked has imported everything by then
-    process = start(*LONG, "offload=nvme", start_new_session=True)
+    process = start(*LONG, "offload=nvme", *MORE.get(phase, []), start_new_session=True)
     if phase == "plan":
         wait_until(lambda: any("libtorch" in mapped.path for mapped in psutil.Process(process.pid).memory_maps()))
     elif phase == "start":
@@ -200,7 +201,7 @@ def test_nohup_is_respected(cli):
     def ignoring():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    process = cli.start_executed(*STREAM, "tracking=none", "workload.repeats=50", preexec_fn=ignoring)
+    process = cli.start_executed(*STREAM, "tracking=none", preexec_fn=ignoring)
     wait_for(process, "load:")
     process.send_signal(signal.SIGHUP)
     output = end(process)
@@ -456,8 +457,15 @@ def test_a_port_is_taken(cli, page):
 
 def test_two_runs_at_once(cli, page):
     """On one disk path, with one home: neither notices."""
-    settings = ("model=deep", "quant=fp16", "offload=nvme", f"offload.path={cli.folder / 'disk'}", "tracking=none")
-    first = cli.start(*settings, "workload.repeats=12")
+    settings = (
+        "model=deep",
+        "quant=fp16",
+        "offload=nvme",
+        f"offload.path={cli.folder / 'disk'}",
+        "verify=off",
+        "tracking=none",
+    )
+    first = cli.start(*settings, "workload.repeats=5")
     wait_for(first, "measure:")
     second = cli.run(*settings)
     output = end(first)
