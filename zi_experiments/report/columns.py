@@ -1,6 +1,8 @@
 """The columns of all tables, and where a record has their values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from zi_experiments.results.metrics import Metrics
 
 Scalar = str | int | float | bool | None
 Path = tuple[str | int, ...]  # of keys into the JSON of a record, from the outside in
@@ -46,7 +48,7 @@ def _extremes(name: str, label: str) -> tuple[Column, Column]:
     )
 
 
-COLUMNS: tuple[Column, ...] = (
+_NAMED: tuple[Column, ...] = (
     _text("name", "run", "run.name"),
     _text("status", "status", "status", is_shown=True),
     _text("model", "model", "settings:model.name", "settings:model", is_shown=True),
@@ -122,3 +124,15 @@ COLUMNS: tuple[Column, ...] = (
     _text("id", "id", "run.id"),
     _text("source", "file"),
 )
+_UNITS = {"tok_per_s": "tok/s", "bytes_per_s": "B/s", "bytes": "B", "s": "s"}  # by how the name of a figure ends
+
+
+def _others() -> tuple[Column, ...]:
+    """Return a column for each figure of `Metrics` that has none above."""
+    named = {column.name for column in _NAMED} | {"spread"}
+    names = [field.name for field in fields(Metrics) if field.name not in named]
+    units = [next((unit for end, unit in _UNITS.items() if name.endswith(f"_{end}")), "count") for name in names]
+    return tuple(_metric(name, name.replace("_", " "), unit) for name, unit in zip(names, units, strict=True))
+
+
+COLUMNS = (*_NAMED, *_others())

@@ -1,10 +1,14 @@
 """Which runs belong together, what differs, and what the command says and returns."""
 
+from dataclasses import fields
+
 import made_up
 import pytest
 
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.report import command, comparison, runs
+from zi_experiments.report.columns import COLUMNS
+from zi_experiments.results.metrics import Metrics
 
 
 def run(**changes):
@@ -28,6 +32,15 @@ def console(capsys, monkeypatch):
     """`console()` → what was printed, on a console of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
     return lambda: capsys.readouterr().out
+
+
+def test_every_figure_of_the_metrics_is_compared():
+    """Also one that nobody has named in a column."""
+    names = {field.name for field in fields(Metrics)} - {"spread"}
+
+    assert {figure.column.name for figure in comparison.compare([run()], [run()]).pairs[0].figures} == names
+    units = {column.name: column.unit for column in COLUMNS}
+    assert (units["load_s"], units["link_bytes_per_s"], units["decode_tok_per_s"]) == ("s", "B/s", "tok/s")
 
 
 def test_two_runs_belong_together_whatever_they_are():
