@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+import torch
 from machines import MACHINES
 from reliability import Page
 
@@ -72,6 +73,14 @@ def _started_by_no_launcher():
     yield
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_group_is_left():
+    """A session in this process joins one, which would be another file's too."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
