@@ -1,6 +1,11 @@
 """Slabs of quantized weights, packed and expanded by the stream engine."""
 
+import os
+import subprocess
+import sys
+
 import torch
+from places import HELPERS
 
 from zi_experiments.config.schema import Quant
 from zi_experiments.engines.stream import quantized
@@ -28,3 +33,13 @@ def expanded(slab, layout, dtype):
     out = torch.full((layout.elements,), torch.nan, dtype=dtype)
     quantized.expand(slab, layout, out)
     return views(out, layout.quantized)
+
+
+def compare_kernel_interpreted(file):
+    """The finished process of a test file's `compare_kernel`, where Triton interprets its kernels from the start."""
+    return subprocess.run(
+        [sys.executable, "-c", "import runpy, sys; runpy.run_path(sys.argv[1])['compare_kernel']()", file],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HELPERS)},
+        capture_output=True,
+        text=True,
+    )

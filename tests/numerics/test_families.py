@@ -90,7 +90,7 @@ def test_what_is_computed_and_stored(results, cell):
         assert (result["misplaced"] is not None) == (cell.offload == "nvme")
 
 
-def test_every_setting_meets_several_families():
+def test_every_setting_is_met():
     """What `make test` leaves to `make test-all` are combinations, and no settings."""
     for name in ("quant", "offload", "kv_cache", "group_size", "group_dim", "layout", "resident", "micro_batches"):
         for engine in ("deepspeed", "stream"):

@@ -1,8 +1,5 @@
 """The quantization format for any shape and any values: three implementations agree, and errors are what rounding allows."""
 
-import os
-import subprocess
-import sys
 from itertools import product
 from math import lcm
 
@@ -10,8 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from places import HELPERS
-from slabs import expanded, packed
+from slabs import compare_kernel_interpreted, expanded, packed
 from torch import nn
 
 from zi_experiments.config.schema import Quant
@@ -297,11 +293,6 @@ def compare_kernel():
 
 
 def test_the_kernel_expands_special_groups_as_the_reference_does():
-    done = subprocess.run(
-        [sys.executable, "-c", "import runpy, sys; runpy.run_path(sys.argv[1])['compare_kernel']()", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HELPERS)},
-        capture_output=True,
-        text=True,
-    )
+    done = compare_kernel_interpreted(__file__)
 
     assert done.returncode == 0, done.stderr[-3000:]

@@ -103,7 +103,7 @@ def told() -> list[Job]:
 
 
 def output() -> Path:
-    """The folder that this command writes its jobs to, as it was typed."""
+    """Return the folder of this command's jobs, as it was typed."""
     folder = environment.sweep()
     assert folder is not None
     return Path((folder / "output").read_text())

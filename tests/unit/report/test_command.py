@@ -5,15 +5,13 @@ import json
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import made_up
 import polars
 import pytest
+from places import ROOT
 
 from zi_experiments.report import command
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

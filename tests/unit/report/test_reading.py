@@ -5,11 +5,12 @@ from pathlib import Path
 
 import made_up
 import pytest
+from places import DOCS
 
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.report import reading, runs
 
-RESULTS = Path(__file__).parents[3] / "docs" / "results"
+RESULTS = DOCS / "results"
 WITHOUT_RUNS = {"families-h200.json", "kernels-h200.json", "timeline.json"}
 
 

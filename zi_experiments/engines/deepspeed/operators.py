@@ -29,7 +29,7 @@ def operators(plan: Plan) -> list[str]:
 
 
 def usual(device: str) -> list[str]:
-    """The builders of the operators that runs on "cuda" or "cpu" use with default settings or with offload=nvme."""
+    """Return the builders of the operators that runs on "cuda" or "cpu" use with default settings or with offload=nvme."""
     return ["PinMemoryBuilder", "AsyncIOBuilder", "QuantizerBuilder" if device == "cuda" else "ShareMemCommBuilder"]
 
 

@@ -1,15 +1,11 @@
 """Packed into a slab and expanded again, in torch or by the Triton kernel, weights are what the format's definition says."""
 
-import os
-import subprocess
-import sys
 from itertools import product
 
 import pytest
 import torch
 from families import group_quantize
-from places import HELPERS
-from slabs import expanded, packed
+from slabs import compare_kernel_interpreted, expanded, packed
 
 from zi_experiments.engines.stream import quantized
 from zi_experiments.engines.stream.slab import plain_views, views
@@ -95,11 +91,6 @@ def minima_of(weight, group_size, group_dim):
 
 
 def test_the_kernel_expands_what_torch_does():
-    done = subprocess.run(
-        [sys.executable, "-c", "import runpy, sys; runpy.run_path(sys.argv[1])['compare_kernel']()", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HELPERS)},
-        capture_output=True,
-        text=True,
-    )
+    done = compare_kernel_interpreted(__file__)
 
     assert done.returncode == 0, done.stderr[-3000:]
