@@ -95,6 +95,31 @@ def times(what: str, wanted: float, other: str | float) -> Target:
     return Target(what=f"× {what}", wanted=wanted, achieved=achieved)
 
 
+def of_routed(wanted: float) -> Target:
+    """The bytes of all experts that tokens were routed to, of what the link can bring in that time."""
+
+    def achieved(entry: Entry, _: Entries) -> float:
+        metrics = entry["metrics"]
+        missed = metrics["link_bytes_per_s"] / (1 - metrics["expert_hit_rate"])
+        return float(missed / entry["ceilings"]["link_bytes_per_s"])
+
+    return Target(what="of the link, in routed bytes", wanted=wanted, achieved=achieved)
+
+
+def of_whole_layers(wanted: float) -> Target:
+    """Against bringing every expert for every token: the least time that the link takes for it."""
+
+    def achieved(entry: Entry, _: Entries) -> float:
+        whole_s = entry["plan"]["streamed_bytes_per_pass"] / entry["ceilings"]["link_bytes_per_s"]
+        return float(whole_s / entry["metrics"]["tpot_p50_s"])
+
+    return Target(what="× whole layers at the link's rate", wanted=wanted, achieved=achieved)
+
+
+def tok_per_s(wanted: float) -> Target:
+    return figure("tok/s", "decode_tok_per_s", wanted)
+
+
 REFERENCE = ("engine=deepspeed", "engine.profile=reference", "offload.pin_memory=true")
 TUNED = ("engine=deepspeed", "engine.profile=tuned")
 FLEXGEN_FP16, FLEXGEN_INT4 = 16.2, 35.8  # tok/s: FlexGen 0.1.8 with OPT-13B on an H200, 8 sequences, prompt 512
@@ -138,6 +163,11 @@ INT4_TARGETS = (
     times("FlexGen", 1.7, FLEXGEN_INT4),
 )
 PLACED_TARGETS = (of_best_placement(0.95, 48), figure("of the plan's bound", "fraction_of_bound", 0.95))
+# tok/s of one sequence before experts were routed, packed weights multiplied and steps recorded, on an H100
+BEFORE = {"opt-13b": 29.95, "qwen3-30b-a3b": 11.57}
+SHORT_PROMPT = ("workload.prompt_len=128", *workload())
+ONE = "workload.batch_size=1"
+CAPPED = (ONE, "offload.resident=auto")
 MICRO_TARGETS = (times("one micro-batch", 7.0, "opt-13b-fp16/stream"),)
 CASES = (
     case("opt-13b-fp16", "stream", "opt-13b cpu fp16", STREAM, *workload(), targets=FP16_TARGETS),
@@ -157,6 +187,37 @@ CASES = (
         *("opt-30b-48gib", "stream", "opt-30b cpu fp16", STREAM, "hardware.memory_gib=48", "offload.resident=auto"),
         *workload(),
         targets=PLACED_TARGETS,
+    ),
+    *(
+        case("experts", name, what, STREAM, *SHORT_PROMPT, *more, targets=targets)
+        for name, what, more, targets in (
+            ("mixtral-1", "mixtral-8x7b cpu int4", (ONE,), (of_routed(0.85), of_whole_layers(3.5), tok_per_s(7.4))),
+            ("mixtral-8", "mixtral-8x7b cpu int4", ("workload.batch_size=8",), (of_whole_layers(0.97),)),
+            ("mixtral-32", "mixtral-8x7b cpu int4", ("workload.batch_size=32",), (of_whole_layers(0.9),)),
+            ("mixtral-17gib", "mixtral-8x7b cpu int4", (*CAPPED, "hardware.memory_gib=17"), (tok_per_s(14),)),
+            ("qwen3-1", "qwen3-30b-a3b cpu int4", (ONE,), (of_whole_layers(5), tok_per_s(17))),
+            ("qwen3-8", "qwen3-30b-a3b cpu int4", ("workload.batch_size=8",), (of_whole_layers(1.8),)),
+            (
+                *("qwen3-11.5gib", "qwen3-30b-a3b cpu int4", (*CAPPED, "hardware.memory_gib=11.5")),
+                (of_whole_layers(8), tok_per_s(27)),
+            ),
+            (
+                *("gpt-oss-24gib", "gpt-oss-120b cpu int4", (*CAPPED, "hardware.memory_gib=24")),
+                (of_whole_layers(12),),
+            ),
+        )
+    ),
+    *(
+        case(
+            "one-sequence",
+            name,
+            f"{name} none int4",
+            STREAM,
+            *SHORT_PROMPT,
+            ONE,
+            targets=(times("before", 2.0, BEFORE[name]),),
+        )
+        for name in BEFORE
     ),
     # verification has made four passes before the first that is measured, so that nothing is left to warm up
     case("opt-6.7b-nvme", "stream", "opt-6.7b nvme fp16", STREAM, *workload(4, 2, 0), targets=(of_disk(0.95),)),

@@ -56,7 +56,7 @@ def other_tokens(session):
     def generate(ids, gen_len, streamer):
         return torch.cat([ids, session.generate(ids.flip(1), gen_len, None)[:, ids.shape[1] :]], dim=1)
 
-    yield SimpleNamespace(model=session.model, generate=generate, parked=session.parked)
+    yield SimpleNamespace(model=session.model, generate=generate, parked=session.parked, ways=session.ways)
 
 
 @contextmanager

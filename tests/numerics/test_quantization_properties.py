@@ -7,14 +7,14 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from slabs import compare_kernel_interpreted, expanded, packed
+from slabs import compare_kernel_interpreted, expanded, expanded_by_kernel, packed
 from torch import nn
 
 from zi_experiments.config.schema import Quant
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.deepspeed import quantized as deepspeed_quantized
 from zi_experiments.engines.stream import quantized
-from zi_experiments.engines.stream.slab import ALIGNMENT, views
+from zi_experiments.engines.stream.slab import ALIGNMENT
 from zi_experiments.measurement.reference import round_trip
 from zi_experiments.models.architecture import Parameter
 from zi_experiments.planner import planning
@@ -278,17 +278,12 @@ def test_a_group_whose_scale_overflows_float16_becomes_its_minimum(bits, widest)
 
 def compare_kernel():
     """In a process whose Triton interprets: the kernel against the reference, on special groups."""
-    from zi_experiments.engines.stream.kernel import expand_spans
-
     weight = torch.stack(list(special_groups(torch.float16).values()))
     for bits, dim in product((4, 8), (0, 1)):
         quant = Quant(name="", bits=bits, group_size=32, group_dim=dim)
         matrix = weight if dim == 1 else weight.T.contiguous()
         slab, layout = packed({"weight": matrix}, bits, 32, dim)
-        codes, scales, minima = (slab[region] for region in layout.regions)
-        out = torch.full((layout.elements,), torch.nan, dtype=matrix.dtype)
-        expand_spans(codes, scales.view(matrix.dtype), minima.view(matrix.dtype), out, quantized.spans(layout), quant)
-        found, expected = views(out, layout.quantized)["weight"], round_trip(matrix, quant)
+        found, expected = expanded_by_kernel(slab, layout, matrix.dtype)["weight"], round_trip(matrix, quant)
         assert same(found, expected), (bits, dim, found[~torch.isclose(found, expected, equal_nan=True)])
 
 

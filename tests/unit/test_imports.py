@@ -176,9 +176,12 @@ def test_streaming_knows_no_other_library_for_it(name):
     assert packages(TREES[name]).isdisjoint({"deepspeed", "accelerate", "hydra", "omegaconf", "wandb"})
 
 
-def test_only_the_kernel_imports_triton():
+def test_only_kernels_import_triton():
     """CPU builds of torch come without it."""
-    assert {name for name, tree in TREES.items() if "triton" in packages(tree)} == {"engines.stream.kernel"}
+    assert {name for name, tree in TREES.items() if "triton" in packages(tree)} == {
+        "engines.stream.kernel",
+        "engines.stream.product_kernel",
+    }
 
 
 def test_only_its_engine_imports_deepspeed():

@@ -74,7 +74,7 @@ def problem(plan: Plan) -> str | None:
 def _verification_problem(plan: Plan) -> str | None:
     """Return what does not fit while the verification reference runs, which is before the measured passes."""
     use, parked = uses(plan)[0], plan.storage.parked_bytes
-    beside = use.weights - parked + use.buffers + use.processes
+    beside = use.weights - parked + use.buffers - plan.storage.cached_bytes + use.processes
     if beside + plan.reference_bytes > use.available:
         return (
             f"verification needs {gigabytes(plan.reference_bytes, 1)} for one layer, embeddings and head in 16 bits, beside "

@@ -37,8 +37,12 @@ class Overlap:
     """How an engine overlaps copies, arithmetic and launches; fitted to measurements, see docs/limits.md."""
 
     hidden: float  # share of the shorter of copies and computing that overlaps with the longer
+    hidden_if_routed: float = 0.0  # the same in a decode step that brings routed experts only
     launch: float  # launch overhead of a decoder layer, as a multiple of plain transformers'
+    launch_routed: float = 0.0  # added to it for a layer's routed experts
     stall: float  # time of a layer in which neither PCIe nor the device works, as the same multiple
+    stall_recorded: float = 0.0  # the same in a recorded decode step: its small operations follow each other
+    packed: float = 1.0  # time to multiply a packed weight with one token, as a multiple of the time to expand it
     expand: float = 1.0  # time to expand quantized weights, as a multiple of the stream engine's
     copies: float = 0.0  # how often a pass copies all weights within the device's memory
     load_s: float = 2.0  # part of the loading time that does not depend on the model's size
@@ -55,8 +59,14 @@ class Storage:
     copied_bytes: int = 0  # copies of weights that every rank holds, on all ranks but the first
     expanded_numel: int = 0  # quantized weights that are kept expanded, in 16 bits
     streamed_bytes_per_pass: int  # from host memory to the devices
+    # the same in a decode step that copies only the experts that tokens are routed to; None: as in every pass
+    streamed_bytes_per_step: int | None = None
+    routes: bool = False  # True if decode steps copy and expand only the experts that tokens are routed to
+    packed_tokens: int = 0  # up to so many tokens in a pass, resident weights are multiplied without being expanded
+    recorded: bool = False  # True if the operations of a decode step are launched at once
     host_buffer_bytes: int = 0  # between disk and device
     gpu_buffer_bytes: int = 0  # on each GPU: for weights that are copied or expanded
+    cached_bytes: int = 0  # part of the GPU buffers: experts that may be given up at any time
     parked_bytes: int = 0  # of each GPU's weights: moved to host memory while the reference needs the space
     pinnable: bool = True  # True if the engine can keep weights in pinned host memory
     pins_by_default: bool = True  # True if it pins them when `offload.pin_memory` is null
@@ -88,7 +98,16 @@ class Plan(Spec):  # a subclass: everything known before the engine places the w
     @property
     def link_bytes_per_pass(self) -> int:
         """Bytes copied at least from host memory to the device in a decode step, over all ranks: weights and KV cache."""
-        return self.streamed_bytes_per_pass + self.kv_link_bytes_per_pass
+        return self.streamed_bytes_per_step + self.kv_link_bytes_per_pass
+
+    @property
+    def streamed_bytes_per_step(self) -> int:
+        """Bytes of weights copied from host memory to the device in a decode step, over all ranks.
+
+        With routed experts, it is what tokens need whose experts are drawn evenly.
+        """
+        step = self.storage.streamed_bytes_per_step
+        return self.streamed_bytes_per_pass if step is None else step
 
     @property
     def packed_fraction(self) -> float:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from zi_experiments.config.schema import CacheDevice, Calibration, WeightSource
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.spec import ELEMENT_BYTES
+from zi_experiments.models.architecture import Parameter
 
 APPENDED = 2  # to append to the KV cache, it is read and written
 CACHE_LAUNCH = 0.5  # overhead to move a layer's KV cache between host and GPU, as a share of a plain layer's launches
@@ -37,7 +38,7 @@ class Prediction:
 class _Pass:
     """One forward pass of all sequences."""
 
-    tokens: int  # new tokens of each sequence
+    tokens: int  # new tokens of each sequence; one in a decode step
     cached: int  # tokens of each sequence that are in the KV cache
 
 
@@ -73,20 +74,31 @@ def _timed(plan: Plan, one: _Pass) -> tuple[float, str] | tuple[None, None]:
     """Return the seconds of a pass and its largest part; None if a rate is unknown."""
     try:
         seconds = _pass_s(plan, one)
-        return _duration(plan, seconds), max(seconds, key=lambda name: seconds[name])
+        return _duration(plan, one, seconds), max(seconds, key=lambda name: seconds[name])
     except _Unknown:
         return None, None
 
 
-def _duration(plan: Plan, seconds: dict[str, float]) -> float:
+def _duration(plan: Plan, one: _Pass, seconds: dict[str, float]) -> float:
     """Return the seconds of a pass with partial overlap: the longer of copies and computing, and the rest of the shorter."""
     overlap = plan.storage.overlap
+    hidden = overlap.hidden_if_routed if _is_routed(plan, one) else overlap.hidden
     copies = max(seconds["link"], seconds["disk"])
     # a GPU computes while the host launches the next kernels; a CPU does one after the other
     work, launch = seconds["gemm"] + seconds["hbm"], seconds["launch"]
     computing = max(work, launch) if plan.machine.device == "cuda" else work + launch
-    stalled = overlap.stall * plan.architecture.num_layers * _known(_measured(plan).layer_s)
-    return max(copies, computing) + (1 - overlap.hidden) * min(copies, computing) + stalled
+    stall = overlap.stall_recorded if _is_recorded(plan, one) else overlap.stall
+    stalled = stall * plan.architecture.num_layers * _known(_measured(plan).layer_s)
+    return max(copies, computing) + (1 - hidden) * min(copies, computing) + stalled
+
+
+def _is_routed(plan: Plan, one: _Pass) -> bool:
+    """Return whether a pass brings only the experts that tokens are routed to."""
+    return plan.storage.routes and one.tokens == 1
+
+
+def _is_recorded(plan: Plan, one: _Pass) -> bool:
+    return plan.storage.recorded and one.tokens == 1
 
 
 def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
@@ -94,10 +106,14 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
     known, ranks = _measured(plan), plan.run.hardware.num_gpus
     pinned = _typical(plan, "link_bytes_per_s")
     link = pinned if plan.pin_memory else known.link_pageable_bytes_per_s
-    weights_s = _over(plan.streamed_bytes_per_pass / ranks, link)
+    streamed = plan.streamed_bytes_per_step if one.tokens == 1 else plan.streamed_bytes_per_pass
+    weights_s = _over(streamed / ranks, link)
     cache_s = _over(_cache_bytes_on_link(plan, one) / ranks, pinned)
     passes = plan.architecture.num_layers * plan.run.workload.micro_batches
-    launches = plan.storage.overlap.launch + (CACHE_LAUNCH if _moves_cache(plan) else 0)
+    overlap = plan.storage.overlap
+    launches = overlap.launch_routed if _is_routed(plan, one) else 0.0
+    if not _is_recorded(plan, one):
+        launches += overlap.launch + (CACHE_LAUNCH if _moves_cache(plan) else 0)
     return {
         "link": weights_s + cache_s,
         "disk": _over(plan.placement.nvme_bytes, _typical(plan, "disk_bytes_per_s")),
@@ -123,10 +139,10 @@ def _gemm_s(plan: Plan, one: _Pass) -> float:
     work, arch = plan.run.workload, plan.architecture
     sequences = work.batch_size / plan.run.hardware.num_gpus  # of a micro-batch, on each device
     tokens, routed = sequences * one.tokens, plan.routed_experts
-    dense = sum(p.numel for p in arch.parameters if p.layer is not None and len(p.shape) > 1 and not p.is_experts)
-    seconds = _product_s(plan, dense, tokens)
-    for p in arch.parameters:
-        if p.layer is not None and p.is_experts:
+    expanded = [p for p in arch.parameters if p.layer is not None and len(p.shape) > 1 and not _is_packed(plan, one, p)]
+    seconds = _product_s(plan, sum(p.numel for p in expanded if not p.is_experts), tokens)
+    for p in expanded:
+        if p.is_experts:
             # tokens spread evenly over the experts, and each expert that is used is read whole
             met = min(p.shape[0], tokens * routed)
             seconds += _product_s(plan, p.numel / p.shape[0] * met, max(1.0, tokens * routed / met))
@@ -174,18 +190,41 @@ def _traffic_s(plan: Plan, one: _Pass) -> float:
     # over a prompt, attention counts as arithmetic
     attended_s = _over(ELEMENT_BYTES * cache, _measured(plan).cache_bytes_per_s or rate) if one.tokens == 1 else 0.0
     copied_s = _over(2 * plan.storage.overlap.copies * plan.weight_bytes, rate)
-    return moved_s + attended_s + copied_s + _expanding_s(plan)
+    return moved_s + attended_s + copied_s + _expanding_s(plan, one)
 
 
-def _expanding_s(plan: Plan) -> float:
-    """Return the seconds to expand the layers' quantized weights to 16 bits, once per pass."""
-    known = _measured(plan)
-    elements = sum(p.numel for p in plan.architecture.parameters if plan.is_quantized(p) and p.layer is not None)
+def _is_packed(plan: Plan, one: _Pass, parameter: Parameter) -> bool:
+    """Return whether a weight is multiplied without being expanded: in a step of few tokens for each matrix."""
+    few, sequences = plan.storage.packed_tokens, plan.run.workload.sequences
+    if one.tokens > 1 or not plan.is_quantized(parameter):
+        return False
+    if parameter.experts and plan.storage.routes:
+        return sequences * plan.routed_experts <= few * plan.distinct_experts(sequences)
+    return sequences <= few and not plan.architecture.is_routed
+
+
+def _expanding_s(plan: Plan, one: _Pass) -> float:
+    """Return the seconds to expand the layers' quantized weights, once per pass, and to multiply those that stay packed."""
+    known, overlap, sequences = _measured(plan), plan.storage.overlap, plan.run.workload.sequences
+    elements = 0.0
+    for p in plan.architecture.parameters:
+        if p.layer is None or not plan.is_quantized(p):
+            continue
+        each = p.numel / plan.experts if p.experts else p.numel
+        if _is_packed(plan, one, p):
+            elements += overlap.packed * each * sequences * (plan.routed_experts if p.experts else 1)
+        elif p.experts:
+            elements += overlap.expand * each * _brought(plan, one)
+        else:
+            elements += overlap.expand * each
     if known.expand_elements_per_s:
-        seconds = elements / known.expand_elements_per_s
-    else:
-        seconds = _over(EXPANDED_BYTES * elements, _typical(plan, "hbm_bytes_per_s"))
-    return plan.storage.overlap.expand * seconds
+        return elements / known.expand_elements_per_s
+    return _over(EXPANDED_BYTES * elements, _typical(plan, "hbm_bytes_per_s"))
+
+
+def _brought(plan: Plan, one: _Pass) -> float:
+    """Return how many experts of a layer a pass brings."""
+    return plan.distinct_experts(plan.run.workload.sequences) if _is_routed(plan, one) else plan.experts
 
 
 def _load_s(plan: Plan) -> float | None:

@@ -115,9 +115,9 @@ class Spec:
 
     @property
     def observed_bytes(self) -> int:
-        """Bytes that verification keeps of the engine's own pass: the hidden states between all layers."""
-        arch = self.architecture
-        return ELEMENT_BYTES * VERIFIED_SEQUENCES * VERIFIED_TOKENS * (arch.num_layers + 1) * arch.hidden_size
+        """Bytes that verification keeps of the engine's own passes: the hidden states between all layers."""
+        arch, ways = self.architecture, 2 if self.experts else 1
+        return ways * ELEMENT_BYTES * VERIFIED_SEQUENCES * VERIFIED_TOKENS * (arch.num_layers + 1) * arch.hidden_size
 
     @property
     def observing_bytes(self) -> int:
@@ -164,6 +164,15 @@ class Spec:
         return getattr(self.architecture.config.get_text_config(), "num_experts_per_tok", None) or max(
             experts, default=0
         )
+
+    @cached_property
+    def experts(self) -> int:
+        """Number of experts in a decoder layer, through transformers' interface for experts; 0: the model has none."""
+        return max((p.shape[0] for p in self.architecture.parameters if p.experts), default=0)
+
+    def distinct_experts(self, tokens: float) -> float:
+        """Return how many of a layer's experts so many tokens are routed to, if each token's are drawn evenly."""
+        return self.experts * (1 - (1 - self.routed_experts / self.experts) ** tokens) if self.experts else 0.0
 
     def active(self, size: Callable[[Parameter], int]) -> int:
         """Return the total `size` of the decoder layers' weights that one token uses."""

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import astuple, dataclass
 from functools import reduce
 from importlib import import_module
+from operator import add, sub
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -13,6 +15,33 @@ from zi_experiments.cost_model.plan import Plan, Storage
 from zi_experiments.cost_model.spec import Spec
 from zi_experiments.runtime.progress import Progress
 from zi_experiments.system.disk import Disk
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What passes that bring only routed experts have done since the model was loaded, on one rank."""
+
+    layers: int  # decoder layers with experts, once for each pass
+    experts: int  # distinct experts that tokens were routed to, summed over these layers
+    copied: int  # of these, those that were not on the device
+    copied_bytes: int  # of experts, from host memory to the device
+
+    def since(self, before: "Routed") -> "Routed":
+        """Return what was done after `before`."""
+        return Routed(*map(sub, astuple(self), astuple(before)))
+
+    def plus(self, other: "Routed") -> "Routed":
+        return Routed(*map(add, astuple(self), astuple(other)))
+
+
+class ShortPasses(Protocol):
+    """The part of a session that computes passes of few tokens in another way."""
+
+    def ways(self) -> list[AbstractContextManager[None]]:
+        """See `Session.ways`."""
+
+    def counts(self) -> Routed | None:
+        """See `Session.routed`."""
 
 
 class Session(Protocol):
@@ -31,6 +60,12 @@ class Session(Protocol):
 
     def parked(self) -> AbstractContextManager[None]:
         """Return a context with `Storage.parked_bytes` of GPU weights in host memory; the model cannot run in it."""
+
+    def ways(self) -> list[AbstractContextManager[None]]:
+        """Return a context for each way to compute a pass, of which the size of a pass selects one: for verification."""
+
+    def routed(self) -> Routed | None:
+        """Return the counts of routed passes; None if the engine brings all experts in every pass."""
 
     def close(self) -> None: ...
 

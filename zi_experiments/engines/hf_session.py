@@ -9,6 +9,7 @@ from typing import Any
 from zi_experiments.config.schema import CacheDevice
 from zi_experiments.cost_model.inventory import Inventory, Stored, held, home_on
 from zi_experiments.cost_model.plan import Plan
+from zi_experiments.engines.base import Routed, ShortPasses
 
 
 class HFSession:
@@ -22,6 +23,7 @@ class HFSession:
         *,
         inventory: Callable[[], Inventory] | None = None,
         parked: Callable[[], AbstractContextManager[None]] = nullcontext,
+        short: ShortPasses | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
@@ -29,6 +31,7 @@ class HFSession:
         self._cache = cache  # None: transformers makes a KV cache for each pass
         self._inventory = inventory or partial(in_memory, model)
         self._parked = parked
+        self._short = short
         self._close = close
         # transformers would copy the weights of all routed experts in each step, which no plan has room for
         model._optimize_model_for_decode = nullcontext
@@ -50,6 +53,12 @@ class HFSession:
 
     def parked(self) -> AbstractContextManager[None]:
         return self._parked()
+
+    def ways(self) -> list[AbstractContextManager[None]]:
+        return self._short.ways() if self._short else [nullcontext()]
+
+    def routed(self) -> Routed | None:
+        return self._short.counts() if self._short else None
 
     def close(self) -> None:
         self._close()

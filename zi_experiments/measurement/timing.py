@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from zi_experiments.engines.base import Session
+from zi_experiments.engines.base import Routed, Session
 from zi_experiments.runtime.progress import Progress
 
 
@@ -17,6 +17,7 @@ class Pass:
     ttft_s: float  # from the call to the first token being known on the host
     total_s: float  # from the call to the last token being known on the host
     step_s: list[float]  # from one token to the next: G − 1 values
+    routed: Routed | None = None  # what the decode steps did, if they bring routed experts only
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,7 @@ class Samples:
             "ttft_s": [one.ttft_s for one in self.measured],
             "total_s": [one.total_s for one in self.measured],
             "step_s": [one.step_s for one in self.measured],
+            "routed": [asdict(one.routed) if one.routed else None for one in self.measured],
             "warmup": [asdict(one) for one in self.warmup],
         }
 
@@ -72,7 +74,15 @@ def measure_pass(
 
     `keep` gets the generated tokens, on the host, of shape (sequences, gen_len).
     """
-    clock = _Clock(progress.advance)
+    before = session.routed()
+
+    def on_token() -> None:
+        nonlocal before
+        if len(clock.times) == 1:  # no operation of the first decode step has been launched
+            before = session.routed()
+        progress.advance()
+
+    clock = _Clock(on_token)
     began = time.perf_counter()
     tokens = session.generate(input_ids, gen_len, clock)
     assert tuple(tokens.shape) == (input_ids.shape[0], input_ids.shape[1] + gen_len), tokens.shape
@@ -82,7 +92,8 @@ def measure_pass(
     return Pass(
         ttft_s=times[0] - began,
         total_s=times[-1] - began,
-        step_s=[after - before for before, after in pairwise(times)],
+        step_s=[after - earlier for earlier, after in pairwise(times)],
+        routed=routed.since(before) if (routed := session.routed()) and before else None,
     )
 
 

@@ -3,6 +3,7 @@
 The model is built on torch's meta device, so every family that transformers supports is described by its own code.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -27,6 +28,9 @@ class Parameter:
     shape: tuple[int, ...]
     quantizable: bool
     layer: int | None  # index of its decoder layer; None outside of the layers
+    # name of its module, if that computes each token with the experts that a router selects for it, one of which is
+    # `tensor[i]`, through transformers' interface for experts; None for other parameters
+    experts: str | None = None
 
     @property
     def numel(self) -> int:
@@ -338,14 +342,38 @@ def _parameters(model: Any, layers_name: str) -> Iterator[Parameter]:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
+    experts = _experts(model, layers_name)
     for name, parameter in model.named_parameters():
         layers = {_layer_index(one, layers_name) for one in names[id(parameter)]}
+        layer = layers.pop() if len(layers) == 1 else None
         yield Parameter(
             name=name,
             shape=tuple(parameter.shape),
             quantizable=is_quantizable(model, name),
-            layer=layers.pop() if len(layers) == 1 else None,
+            layer=layer,
+            experts=experts.get(name) if layer is not None and len(names[id(parameter)]) == 1 else None,
         )
+
+
+def _experts(model: Any, layers_name: str) -> dict[str, str]:
+    """Return the parameters that modules of experts have for each expert, and the module of each, by their names.
+
+    Only of modules that use transformers' interface for experts, and are the only one in their decoder layer.
+    """
+    modules = [(name, module) for name, module in model.named_modules() if is_experts_module(module)]
+    times = Counter(_layer_index(name, layers_name) for name, _ in modules)
+    return {
+        f"{name}.{key}": name
+        for name, module in modules
+        if times[_layer_index(name, layers_name)] == 1
+        for key, parameter in module.named_parameters()
+        if parameter.dim() > 1 and parameter.shape[0] == module.num_experts
+    }
+
+
+def is_experts_module(module: Any) -> bool:
+    """Return whether a module uses the interface of `transformers.integrations.moe`, which sets these attributes."""
+    return all(hasattr(module, name) for name in ("num_experts", "is_transposed", "has_bias", "_apply_gate"))
 
 
 def _layer_index(name: str, layers_name: str) -> int | None:

@@ -1,11 +1,13 @@
 """`Samples + Plan → Metrics`: a pure function; every figure has its definition here."""
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from statistics import median, quantiles
 
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.cost_model.prediction import Prediction
+from zi_experiments.cost_model.prediction import Prediction, predict
+from zi_experiments.engines.base import Routed
 from zi_experiments.measurement.timing import Samples
 
 NOISE = 1.03  # a fraction of a bound below this is within the noise of measurements
@@ -28,6 +30,8 @@ class Metrics:
     host_peak_bytes: int  # resident in all processes of the run, at any time
     disk_peak_bytes: int  # in the run's folder on offload.path, at any time
     link_bytes_per_s: float | None  # bytes that had to cross PCIe in one pass / median decode step
+    experts_per_layer: float | None  # distinct routed experts of a layer in a decode step; None if all are brought
+    expert_hit_rate: float | None  # share of them that was on the device; None if none is ever copied alone
     fraction_of_bound: float | None  # lower bound of a decode step / median decode step
     prefill_fraction_of_bound: float | None
     prefill_prediction_error: float | None  # predicted / measured − 1, of ttft_s
@@ -46,8 +50,13 @@ def derive(
     host_peak_bytes: int,
     disk_peak_bytes: int,
 ) -> Metrics:
-    """Return the metrics of a run, compared with its plan's bound and with the prediction made before it began."""
-    work, passes = plan.run.workload, samples.measured
+    """Return the metrics of a run, compared with its plan's bound and with the prediction made before it began.
+
+    Both are given the bytes that were copied, where these depend on the experts that tokens were routed to.
+    """
+    if (routed_plan := as_routed(plan, samples)) is not plan:
+        plan, prediction = routed_plan, predict(routed_plan)
+    work, passes, routed = plan.run.workload, samples.measured, _routed(samples)
     batch, bound = work.sequences, lower_bound(plan)
     prefill = [batch * work.prompt_len / one.ttft_s for one in passes]
     total = [batch * work.gen_len / one.total_s for one in passes]
@@ -69,6 +78,8 @@ def derive(
         host_peak_bytes=host_peak_bytes,
         disk_peak_bytes=disk_peak_bytes,
         link_bytes_per_s=plan.link_bytes_per_pass / step if step else None,
+        experts_per_layer=routed.experts / routed.layers if routed else None,
+        expert_hit_rate=1 - routed.copied / routed.experts if routed and plan.storage.cached_bytes else None,
         fraction_of_bound=bound.decode_step_s / step if step and bound.decode_step_s else None,
         prefill_fraction_of_bound=bound.prefill_s / ttft if bound.prefill_s else None,
         prefill_prediction_error=prediction.prefill_s / ttft - 1 if prediction.prefill_s else None,
@@ -76,6 +87,20 @@ def derive(
         perplexity=perplexity,
         spread={name: (min(values), max(values)) for name, values in rates.items() if values},
     )
+
+
+def as_routed(plan: Plan, samples: Samples) -> Plan:
+    """Return the plan with the bytes that decode steps have really copied, where these depend on the routing of tokens."""
+    routed, steps = _routed(samples), sum(len(one.step_s) for one in samples.measured)
+    if routed is None or not steps or plan.storage.streamed_bytes_per_step is None:
+        return plan
+    return replace(plan, storage=replace(plan.storage, streamed_bytes_per_step=routed.copied_bytes // steps))
+
+
+def _routed(samples: Samples) -> Routed | None:
+    """Return the total over the decode steps of all measured passes; None if they bring all experts, or there are none."""
+    found = [one.routed for one in samples.measured if one.routed and one.routed.layers]
+    return reduce(Routed.plus, found) if found else None
 
 
 def passed(figures: Metrics) -> Passed | None:

@@ -3,6 +3,7 @@ from dataclasses import fields
 import pytest
 
 from zi_experiments.cost_model.prediction import predict
+from zi_experiments.engines.base import Routed
 from zi_experiments.measurement.timing import Pass, Samples
 from zi_experiments.results import metrics
 from zi_experiments.results.metrics import derive
@@ -186,4 +187,23 @@ def test_every_figure_is_set(make_plan, machine):
     plan = make_plan("model=opt-13b", "workload.gen_len=3", on=machine("measured"))
     got = figures(measured((2.0, 0.5, 1.5)), plan)
 
-    assert [field.name for field in fields(got) if getattr(got, field.name) is None] == []
+    unset = [field.name for field in fields(got) if getattr(got, field.name) is None]
+    assert unset == ["experts_per_layer", "expert_hit_rate"], "which no experts are routed for"
+
+
+def test_routed_experts_are_counted_and_their_bytes_are_those_of_the_bound(make_plan, machine):
+    work = ["workload.batch_size=1", "workload.gen_len=3"]
+    plan = make_plan("model=mixtral-8x7b", "engine=stream", "quant=int4", "offload=cpu", *work, on=machine("measured"))
+    spread = figures(measured((2.0, 0.5, 0.5)), plan)
+    one, two = (
+        Pass(ttft_s=2.0, total_s=3.0, step_s=[0.5, 0.5], routed=Routed(64, 100, copied, copied * 10**8))
+        for copied in (20, 60)
+    )
+    got = figures(Samples(load_s=1.0, warmup=[], measured=[one, two]), plan)
+
+    assert plan.storage.routes
+    assert (got.experts_per_layer, got.expert_hit_rate) == (100 / 64, 1 - 80 / 200)
+    assert got.link_bytes_per_s == pytest.approx(80 * 10**8 / 4 / 0.5)
+    ratio = 80 * 10**8 / 4 / plan.streamed_bytes_per_step
+    assert got.fraction_of_bound == pytest.approx(ratio * spread.fraction_of_bound)
+    assert got.decode_prediction_error < spread.decode_prediction_error, "it is given fewer bytes"

@@ -163,7 +163,8 @@ def test_samples_are_those_of_the_measured_passes_with_warm_up_apart(done):
         "ttft_s": [2.0, 2.0],
         "total_s": [3.0, 3.0],
         "step_s": [[0.4, 0.6], [0.4, 0.6]],
-        "warmup": [{"ttft_s": 2.0, "total_s": 3.0, "step_s": [0.4, 0.6]}],
+        "routed": [None, None],
+        "warmup": [{"ttft_s": 2.0, "total_s": 3.0, "step_s": [0.4, 0.6], "routed": None}],
     }
 
 

@@ -5,7 +5,7 @@ docs/stream.md has a picture of it.
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.disk_access import reading
 from zi_experiments.engines.hf_session import HFSession
 from zi_experiments.engines.modules import device_of, names_of, put
-from zi_experiments.engines.stream import placement
+from zi_experiments.engines.stream import placement, routing
 from zi_experiments.models import weights
 from zi_experiments.models.architecture import decoder_layers
 from zi_experiments.runtime import distributed
@@ -67,6 +67,8 @@ def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
         "resident_bytes": sum(layer.resident.nbytes for layer in placed),
         "workspace_bytes": plan.workspace_bytes,
         "layers_on_disk": sum(layer.on_disk for layer in placed),
+        "most_routed_tokens": routing.most_tokens(plan) if plan.storage.routes else 0,
+        "expert_slots": placement.expert_slots(plan, placed),
         "folder": scratch,
     }
 
@@ -83,6 +85,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     from zi_experiments.engines.stream.layers import StreamedLayer
     from zi_experiments.engines.stream.loading import Loader
     from zi_experiments.engines.stream.parking import parked
+    from zi_experiments.engines.stream.short_passes import ShortPasses
 
     device, dtype = device_of(plan), getattr(torch, plan.dtype)
     placed = placement.place(plan)
@@ -108,11 +111,28 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         layers.append(layer)
         if index in streamed:
             layer.attach(source, streamed.index(index))
+    short = None
+    if plan.storage.routes or plan.storage.packed_tokens or plan.storage.recorded:
+        short = ShortPasses(plan, layers, store, streamed, device)
+    cache: Any = make_cache(plan, device)
+    if short and plan.storage.recorded:
+        short.record(model, cache)
     progress.end()
     homes = dict(zip(streamed, (home for home, _ in store.pieces()), strict=True))
-    inventory = partial(_inventory, model, prefix, layers, homes, store)
-    aside = partial(parked, expanded, resident, plan.storage.parked_bytes)
-    return HFSession(model, device, make_cache(plan, device), inventory=inventory, parked=aside, close=store.close)
+
+    def aside() -> AbstractContextManager[None]:
+        buffers = [expanded, *(short.give_up() if short else [])]
+        return parked(buffers, resident, plan.storage.parked_bytes)
+
+    return HFSession(
+        model,
+        device,
+        cache,
+        inventory=partial(_inventory, model, prefix, layers, homes, store),
+        parked=aside,
+        short=short,
+        close=store.close,
+    )
 
 
 def _inventory(model: Any, prefix: str, layers: list[Any], homes: dict[int, Home], store: Any) -> Inventory:
@@ -140,4 +160,6 @@ def _source(plan: Plan, store: Any, device: Any) -> Any:
 
     if plan.run.hardware.num_gpus > 1:
         return Ring(store, placement.slots(plan), device, torch.distributed.new_group())
-    return Ring(store, placement.slots(plan), device, None) if device.type == "cuda" else InPlace(store)
+    if device.type == "cpu":
+        return InPlace(store)
+    return Ring(store, placement.slots(plan), device, None, wraps=not plan.storage.routes)

@@ -53,49 +53,64 @@ class DeviceCache(Cache):  # type: ignore[misc]
                     kept[index].emptied() if index in kept else _RoomyLayer(self._capacity, self._sequences)
                 )
 
+    def has_room(self) -> bool:
+        """Return whether all layers have keys and values, and room for another token."""
+        return all(isinstance(layer, _RoomyLayer) and layer.has_room() for layer in self.layers)
+
+    def room(self) -> tuple[int, ...]:
+        """Return where the room of the first layer is, and for how many tokens: it is another one after it has grown."""
+        return (self.layers[0].rooms[0].data_ptr(), self.layers[0].rooms[0].shape[2])
+
+    def advance(self) -> None:
+        """Count a token that was written to the rooms of all layers."""
+        for layer in self.layers:
+            layer.held += 1
+
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values are views of the first tokens of larger tensors (batch, heads, capacity, head_dim)."""
-
-    keys: Any
-    values: Any
+    """Keys and values are the first tokens of larger tensors (batch, heads, capacity, head_dim)."""
 
     def __init__(self, capacity: int, sequences: int) -> None:
         super().__init__()
         self._capacity, self._sequences = capacity, sequences
-        self._rooms: list[torch.Tensor] = []
+        self.rooms: list[torch.Tensor] = []
+        self.held = 0  # tokens
 
     def emptied(self) -> "_RoomyLayer":
-        self.keys = self.values = None
-        self.is_initialized = False
+        self.held, self.is_initialized = 0, False
         return self
+
+    def has_room(self) -> bool:
+        return self.is_initialized and 0 < self.held < self.rooms[0].shape[2]
+
+    def get_seq_length(self) -> int:
+        return self.held
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        held = self.get_seq_length()
-        total = held + key_states.shape[-2]
+        total = self.held + key_states.shape[-2]
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
         if not self._fits(key_states, total):
-            self._grow((key_states, value_states), held, total)
-        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
-            room[:, :, held:total] = states
-        keys, values = (room[:, :, :total] for room in self._rooms)
-        self.keys, self.values = keys, values
-        return keys, values
+            self._grow((key_states, value_states), total)
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room[:, :, self.held : total] = states
+        self.held = total
+        self.keys, self.values = (room[:, :, :total] for room in self.rooms)
+        return self.keys, self.values
 
     def _fits(self, states: torch.Tensor, total: int) -> bool:
-        return bool(self._rooms) and self._rooms[0].shape[0] == states.shape[0] and self._rooms[0].shape[2] >= total
+        return bool(self.rooms) and self.rooms[0].shape[0] == states.shape[0] and self.rooms[0].shape[2] >= total
 
-    def _grow(self, new: tuple[torch.Tensor, torch.Tensor], held: int, total: int) -> None:
-        old: tuple[Any, Any] = (self.keys, self.values)
-        self._rooms = []
+    def _grow(self, new: tuple[torch.Tensor, torch.Tensor], total: int) -> None:
+        old, self.rooms = self.rooms, []
         share = min(self._capacity, self._capacity * self._sequences // new[0].shape[0])
-        for before, states in zip(old, new, strict=True):
+        for index, states in enumerate(new):
             batch, heads, _, head_dim = states.shape
-            room = states.new_empty(batch, heads, max(share, total), head_dim)
-            if held:
-                room[:, :, :held] = before
-            self._rooms.append(room)
+            # what attention masks must be finite: it is multiplied by zero
+            room = states.new_zeros(batch, heads, max(share, total), head_dim)
+            if self.held:
+                room[:, :, : self.held] = old[index][:, :, : self.held]
+            self.rooms.append(room)

@@ -28,18 +28,41 @@ def _weights(code, scale, reciprocal, minimum, dtype: tl.constexpr):  # type: ig
     return (quotient.to(dtype).to(tl.float32) + minimum.to(tl.float32)).to(dtype)
 
 
+@triton.jit
+def _row(chosen):  # type: ignore[no-untyped-def]
+    """Return which slab the program expands: its own number, or the chosen one at that place."""
+    index = tl.program_id(1).to(tl.int64)
+    return tl.load(chosen + index) if chosen is not None else index
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _expand_groups(  # type: ignore[no-untyped-def]
-    codes, scales, minima, out, start, groups, bits: tl.constexpr, group_size: tl.constexpr, block: tl.constexpr
+    codes,
+    scales,
+    minima,
+    out,
+    chosen,
+    start,
+    target,
+    groups,
+    codes_stride,
+    groups_stride,
+    bits: tl.constexpr,
+    group_size: tl.constexpr,
+    block: tl.constexpr,
 ):
     """Groups along rows: a program expands `block` groups, as the rows of its tile."""
     dtype: tl.constexpr = out.dtype.element_ty
+    row = _row(chosen)
     group = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = group < groups
     first = start // group_size + group
-    scale, reciprocal = _reciprocals(tl.load(scales + first, mask=inside, other=1.0)[:, None])
-    minimum = tl.load(minima + first, mask=inside, other=0.0)[:, None]
-    each = first[:, None] * group_size + tl.arange(0, group_size)[None, :]
+    scale = tl.load(scales + row * groups_stride + first, mask=inside, other=1.0)
+    scale, reciprocal = _reciprocals(scale[:, None])
+    minimum = tl.load(minima + row * groups_stride + first, mask=inside, other=0.0)[:, None]
+    codes += row * codes_stride
+    out += target + tl.program_id(1).to(tl.int64) * groups * group_size
+    each = group[:, None] * group_size + tl.arange(0, group_size)[None, :]
     if bits == 4:
         pair = first[:, None] * (group_size // 2) + tl.arange(0, group_size // 2)[None, :]
         both = tl.load(codes + pair, mask=inside[:, None], other=0)
@@ -47,7 +70,7 @@ def _expand_groups(  # type: ignore[no-untyped-def]
         odd = _weights(both & 15, scale, reciprocal, minimum, dtype)
         tl.store(out + each, tl.interleave(even, odd), mask=inside[:, None])
     else:
-        code = tl.load(codes + each, mask=inside[:, None], other=0)
+        code = tl.load(codes + start + each, mask=inside[:, None], other=0)
         tl.store(out + each, _weights(code, scale, reciprocal, minimum, dtype), mask=inside[:, None])
 
 
@@ -57,24 +80,31 @@ def _expand_elements(  # type: ignore[no-untyped-def]
     scales,
     minima,
     out,
+    chosen,
     start,
+    target,
     count,
     columns,
+    codes_stride,
+    groups_stride,
     bits: tl.constexpr,
     group_size: tl.constexpr,
     across_rows: tl.constexpr,
     block: tl.constexpr,
 ):
     """Groups of any shape: each weight looks up its own group."""
+    row = _row(chosen)
     element = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = element < count
-    code = tl.load(codes + (start + element) // (8 // bits), mask=inside, other=0)
+    code = tl.load(codes + row * codes_stride + (start + element) // (8 // bits), mask=inside, other=0)
     if bits == 4:
         code = tl.where(element % 2 == 0, code >> 4, code & 15)
     group = element // columns // group_size * columns + element % columns if across_rows else element // group_size
-    scale, reciprocal = _reciprocals(tl.load(scales + start // group_size + group, mask=inside, other=1.0))
-    minimum = tl.load(minima + start // group_size + group, mask=inside, other=0.0)
-    tl.store(out + start + element, _weights(code, scale, reciprocal, minimum, out.dtype.element_ty), mask=inside)
+    group += row * groups_stride + start // group_size
+    scale, reciprocal = _reciprocals(tl.load(scales + group, mask=inside, other=1.0))
+    minimum = tl.load(minima + group, mask=inside, other=0.0)
+    out += target + tl.program_id(1).to(tl.int64) * count
+    tl.store(out + element, _weights(code, scale, reciprocal, minimum, out.dtype.element_ty), mask=inside)
 
 
 def expand_spans(
@@ -82,20 +112,31 @@ def expand_spans(
     scales: torch.Tensor,
     minima: torch.Tensor,
     out: torch.Tensor,
-    spans: list[tuple[int, int, int]],
+    matrices: list[tuple[int, int, int, int]],
     quant: Quant,
+    chosen: torch.Tensor | None,
 ) -> None:
-    """Expand `spans` (first element, rows, columns) of packed integers into the same elements of `out`."""
+    """Expand `matrices` (first element, rows, columns, target) of several slabs; parts have the shape (slabs, …).
+
+    Those of the `chosen` slabs, or of all, follow one another in `out` from element `target` on.
+    """
     bits, group_size = quant.bits, quant.group_size
     assert group_size is not None
     along_rows = quant.group_dim == 1
-    for start, rows, columns in spans:
+    slabs = len(codes) if chosen is None else len(chosen)
+    strides = codes.stride(0), scales.stride(0)
+    for start, rows, columns, target in matrices:
         count = rows * columns
+        grid = (triton.cdiv(count, BLOCK), slabs)
         kernel: Any
         if along_rows and group_size & (group_size - 1) == 0 and group_size <= BLOCK:
-            block = BLOCK // group_size
-            kernel = _expand_groups[(triton.cdiv(count, BLOCK),)]
-            kernel(codes, scales, minima, out, start, count // group_size, bits, group_size, block)
+            groups, block = count // group_size, BLOCK // group_size
+            kernel = _expand_groups[grid]
+            kernel(codes, scales, minima, out, chosen, start, target, groups, *strides, bits, group_size, block)
         else:
-            kernel = _expand_elements[(triton.cdiv(count, BLOCK),)]
-            kernel(codes, scales, minima, out, start, count, columns, bits, group_size, not along_rows, BLOCK)
+            kernel = _expand_elements[grid]
+            across_rows = not along_rows
+            kernel(
+                codes, scales, minima, out, chosen, start, target, count, columns, *strides, bits, group_size,
+                across_rows, BLOCK,
+            )  # fmt: skip

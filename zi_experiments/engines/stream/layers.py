@@ -1,16 +1,21 @@
 """Decoder layers with streamed weights: Hugging Face's own modules, with parameters that point into slabs."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from zi_experiments.engines.stream.expert_pool import Source as ExpertSource
+from zi_experiments.engines.stream.experts import RoutedExperts
+from zi_experiments.engines.stream.few_tokens import FewTokens
 from zi_experiments.engines.stream.micro_batches import in_blocks
+from zi_experiments.engines.stream.packed_linear import PackedLinears
 from zi_experiments.engines.stream.placement import LayerPlacement
-from zi_experiments.engines.stream.quantized import expand
+from zi_experiments.engines.stream.quantized import expand, expand_own
 from zi_experiments.engines.stream.ring import Source
-from zi_experiments.engines.stream.slab import plain_views, views
+from zi_experiments.engines.stream.slab import expanded_views, experts_in, plain_views
 
 
 class StreamedLayer:
@@ -38,14 +43,38 @@ class StreamedLayer:
         self._slots: dict[int, dict[str, nn.Parameter]] = {}  # parameters in each slot, by its address
         self._source: Source | None = None
         self._index = 0
+        self._experts: RoutedExperts | None = None
+        self._packed: PackedLinears | None = None
+        self._few = FewTokens()
         fixed = plain_views(resident, placed.resident, self._dtype)
-        fixed |= views(self._expanded[0], placed.resident.quantized)
-        self._point(_as_parameters(fixed | views(self._expanded[1], placed.streamed.quantized)))
+        fixed |= expanded_views(self._expanded[0], placed.resident)
+        self._point(_as_parameters(fixed | expanded_views(self._expanded[1], placed.streamed)))
         layer.forward = self._run
 
     def attach(self, source: Source, index: int) -> None:
         """Set the source of the slab; `index` counts the streamed layers only."""
         self._source, self._index = source, index
+
+    def resident_experts(self) -> torch.Tensor | None:
+        """Return the experts that stay on the device, of shape (experts, bytes); None if the layer has none there."""
+        return experts_in(self.resident, self._placed.resident) if self._placed.resident.experts else None
+
+    def shorten(self, few: FewTokens, experts: ExpertSource | None) -> RoutedExperts | None:
+        """Compute passes of few tokens in other ways, with routed experts from `experts`. Return what computes them."""
+        self._few, packed = few, PackedLinears(self._layer, self.resident, self._placed.resident)
+        self._packed = packed if packed.complete else None
+        if experts is not None:
+            self._experts = self._routed(experts)
+        return self._experts
+
+    def _routed(self, source: ExpertSource) -> RoutedExperts:
+        places = ((self._placed.resident, self._expanded[0]), (self._placed.streamed, self._expanded[1]))
+        layout, expanded = next(place for place in places if place[0].experts)
+        assert layout.experts is not None
+        each, module = layout.experts.each, layout.experts.each.names[0].rpartition(".")[0]
+        return RoutedExperts(
+            self._layer.get_submodule(module), each, source, expanded[layout.own_elements :], self._few
+        )
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self._layer.parameters()
@@ -66,15 +95,38 @@ class StreamedLayer:
             yield name, numel, is_resident or _lies_in(parameter, self.resident)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        tokens: int = states.shape[:-1].numel()
+        routed: AbstractContextManager[None] = nullcontext()
+        if self._experts is not None and tokens <= self._few.routed:
+            routed = self._experts.routed()
+        elif self._source is not None:
+            return self._run_streamed(args, kwargs)
+        elif self._placed.resident.experts:
+            expand(self.resident, self._placed.resident, self._expanded[0])
+            return self._compute(args, kwargs)
+        with routed, self._own_weights(tokens):
+            return self._compute(args, kwargs)
+
+    def _run_streamed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._source is not None
         expand(self.resident, self._placed.resident, self._expanded[0])
-        if self._source is None:
-            return in_blocks(self._forward, args, kwargs, self._micro_batches)
         slab = self._source.take(self._index)
         self._point(self._in_slot(slab))
         expand(slab, self._placed.streamed, self._expanded[1])
-        output = in_blocks(self._forward, args, kwargs, self._micro_batches)
+        output = self._compute(args, kwargs)
         self._source.hand_back()
         return output
+
+    def _own_weights(self, tokens: int) -> AbstractContextManager[None]:
+        """Return a context for resident weights beside experts: they are expanded, or multiplied as packed."""
+        if self._packed is not None and tokens <= self._few.packed:
+            return self._packed.used()
+        expand_own(self.resident, self._placed.resident, self._expanded[0])
+        return nullcontext()
+
+    def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return in_blocks(self._forward, args, kwargs, self._micro_batches)
 
     def _in_slot(self, slab: torch.Tensor) -> dict[str, nn.Parameter]:
         address = slab.data_ptr()

@@ -1,8 +1,10 @@
 """Fill slabs: each layer's weights are made or read, and quantized, on the device, then copied to where they stay."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,15 @@ import torch
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.engines.stream.placement import BUFFERS, LayerPlacement
 from zi_experiments.engines.stream.quantized import expand, pack
-from zi_experiments.engines.stream.slab import Layout, Place, lay_out, plain_views, views
+from zi_experiments.engines.stream.slab import (
+    Layout,
+    Place,
+    expanded_views,
+    experts_in,
+    lay_out,
+    plain_experts,
+    plain_views,
+)
 from zi_experiments.engines.stream.store import DirectFile, Store
 from zi_experiments.models.architecture import Parameter
 from zi_experiments.models.weights import PretrainedWeights, RandomWeights
@@ -41,14 +51,14 @@ class Loader:
         """Yield name and value, on the device, of parameters outside the layers; quantized ones stay expanded."""
         for parameter in self._parameters.values():
             if parameter.layer is None:
-                layout = lay_out([("weight", parameter)], self._quantized([parameter]), self._plan.run.quant, 1)
+                layout = lay_out([("weight", parameter)], self._quantized([parameter]), self._plan.run.quant)
                 value = self._value(parameter)
                 if layout.quantized:
                     slab = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device)
                     pack(value, slab, layout, layout.quantized[0])
                     expanded = torch.empty(layout.elements, dtype=self._dtype, device=self._device)
                     expand(slab, layout, expanded)
-                    value = views(expanded, layout.quantized)["weight"]
+                    value = expanded_views(expanded, layout)["weight"]
                 self._progress.advance(value.nbytes)
                 yield parameter.name, value
 
@@ -104,23 +114,48 @@ class Loader:
         return slab[distributed.rank() * share :][:share] if layer.streamed.shares > 1 else slab
 
     def _fill(self, slab: torch.Tensor, prefix: str, layout: Layout) -> None:
-        plain = plain_views(slab, layout, self._dtype)
         modules = defaultdict(list)
-        for place in (*layout.plain, *layout.quantized):
-            modules[place.name.rpartition(".")[0]].append(place)
+        for fill in (self._fill_own(slab, prefix, layout), self._fill_experts(slab, prefix, layout)):
+            for name, one in fill:
+                modules[name.rpartition(".")[0]].append(one)
 
         @torch.no_grad()
-        def fill_module(places: list[Place]) -> None:
-            for place in places:
-                name = f"{prefix}.{place.name}"
-                if place.name in plain:
-                    self._weights.fill(name, plain[place.name])
-                else:
-                    pack(self._value(self._parameters[name]), slab, layout, place)
+        def fill_module(parameters: list[Callable[[], None]]) -> None:
+            for fill in parameters:
+                fill()
 
         for _ in self._readers.map(fill_module, modules.values()):
             pass  # a failure is raised here
         self._progress.advance(layout.nbytes)
+
+    def _fill_own(self, slab: torch.Tensor, prefix: str, layout: Layout) -> Iterator[tuple[str, Callable[[], None]]]:
+        """Yield each parameter's name, beside experts, and what fills its place in a slab."""
+        plain = plain_views(slab, replace(layout, experts=None), self._dtype)
+        for place in layout.plain:
+            yield place.name, partial(self._weights.fill, f"{prefix}.{place.name}", plain[place.name])
+        for place in layout.quantized:
+            yield place.name, partial(self._pack, f"{prefix}.{place.name}", slab[None], layout, place)
+
+    def _fill_experts(
+        self, slab: torch.Tensor, prefix: str, layout: Layout
+    ) -> Iterator[tuple[str, Callable[[], None]]]:
+        """Yield each stacked parameter's name, and what fills its places in a slab."""
+        if layout.experts is None:
+            return
+        experts, each = experts_in(slab, layout), layout.experts.each
+        for name, stacked in plain_experts(experts, each, self._dtype).items():
+            yield name, partial(self._copy, f"{prefix}.{name}", stacked)
+        for place in each.quantized:
+            yield place.name, partial(self._pack, f"{prefix}.{place.name}", experts, each, place)
+
+    def _pack(self, name: str, slabs: torch.Tensor, layout: Layout, place: Place) -> None:
+        """Quantize a parameter into its place in a slab, or a stack of them into slabs of shape (experts, bytes)."""
+        value = self._value(self._parameters[name]).view(len(slabs), *place.shape)
+        for slab, one in zip(slabs, value, strict=True):
+            pack(one, slab, layout, place)
+
+    def _copy(self, name: str, target: torch.Tensor) -> None:
+        target.copy_(self._value(self._parameters[name]))
 
     def _value(self, parameter: Parameter) -> torch.Tensor:
         value = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)

@@ -7,11 +7,11 @@ import torch
 
 
 @contextmanager
-def parked(expanded: torch.Tensor, slabs: list[torch.Tensor], nbytes: int) -> Iterator[None]:
-    """Move the first `slabs` that have `nbytes` together to pageable host memory, and free `expanded`, in the context.
+def parked(buffers: list[torch.Tensor], slabs: list[torch.Tensor], nbytes: int) -> Iterator[None]:
+    """Move the first `slabs` that have `nbytes` together to pageable host memory, and free `buffers`, in the context.
 
-    The content of `expanded` is lost: every layer writes it before reading it. Storages are emptied and filled again in
-    place, so that parameters, which are views of them, stay valid.
+    The content of `buffers` is lost. Storages are emptied and filled again in place, so that parameters, which are views
+    of them, stay valid.
     """
     waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
     for slab in slabs:
@@ -19,14 +19,16 @@ def parked(expanded: torch.Tensor, slabs: list[torch.Tensor], nbytes: int) -> It
             break
         waiting.append((slab, slab.to("cpu", copy=True)))
         slab.untyped_storage().resize_(0)
-    room = expanded.untyped_storage().nbytes()
-    expanded.untyped_storage().resize_(0)
+    rooms = [buffer.untyped_storage().nbytes() for buffer in buffers]
+    for buffer in buffers:
+        buffer.untyped_storage().resize_(0)
     torch.cuda.empty_cache()  # cached blocks of these sizes fit nothing else
     try:
         yield
     finally:
         torch.cuda.empty_cache()
-        expanded.untyped_storage().resize_(room)
+        for buffer, room in zip(buffers, rooms, strict=True):
+            buffer.untyped_storage().resize_(room)
         for slab, copy in waiting:
             slab.untyped_storage().resize_(copy.nbytes)
             slab.copy_(copy)

@@ -1,5 +1,6 @@
 """Which weights stay on the device, which are streamed, and from where. Figures only."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,18 +11,25 @@ from zi_experiments.config.schema import CacheDevice, OffloadDevice, Verify
 from zi_experiments.cost_model.inventory import Home, Stored
 from zi_experiments.cost_model.plan import Overlap, Placement, Storage
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
+from zi_experiments.engines.stream import routing
 from zi_experiments.engines.stream.slab import Layout, lay_out
 from zi_experiments.models.architecture import Parameter
 
 OVERLAP = Overlap(
     hidden=1.0,
+    hidden_if_routed=0.15,
     launch=1.55,
+    launch_routed=0.98,
+    stall_recorded=0.15,
+    packed=0.75,
     stall=0.0,
     load_s=0.9,
     load_s_per_parameter=3e-12,
     load_s_per_quantized=2e-11,
     pinning=3.0,
 )
+PACKED_TOKENS = 2  # more tokens share the work to expand weights
+MOST_RECORDED = 8192  # tokens in the KV cache: a recorded step reads its whole room, whatever is used of it
 BUFFERS = 4  # of one slab each, in host memory in front of the GPU's slots, when slabs come from disk
 PARALLEL = 4  # requests for one slab at a time, unless offload.aio.intra_op_parallelism sets another number
 
@@ -40,7 +48,12 @@ class _Layer:
     """The parameters of equal decoder layers: most models have one kind."""
 
     parameters: tuple[tuple[str, Parameter], ...]  # of the first such layer, with their names in it
-    stored_bytes: dict[str, int]  # of each parameter, the smallest first
+    stored_bytes: dict[str, int]  # of each parameter, and of all experts together, the smallest first
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The key of all experts together in `stored_bytes`, if the layer has experts."""
+        return tuple(dict.fromkeys(_unit(name, p) for name, p in self.parameters if p.experts))
 
 
 def place(spec: Spec) -> tuple[LayerPlacement, ...]:
@@ -48,19 +61,59 @@ def place(spec: Spec) -> tuple[LayerPlacement, ...]:
     layers = _layers(spec)
     resident = spec.run.offload.resident
     if spec.run.offload.device is OffloadDevice.none:
-        return _split(spec, layers, 0)
+        return _split(spec, layers, _evenly(layers, 0))
+    if resident == "auto" and _excess(spec, placed := _split(spec, layers, _evenly(layers, 0))) <= 0:
+        return placed
+    if routing.pays(spec):
+        placed = _split(spec, layers, [layer.experts for layer in layers])
+        if _excess(spec, placed) <= 0:
+            return placed
     total = sum(sum(layer.stored_bytes.values()) for layer in layers)
     if resident != "auto":
-        return _split(spec, layers, ceil((1 - resident) * total))
+        return _split(spec, layers, _evenly(layers, ceil((1 - resident) * total)))
     # streamed weights need slots, which take room from resident weights
-    room, needed = _room(spec), 0
-    placed = _split(spec, layers, needed)
-    while (excess := sum(layer.resident.nbytes for layer in placed) + _buffer_bytes(spec, placed) - room) > 0:
+    needed = 0
+    placed = _split(spec, layers, _evenly(layers, needed))
+    while (excess := _excess(spec, placed)) > 0:
         if needed >= total:
             break  # nothing can stay; the planner refuses the run if even that is too much
         needed = min(total, sum(layer.streamed.nbytes for layer in placed) + excess)
-        placed = _split(spec, layers, needed)
+        placed = _split(spec, layers, _evenly(layers, needed))
     return placed
+
+
+def is_routed(spec: Spec, placed: Sequence[LayerPlacement]) -> bool:
+    """Return whether decode steps bring routed experts only: then all other weights stay on the device."""
+    streamed = [layer.streamed for layer in placed]
+    copies = spec.machine.device == "cuda" and routing.stacks(streamed)
+    saves = spec.run.quant.bits < 16 or bool(copies)  # what neither crosses nor is expanded costs nothing
+    return saves and routing.pays(spec) and not any(layout.own_bytes for layout in streamed)
+
+
+def steps_in_place(spec: Spec, placed: Sequence[LayerPlacement]) -> bool:
+    """Return whether decode steps copy nothing but experts."""
+    return is_routed(spec, placed) or not any(layer.streamed.nbytes for layer in placed)
+
+
+def _is_recorded(spec: Spec) -> bool:
+    """Return whether a decode step's operations are the same for every token, as far as the architecture tells."""
+    work, arch = spec.run.workload, spec.architecture
+    grows = (
+        bool(arch.kv_layers) and all(layer.max_tokens is None for layer in arch.kv_layers) and not arch.has_own_cache
+    )
+    in_place = spec.run.kv_cache.device is CacheDevice.gpu and work.micro_batches == 1
+    return grows and in_place and work.sequences * (work.prompt_len + work.gen_len) <= MOST_RECORDED
+
+
+def expert_slots(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
+    """Return how many experts have a place on the GPU, copied there when they are needed; 0: none is copied alone."""
+    if spec.machine.device == "cpu" or not is_routed(spec, placed):
+        return 0
+    resident, streamed = sum(layer.resident.nbytes for layer in placed), [layer.streamed for layer in placed]
+    if spec.run.offload.resident == "auto":
+        return routing.slots(spec, streamed, _room(spec) - resident - _ring_bytes(spec, placed))
+    total = resident + sum(layer.nbytes for layer in streamed)
+    return routing.slots(spec, streamed, int(spec.run.offload.resident * total) - resident)
 
 
 def storage(spec: Spec) -> Storage:
@@ -71,6 +124,7 @@ def storage(spec: Spec) -> Storage:
     disk = sum(layer.streamed.nbytes for layer in placed if layer.on_disk)
     largest = max((layer.streamed.nbytes for layer in placed if layer.on_disk), default=0)
     expanded = ELEMENT_BYTES * expanded_elements(placed)
+    streamed, routed = [layer.streamed for layer in placed], expert_slots(spec, placed) > 0
     return Storage(
         placement=Placement(
             gpu_bytes=resident if on_gpu else 0,
@@ -80,8 +134,13 @@ def storage(spec: Spec) -> Storage:
         copied_bytes=(ranks - 1) * resident,
         expanded_numel=sum(p.numel for p in spec.architecture.parameters if p.layer is None and spec.is_quantized(p)),
         streamed_bytes_per_pass=host + disk if on_gpu else 0,
+        streamed_bytes_per_step=routing.copied_per_step(spec, streamed, expert_slots(spec, placed)) if routed else None,
+        routes=is_routed(spec, placed),
+        packed_tokens=PACKED_TOKENS if on_gpu and steps_in_place(spec, placed) and spec.run.quant.bits < 16 else 0,
+        recorded=on_gpu and steps_in_place(spec, placed) and _is_recorded(spec),
         host_buffer_bytes=BUFFERS * largest + (0 if on_gpu else ranks * expanded),
         gpu_buffer_bytes=_buffer_bytes(spec, placed) if on_gpu else 0,
+        cached_bytes=expert_slots(spec, placed) * routing.slot_bytes(streamed),
         parked_bytes=_parked_bytes(spec, placed),
         overlap=OVERLAP,
     )
@@ -95,7 +154,7 @@ def stored(spec: Spec) -> dict[str, Stored]:
             found[p.name] = Stored(numel=p.numel, home=spec.device_home)
             continue
         layer = placed[p.layer]
-        streamed = any(place.name == name_in_layer(p) for place in (*layer.streamed.plain, *layer.streamed.quantized))
+        streamed = name_in_layer(p) in layer.streamed.names
         source = Home.nvme if layer.on_disk else Home.cpu
         found[p.name] = Stored(numel=spec.stored_numel(p), home=source if streamed else spec.device_home)
     return found
@@ -120,10 +179,17 @@ def _layers(spec: Spec) -> list[_Layer]:
         named = tuple((name_in_layer(p), p) for p in group)
         kind = tuple((name, p.shape, p.quantizable) for name, p in named)
         if kind not in kinds:
-            sizes = sorted(((name, ELEMENT_BYTES * spec.stored_numel(p)) for name, p in named), key=lambda one: one[1])
-            kinds[kind] = _Layer(parameters=named, stored_bytes=dict(sizes))
+            sizes = Counter[str]()
+            for name, p in named:
+                sizes[_unit(name, p)] += ELEMENT_BYTES * spec.stored_numel(p)
+            kinds[kind] = _Layer(parameters=named, stored_bytes=dict(reversed(sizes.most_common())))
         layers.append(kinds[kind])
     return layers
+
+
+def _unit(name: str, parameter: Parameter) -> str:
+    """Return what a parameter moves with: its own name in the layer, or its module's if it belongs to experts."""
+    return name.rpartition(".")[0] if parameter.experts else name
 
 
 def _outside_bytes(spec: Spec) -> int:
@@ -131,34 +197,38 @@ def _outside_bytes(spec: Spec) -> int:
     return ELEMENT_BYTES * sum(p.numel for p in spec.architecture.parameters if p.layer is None)
 
 
-def _split(spec: Spec, layers: list[_Layer], needed: int) -> tuple[LayerPlacement, ...]:
-    """Return placements that stream `needed` bytes or more, a part of every layer: slots are small, copies steady."""
+def _evenly(layers: list[_Layer], needed: int) -> list[tuple[str, ...]]:
+    """Return what each layer streams of `needed` bytes or more: a part of every one, so that slots are small."""
+    streamed, sent = [], 0
+    for index, layer in enumerate(layers):
+        due = -(-needed * (index + 1) // len(layers))
+        streamed.append(tuple(_choose(layer, due - sent)))
+        sent += sum(layer.stored_bytes[name] for name in streamed[-1])
+    return streamed
+
+
+def _split(spec: Spec, layers: list[_Layer], streamed: list[tuple[str, ...]]) -> tuple[LayerPlacement, ...]:
+    """Return the placements of layers that stream what is given by its names in `stored_bytes`."""
 
     @cache
     def with_streamed(layer: _Layer, chosen: tuple[str, ...]) -> LayerPlacement:
         quantized = {p.name for _, p in layer.parameters if spec.is_quantized(p)}
-        stays = [(name, p) for name, p in layer.parameters if name not in chosen]
-        goes = [(name, p) for name, p in layer.parameters if name in chosen]
+        stays = [(name, p) for name, p in layer.parameters if _unit(name, p) not in chosen]
+        goes = [(name, p) for name, p in layer.parameters if _unit(name, p) in chosen]
         return LayerPlacement(
-            resident=lay_out(stays, quantized, spec.run.quant, shares=1),
+            resident=lay_out(stays, quantized, spec.run.quant),
             streamed=lay_out(goes, quantized, spec.run.quant, shares=spec.run.hardware.num_gpus),
             on_disk=False,
         )
 
-    placed, sent = [], 0
-    for index, layer in enumerate(layers):
-        due = -(-needed * (index + 1) // len(layers))
-        chosen = tuple(_choose(layer, due - sent))
-        sent += sum(layer.stored_bytes[name] for name in chosen)
-        placed.append(with_streamed(layer, chosen))
+    placed = [with_streamed(layer, chosen) for layer, chosen in zip(layers, streamed, strict=True)]
     if spec.run.offload.device is not OffloadDevice.nvme:
         return tuple(placed)
+    sent = [index for index, layer in enumerate(placed) if layer.streamed.nbytes]
     in_memory = _fitting_host(spec, placed) if spec.run.offload.resident == "auto" else 0
-    spread = [(i + 1) * in_memory // len(placed) > i * in_memory // len(placed) for i in range(len(placed))]
-    return tuple(
-        replace(layer, on_disk=layer.streamed.nbytes > 0 and not held)
-        for layer, held in zip(placed, spread, strict=True)
-    )
+    # spread over the layers, so that the disk reads ahead steadily
+    held = {index for i, index in enumerate(sent) if (i + 1) * in_memory // len(sent) > i * in_memory // len(sent)}
+    return tuple(replace(layer, on_disk=index in sent and index not in held) for index, layer in enumerate(placed))
 
 
 def _choose(layer: _Layer, bytes_due: int) -> Iterator[str]:
@@ -199,9 +269,23 @@ def _parked_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
     return min(resident, max(0, spec.observed_bytes + 2 * spec.reference_bytes - free))
 
 
-def _buffer_bytes(spec: Spec, placed: tuple[LayerPlacement, ...]) -> int:
-    """Return the bytes of the slots, and of the buffer that quantized layers are expanded into."""
-    return slots(spec) * _largest(placed) + ELEMENT_BYTES * expanded_elements(placed)
+def _excess(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
+    """Return the bytes by which resident weights and buffers exceed the device's memory; negative if they fit."""
+    return sum(layer.resident.nbytes for layer in placed) + _buffer_bytes(spec, placed) - _room(spec)
+
+
+def _buffer_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
+    """Return the bytes of all buffers on the device."""
+    experts = expert_slots(spec, placed) * routing.slot_bytes([layer.streamed for layer in placed])
+    return _ring_bytes(spec, placed) + experts
+
+
+def _ring_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
+    """Return the bytes of the slots for layers, and of the buffers that weights are expanded into or gathered in."""
+    expert, gathered = routing.slot_bytes([layer.streamed for layer in placed]), 0
+    if expert and spec.run.quant.bits == 16 and is_routed(spec, placed):
+        gathered = expert * routing.at_once(spec, expert)
+    return slots(spec) * _largest(placed) + ELEMENT_BYTES * expanded_elements(placed) + gathered
 
 
 def _largest(placed: Sequence[LayerPlacement]) -> int:
@@ -209,7 +293,7 @@ def _largest(placed: Sequence[LayerPlacement]) -> int:
     return max(layer.streamed.nbytes for layer in placed)
 
 
-def expanded_elements(placed: tuple[LayerPlacement, ...]) -> int:
+def expanded_elements(placed: Sequence[LayerPlacement]) -> int:
     """Return the 16-bit elements of the buffer that all quantized layers share: those of the largest layer."""
     return max(layer.resident.elements + layer.streamed.elements for layer in placed)
 
@@ -222,4 +306,4 @@ def _fitting_host(spec: Spec, placed: list[LayerPlacement]) -> int:
     kv = spec.kv_cache_bytes if spec.run.kv_cache.device is CacheDevice.cpu else 0
     beside = spec.process_bytes + kv + BUFFERS * largest + _parked_bytes(spec, placed)
     room = spec.machine.host_memory_bytes * 8 // 10 - beside
-    return min(len(placed), max(0, room // largest)) if largest else 0
+    return min(sum(layer.streamed.nbytes > 0 for layer in placed), max(0, room // largest)) if largest else 0

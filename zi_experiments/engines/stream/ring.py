@@ -39,11 +39,12 @@ class Ring:
     Two events per slot keep the order, and the host waits for neither: `arrived`, the slab is there and its layer may
     compute; `left`, the layer has computed and the next slab may be copied. The n-th slab, counted over all passes,
     goes to slot n modulo slots. So the first layers of the next pass are copied while the last token is being chosen.
+    Unless it `wraps`, it waits for the next pass to begin: another pass may come first, which does not use it.
     With several ranks each copies its share over its own PCIe connection, and an all-gather makes the slab complete.
     """
 
-    def __init__(self, store: Store, slots: int, device: torch.device, group: Any) -> None:
-        self._store, self._group = store, group
+    def __init__(self, store: Store, slots: int, device: torch.device, group: Any, *, wraps: bool = True) -> None:
+        self._store, self._group, self._wraps = store, group, wraps
         ranks = group.size() if group is not None else 1
         self._sizes = [ranks * size for size in store.sizes]
         self._slots = [torch.empty(max(self._sizes), dtype=torch.uint8, device=device) for _ in range(slots)]
@@ -70,7 +71,11 @@ class Ring:
 
     def _send(self, at_least: int = 0) -> None:
         """Launch the copies of all slabs with a free slot that are in host memory, and the first `at_least` anyway."""
-        while self._sent < self._computed + len(self._slots):
+        count, begun = len(self._sizes), max(at_least, self._computed)
+        end = self._computed + len(self._slots)
+        if not self._wraps:
+            end = min(end, -(-begun // count) * count)
+        while self._sent < end:
             index = self._sent % len(self._sizes)
             # ranks gather in step, so none of them stops here because its own disk is behind
             if self._sent >= at_least and self._group is None and not self._store.is_ready(index):

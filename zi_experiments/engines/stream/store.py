@@ -91,6 +91,12 @@ class Store:
             for index, slab in enumerate(self._slabs)
         ]
 
+    def slab(self, index: int) -> torch.Tensor:
+        """Return a slab that is in host memory."""
+        slab = self._slabs[index]
+        assert not isinstance(slab, int)
+        return slab
+
     def start(self, sizes: list[int]) -> None:
         """Begin to read ahead; `sizes` are the bytes of this rank's share of each slab."""
         self.sizes = sizes

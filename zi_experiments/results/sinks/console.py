@@ -13,6 +13,7 @@ from zi_experiments.cost_model.prediction import Prediction
 from zi_experiments.measurement.generated import Generated
 from zi_experiments.results import explanation
 from zi_experiments.results.explanation import LIMITS
+from zi_experiments.results.metrics import as_routed
 from zi_experiments.results.record import Record
 from zi_experiments.units import gigabytes, scaled, seconds
 
@@ -86,7 +87,8 @@ class ConsoleSink:
             self._generated(record.generated)
         if record.bound_passed:
             self._console.print(explanation.passed(record.bound_passed, plan, metrics), highlight=False, soft_wrap=True)
-        if why := explanation.sentence(plan, prediction, metrics):
+        assert record.samples is not None
+        if why := explanation.sentence(as_routed(plan, record.samples), prediction, metrics):
             self._console.print(why, highlight=False, soft_wrap=True)
 
     def _generated(self, generated: Generated) -> None:

@@ -65,13 +65,21 @@ def stored(plan, parameters):
 
 def streamed_of(layer, parameters):
     """Of a layer's parameters, those that are streamed."""
-    names = {place.name for place in layer.streamed.plain + layer.streamed.quantized}
+    names = layer.streamed.names
     return [parameter for parameter in parameters if parameter.name.partition(f".{parameter.layer}.")[2] in names]
+
+
+def units(plan, parameters):
+    """The bytes of what moves together: a parameter, or all experts of a layer."""
+    sizes = {}
+    for p in parameters:
+        sizes[p.experts or p.name] = sizes.get(p.experts or p.name, 0) + stored(plan, [p])
+    return list(sizes.values())
 
 
 @pytest.mark.parametrize(("model", "quant", "resident"), product(MODELS, QUANTS, SHARES))
 def test_what_is_streamed_is_enough_and_even(plan_stream, model, quant, resident):
-    plan = plan_stream(model, quant, resident=resident)
+    plan = plan_stream(model, quant, resident=resident, batch_size=64)  # so many that all experts are needed
     layers, placed = layers_of(plan), placement.place(plan)
     total = sum(stored(plan, layer) for layer in layers)
     needed = ceil((1 - resident) * total)
@@ -79,9 +87,9 @@ def test_what_is_streamed_is_enough_and_even(plan_stream, model, quant, resident
     assert len(placed) == len(layers)
     sent = 0
     for index, (layer, parameters) in enumerate(zip(placed, layers, strict=True)):
-        chosen = [stored(plan, [p]) for p in streamed_of(layer, parameters)]
+        chosen = units(plan, streamed_of(layer, parameters))
         smallest = min(chosen, default=0)
-        others = [size for p in parameters if (size := stored(plan, [p])) < smallest]
+        others = [size for size in units(plan, parameters) if size < smallest]
         sent += sum(chosen)
         due = ceil(needed * (index + 1) / len(layers))
         assert sent >= due, "the first layers stream their share, however many"
@@ -103,14 +111,21 @@ def test_every_parameter_is_in_one_slab_where_kernels_and_disks_want_it(plan_str
 
     for layer, parameters in zip(placement.place(plan), layers_of(plan), strict=True):
         shapes = {p.name.partition(f".{p.layer}.")[2]: (p.shape, plan.is_quantized(p)) for p in parameters}
-        places = [(place, False) for part in (layer.resident, layer.streamed) for place in part.plain]
-        places += [(place, True) for part in (layer.resident, layer.streamed) for place in part.quantized]
-        assert len(places) == len(shapes)
-        assert {place.name: (place.shape, quantized) for place, quantized in places} == shapes
+        found = [place for part in (layer.resident, layer.streamed) for place in places_of(part)]
+        assert len(found) == len(shapes)
+        assert {name: (shape, quantized) for name, shape, quantized in found} == shapes
         assert layer.streamed.nbytes % (PAGE * ranks) == 0
         assert layer.resident.nbytes % PAGE == 0
         for part in (layer.resident, layer.streamed):
             check_layout(part)
+
+
+def places_of(layout):
+    """Name, shape and whether it is quantized of each parameter in a slab."""
+    yield from ((place.name, place.shape, False) for place in layout.plain)
+    yield from ((place.name, place.shape, True) for place in layout.quantized)
+    if layout.experts:
+        yield from ((name, (layout.experts.count, *shape), q) for name, shape, q in places_of(layout.experts.each))
 
 
 @pytest.mark.parametrize("group_size", [32, 96])
@@ -126,7 +141,7 @@ def test_parameters_of_odd_sizes_are_aligned(group_size):
 
 
 def check_layout(layout):
-    for places, end in ((layout.plain, layout.regions[0].start // 2), (layout.quantized, layout.elements)):
+    for places, end in ((layout.plain, layout.regions[0].start // 2), (layout.quantized, layout.own_elements)):
         starts = [place.start for place in places]
         assert all(2 * start % ALIGNMENT == 0 for start in starts)
         ends = [place.end for place in places]
@@ -137,10 +152,14 @@ def check_layout(layout):
     assert scales.stop == minima.start
     assert minima.stop <= layout.nbytes
     if layout.quantized:
-        groups = layout.elements // layout.quant.group_size
-        assert integers.stop - integers.start >= layout.elements * layout.quant.bits // 8
+        groups = layout.own_elements // layout.quant.group_size
+        assert integers.stop - integers.start >= layout.own_elements * layout.quant.bits // 8
         assert scales.stop - scales.start == minima.stop - minima.start >= 2 * groups
         assert all(place.start % layout.quant.group_size == 0 for place in layout.quantized)
+    if layout.experts:
+        check_layout(layout.experts.each)
+        assert layout.nbytes >= layout.own_bytes + layout.experts.count * layout.experts.each.nbytes
+        assert layout.own_bytes % PAGE == layout.experts.each.nbytes % PAGE == 0, "each can be copied and read alone"
 
 
 # --- as much as fits ------------------------------------------------------------------------------------------------
@@ -159,7 +178,7 @@ def gpu_bytes(plan):
     expanded = max(sum(p.numel for p in layer if plan.is_quantized(p)) for layer in layers_of(plan))
     outside = sum(p.numel for p in plan.architecture.parameters if p.layer is None)
     kv = plan.kv_cache_bytes if plan.run.kv_cache.device.value == "gpu" else plan.kv_slot_bytes
-    return resident + slots + 2 * expanded + 2 * outside + kv // plan.run.hardware.num_gpus
+    return resident + slots + plan.storage.cached_bytes + 2 * expanded + 2 * outside + kv // plan.run.hardware.num_gpus
 
 
 @pytest.mark.parametrize(("model", "quant", "work"), product(MODELS, QUANTS, (SMALL, LARGE, SPLIT)), ids=str)
@@ -173,11 +192,11 @@ def test_auto_fills_the_gpu_and_leaves_room_for_what_computes(plan_stream, model
                 plan_stream(model, quant, resident=0, gpu_gib=gpu_gib, **work)
             continue
         free = plan.machine.gpu_memory_bytes - gpu_bytes(plan)
-        matrix = max(stored(plan, [p]) for p in plan.architecture.parameters if p.layer is not None)
+        matrix = max(units(plan, layers_of(plan)[0])) * (2 if plan.experts else 1)  # a slot of the ring, and a layer's
         streamed.append(plan.streamed_bytes_per_pass)
         assert free >= plan.workspace_bytes + plan.context_bytes
         if work is SMALL and streamed[-1]:
-            assert free < 1.5 * GIB + matrix, "for a context and little else, and what is less than one matrix"
+            assert free < 1.5 * GIB + matrix, "for a context and little else, and what moves together"
     assert streamed
     assert streamed == sorted(streamed, reverse=True), "more memory never streams more"
 
@@ -204,12 +223,13 @@ def test_auto_from_disk_keeps_in_host_memory_what_fits(plan_stream, model, quant
         plan = plan_stream(model, quant, "nvme", "auto", gpu_gib=12, host_gib=host_gib, kv_cache=kv_cache, **SMALL)
         placed = placement.place(plan)
         slab = max(layer.streamed.nbytes for layer in placed)
-        held = [index for index, layer in enumerate(placed) if layer.streamed.nbytes and not layer.on_disk]
+        streamed = [layer for layer in placed if layer.streamed.nbytes]
+        held = [index for index, layer in enumerate(streamed) if not layer.on_disk]
         kv = plan.kv_cache_bytes if kv_cache == "cpu" else 0
         used = plan.placement.cpu_bytes + plan.storage.host_buffer_bytes + kv + plan.process_bytes
         # what is read ahead has to be there, and the planner decides whether it fits
         assert used <= 0.8 * plan.machine.host_memory_bytes or not held
-        if len(held) < len(placed):
+        if len(held) < len(streamed):
             # each is counted as the largest, so that they can be spread
             assert used + slab > 0.9 * 0.8 * plan.machine.host_memory_bytes, "hardly one more would fit"
             gaps = [after - before for before, after in pairwise(held)]
@@ -217,7 +237,7 @@ def test_auto_from_disk_keeps_in_host_memory_what_fits(plan_stream, model, quant
         assert plan.streamed_bytes_per_pass == plan.placement.nvme_bytes + plan.placement.cpu_bytes
         counts.append(len(held))
     assert counts == sorted(counts)
-    assert 0 < counts[1] < counts[-1] == len(placed)
+    assert 0 < counts[1] < counts[-1] == len(streamed)
 
 
 def test_a_share_from_disk_leaves_nothing_in_host_memory(plan_stream):

@@ -1,0 +1,207 @@
+"""Only the experts that tokens are routed to are brought and expanded, and a model computes the same."""
+
+from dataclasses import replace
+
+import families
+import pytest
+import tiny
+import torch
+from slabs import parameter
+
+from zi_experiments.config.schema import Quant
+from zi_experiments.engines.stream import placement, quantized
+from zi_experiments.engines.stream.expert_pool import InPlace, Pool
+from zi_experiments.engines.stream.experts import RoutedExperts
+from zi_experiments.engines.stream.few_tokens import FewTokens
+from zi_experiments.engines.stream.slab import expanded_views, experts_in, lay_out, plain_views
+from zi_experiments.measurement.verification import verify
+from zi_experiments.models.architecture import is_experts_module
+from zi_experiments.runtime.progress import silent
+
+EXPERTS = 8
+# gated, with biases and transposed matrices, without a gate
+FAMILIES = {
+    "mixtral": {"num_local_experts": EXPERTS, "hidden_size": 64, "intermediate_size": 96},
+    "gpt_oss": {"num_local_experts": EXPERTS, "hidden_size": 64, "intermediate_size": 64},
+    "nemotron_h": {"n_routed_experts": EXPERTS, "hidden_size": 64, "moe_intermediate_size": 96},
+}
+CPU = torch.device("cpu")
+
+
+class Stack:
+    """The experts of a layer in a slab, and a module that has all of them, expanded."""
+
+    def __init__(self, family, bits):
+        self.module = module_of(family)
+        weights = {
+            f"routed.{name}": torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))).bfloat16() / 8
+            for name, p in self.module.named_parameters()
+        }
+        quant = Quant(name="", bits=bits, group_size=32 if bits < 16 else None, group_dim=1 if bits < 16 else None)
+        parameters = [(name, parameter(name, weight)) for name, weight in weights.items()]
+        layout = lay_out(parameters, {p.name for _, p in parameters if p.quantizable and bits < 16}, quant)
+        slab = torch.zeros(layout.nbytes, dtype=torch.uint8)
+        self.experts, self.each = experts_in(slab, layout), layout.experts.each
+        for name, view in plain_views(slab, layout, torch.bfloat16).items():
+            view.copy_(weights[name])
+        for place in self.each.quantized:
+            for one, weight in zip(self.experts, weights[place.name], strict=True):
+                quantized.pack(weight, one, self.each, place)
+        self.expanded = torch.empty(layout.elements, dtype=torch.bfloat16)
+        quantized.expand(slab, layout, self.expanded)
+        whole = plain_views(slab, layout, torch.bfloat16) | expanded_views(self.expanded.clone(), layout)
+        for name, value in whole.items():
+            self.module._parameters[name.rpartition(".")[2]] = torch.nn.Parameter(value, requires_grad=False)
+
+
+def module_of(family):
+    """An experts module of a family, as its models have it."""
+    config = tiny.AutoConfig.for_model(family, **FAMILIES[family])
+    config._experts_implementation = "grouped_mm"
+    classes = __import__(f"transformers.models.{family}.modeling_{family}", fromlist=["modules"])
+    kind = next(value for name, value in vars(classes).items() if name.endswith("Experts"))
+    module = kind(config)
+    assert is_experts_module(module)
+    assert module.num_experts == EXPERTS
+    return module
+
+
+def tokens_of(count, seed):
+    """Hidden states, and two experts of each token with their weights."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(count, 64, generator=generator).bfloat16()
+    index = torch.stack([torch.randperm(EXPERTS, generator=generator)[:2] for _ in range(count)])
+    return states, index, torch.rand(count, 2, generator=generator).bfloat16()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("slots", [None, 2, 4, 2 * EXPERTS])
+def test_routed_experts_compute_what_all_of_them_do(family, bits, slots):
+    layers = [Stack(family, bits) for _ in range(2)]
+    pool = slots and Pool([layer.experts for layer in layers], slots, min(slots, EXPERTS), CPU)
+    sources = [pool.source(number) if pool else InPlace(layer.experts) for number, layer in enumerate(layers)]
+    routed = [
+        RoutedExperts(layer.module, layer.each, source, layer.expanded, FewTokens())
+        for layer, source in zip(layers, sources, strict=True)
+    ]
+    for seed, count in enumerate([1, 1, 3, 1, 5, 1]):
+        for layer, experts in zip(layers, routed, strict=True):
+            given = tokens_of(count, seed)
+            expected = layer.module(*given)
+            with experts.routed():
+                assert torch.equal(layer.module(*given), expected)
+            assert torch.equal(layer.module(*given), expected), "and all of them afterwards"
+
+
+def test_experts_that_are_there_are_not_copied_again():
+    stack = Stack("mixtral", 4)
+    pool = Pool([stack.experts] * 2, 8, 2, CPU)
+
+    def bring(layer, experts):
+        before = pool.copied
+        groups = [(group.experts, group.slabs[group.rows].clone()) for group in pool.bring(layer, experts)]
+        for found, slabs in groups:
+            assert torch.equal(slabs, stack.experts[found])
+        assert sorted(expert for found, _ in groups for expert in found) == experts
+        return pool.copied - before
+
+    assert bring(0, [1, 5]) == 2
+    assert bring(0, [1, 6]) == 1
+    assert bring(1, [1, 5]) == 2, "of another layer"
+    assert bring(1, [0, 2]) == 2
+    assert bring(0, [2, 5]) == 1
+    assert bring(0, [0, 3]) == 2, "its share is four, so the least recently used make room"
+    assert bring(0, [1, 6]) == 2
+    assert bring(1, [1, 5]) == 0, "and the other layer keeps its own"
+    assert bring(0, list(range(8))) >= 4, "more than its share, some at a time"
+    assert pool.copied_bytes == pool.copied * stack.experts.shape[1]
+    pool.forget()
+    assert bring(1, [1, 5]) == 2
+
+
+def test_a_small_pool_keeps_experts_from_token_to_token():
+    """Replacing the least recently used of all layers would always replace what the next layer needs."""
+    stack = Stack("mixtral", 4)
+    pool = Pool([stack.experts] * 4, 8, 2, CPU)
+    for _ in range(5):
+        for layer in range(4):
+            list(pool.bring(layer, [0, 1]))
+
+    assert pool.copied == 8
+
+
+# --- a whole model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("routed") / "checkpoint"
+    families.save_checkpoint(found, "mixtral")
+    return found
+
+
+@pytest.fixture
+def load(folder, monkeypatch):
+    """`load(quant, slots, …)` → a plan with so many experts in a pool, and its session."""
+    sessions = []
+
+    def load(quant, slots, **settings):
+        monkeypatch.setattr(placement, "expert_slots", lambda spec, placed: slots)
+        plan, session = families.load(folder, quant, "cpu", engine="stream", **{"workload.batch_size": 1} | settings)
+        sessions.append(session)
+        assert plan.storage.routes
+        return plan, session
+
+    yield load
+    for session in sessions:
+        session.close()
+
+
+def pool_of(session):
+    return session._short._pool
+
+
+@pytest.mark.parametrize(
+    ("quant", "slots", "settings"),
+    [
+        ("int4", 0, {}),
+        ("int4", 4, {"kv_cache": "cpu"}),
+        ("int8", 5, {}),
+        ("int4", 8, {"workload.micro_batches": 2}),
+    ],
+    ids=str,
+)
+def test_a_model_is_plain_transformers_however_its_experts_come(load, quant, slots, settings):
+    plan, session = load(quant, slots, **settings)
+    checked = verify(session, plan, silent())
+
+    assert checked.passed, checked.problem
+    assert checked.tokens_equal
+    counts = session.routed()
+    assert counts.experts > 0
+    assert (counts.copied > 0) == (slots > 0)
+    assert counts.copied <= counts.experts
+
+
+def test_a_stale_slot_is_caught(load):
+    plan, session = load("int4", 8)
+    with session.ways()[1], torch.inference_mode():
+        session.model(families.IDS)
+    slabs = pool_of(session).slabs
+    assert len(pool_of(session)._held[1]) > 1
+    first, second, *_ = pool_of(session)._held[1].values()
+    slabs[[first, second]] = slabs[[second, first]]
+
+    assert "model.layers.1 is the first part of the model that differs" in verify(session, plan, silent()).problem
+
+
+def test_room_that_is_given_up_is_filled_again(load):
+    plan, session = load("int4", 8)
+    plan = replace(plan, storage=replace(plan.storage, parked_bytes=1))
+    with session.ways()[1], torch.inference_mode():
+        expected = session.model(families.IDS).logits
+        with session.parked():
+            assert pool_of(session).slabs.untyped_storage().nbytes() == 0
+        pool_of(session).slabs.fill_(255)
+        assert torch.equal(session.model(families.IDS).logits, expected)

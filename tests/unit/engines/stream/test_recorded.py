@@ -1,0 +1,99 @@
+"""A step that is the same for every token, with the whole room of the KV cache, computes what a usual one does.
+
+Here without a GPU: the step's operations run one by one, where CUDA replays them.
+"""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from zi_experiments.engines.stream.device_kv_cache import DeviceCache
+from zi_experiments.engines.stream.recorded import RecordedSteps, can_record
+
+STEPS = 6
+
+
+class OneByOne:
+    """In place of graphs."""
+
+    recorded = 0
+
+    def __init__(self, device):
+        pass
+
+    def record(self, forward):
+        type(self).recorded += 1
+        self._forward, self._logits = forward, forward()
+        return self._logits
+
+    def run(self):
+        self._logits.copy_(self._forward())
+
+    def cut(self, compute, *inputs):
+        return compute(*inputs)
+
+
+def generate(model, ids, cache):
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        min_new_tokens=STEPS,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences, torch.stack(out.logits)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "qwen3", "gpt_neox", "mixtral", "qwen3_moe", "deepseek_v3"])
+def test_recorded_steps_give_the_tokens_of_usual_ones(family):
+    model = tiny.model(family)
+    cache = DeviceCache(model.config, 20, 3)
+    assert can_record(model, cache)
+    expected = [generate(model, tiny.prompts(3, 9, seed), None) for seed in range(2)]
+    RecordedSteps(model, cache, [], OneByOne)
+    before = OneByOne.recorded
+    for (tokens, logits), seed in zip(expected, range(2), strict=True):
+        cache.reset()
+        found = generate(model, tiny.prompts(3, 9, seed), cache)
+        assert torch.equal(found[0], tokens)
+        torch.testing.assert_close(found[1], logits, rtol=1e-4, atol=1e-5)
+        assert cache.get_seq_length() == 9 + STEPS - 1
+    assert OneByOne.recorded == before + 1, "once for all passes"
+
+
+def test_other_sequences_are_another_step():
+    model = tiny.model("llama")
+    cache = DeviceCache(model.config, 20, 3)
+    expected = {batch: generate(model, tiny.prompts(batch, 9), None)[0] for batch in (3, 1)}
+    RecordedSteps(model, cache, [], OneByOne)
+    for batch in (3, 1, 3):
+        cache.reset()
+        assert torch.equal(generate(model, tiny.prompts(batch, 9), cache)[0], expected[batch])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mistral", "gpt_oss"])
+def test_windows_that_slide_are_computed_as_usual(family):
+    model = tiny.model(family)
+    cache = DeviceCache(model.config, 20, 3)
+    expected = generate(model, tiny.prompts(3, 9), None)[0]
+    before = OneByOne.recorded
+    RecordedSteps(model, cache, [], OneByOne)
+    assert torch.equal(generate(model, tiny.prompts(3, 9), cache)[0], expected)
+    assert OneByOne.recorded == before
+
+
+def test_what_depends_on_the_length_is_not_recorded():
+    model = tiny.model("llama")
+    cache = DeviceCache(model.config, 20, 3)
+    assert can_record(model, cache)
+    assert not can_record(model, None)
+    model.config.rope_parameters = model.config.rope_parameters | {"rope_type": "dynamic"}
+    assert not can_record(model, cache)
+    model.config.rope_parameters["rope_type"] = "default"
+    model.config._attn_implementation = "eager"
+    assert not can_record(model, cache)
+    assert isinstance(model, nn.Module)

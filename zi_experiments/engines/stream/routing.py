@@ -1,0 +1,61 @@
+"""Which passes bring only the experts that tokens are routed to, and how many experts stay on the device. Figures only."""
+
+from collections.abc import Sequence
+from math import ceil
+
+from zi_experiments.config.schema import OffloadDevice
+from zi_experiments.cost_model.spec import VERIFIED_SEQUENCES, Spec
+from zi_experiments.engines.stream.slab import Layout, Stack
+
+COPIED_TOGETHER = 64 << 20  # bytes that are worth waiting for: fewer take less time than launching their operations
+WORTHWHILE = 0.85  # share of a layer's experts above which whole layers, copied ahead of the compute, are faster
+
+
+def pays(spec: Spec) -> bool:
+    """Return whether decode steps are faster if they bring routed experts only: these are few, and one process has them."""
+    run = spec.run
+    if run.hardware.num_gpus > 1 or run.offload.device is OffloadDevice.nvme or not spec.experts:
+        return False
+    return spec.distinct_experts(run.workload.batch_size) <= WORTHWHILE * spec.experts
+
+
+def most_tokens(spec: Spec) -> int:
+    """Return the most tokens, over all sequences, of a pass that is routed: those of a decode step."""
+    return max(spec.run.workload.sequences, VERIFIED_SEQUENCES)
+
+
+def least_slots(spec: Spec) -> int:
+    """Return the most experts of a layer that a routed pass of the run needs."""
+    return min(spec.experts, most_tokens(spec) * spec.routed_experts)
+
+
+def at_once(spec: Spec, expert_bytes: int) -> int:
+    """Return the most experts that are computed at a time: in 16 bits few, since they are gathered in a buffer."""
+    most = least_slots(spec)
+    return most if spec.run.quant.bits < 16 else min(most, max(1, COPIED_TOGETHER // expert_bytes))
+
+
+def stacks(layouts: Sequence[Layout]) -> list[Stack]:
+    return [layout.experts for layout in layouts if layout.experts]
+
+
+def slots(spec: Spec, streamed: Sequence[Layout], room_bytes: int) -> int:
+    """Return the number of experts that fit in `room_bytes` of the device: enough for a layer's, at most all."""
+    found = stacks(streamed)
+    if not found:
+        return 0
+    return min(sum(stack.count for stack in found), max(least_slots(spec), room_bytes // slot_bytes(streamed)))
+
+
+def slot_bytes(streamed: Sequence[Layout]) -> int:
+    return max((stack.each.nbytes for stack in stacks(streamed)), default=0)
+
+
+def copied_per_step(spec: Spec, streamed: Sequence[Layout], held: int) -> int:
+    """Return the bytes of experts that a decode step copies if routing spreads evenly, with `held` experts on the device."""
+    found = stacks(streamed)
+    count = sum(stack.count for stack in found)
+    # a layer's share of the slots is of use from one step to the next if it is more than what the step itself needs
+    kept = held / count if held > least_slots(spec) else 0.0
+    distinct = spec.distinct_experts(spec.run.workload.sequences)
+    return ceil((1 - kept) * distinct * sum(stack.each.nbytes for stack in found))
