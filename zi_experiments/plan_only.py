@@ -10,7 +10,7 @@ from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.execution.preparation import prepare
-from zi_experiments.measurement import perplexity
+from zi_experiments.measurement import text
 from zi_experiments.planner import search
 from zi_experiments.results.sinks import plan_table
 from zi_experiments.results.sinks.console import show_plan
@@ -20,7 +20,7 @@ from zi_experiments.runtime import scratch
 def show(cfg: DictConfig, console: Console) -> None:
     """Print the plan of a run. Raises `ConfigError` for a run that would be refused."""
     run = to_run(cfg)
-    perplexity.check_text(run.workload.text)
+    text.check(run.workload)
     plan = prepare(run, scratch.base_for_weights(run, Path(HydraConfig.get().runtime.output_dir) / "offload"))
     if plan is None:
         raise ConfigError(f"the search has no candidate of rank {run.search.rank}: pass search.rank=0")

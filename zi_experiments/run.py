@@ -25,7 +25,7 @@ from zi_experiments.cost_model.prediction import predict
 from zi_experiments.engines import base
 from zi_experiments.execution import failures, launcher, preflight, sweep
 from zi_experiments.execution.preparation import load_architecture, prepare
-from zi_experiments.measurement import perplexity
+from zi_experiments.measurement import text
 from zi_experiments.models import architecture, checkpoint, hashes
 from zi_experiments.models.architecture import Architecture
 from zi_experiments.results import fingerprints, initial, metrics
@@ -112,7 +112,7 @@ class _Job:
 
     def _attempt(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
         run = to_run(cfg)
-        perplexity.check_text(run.workload.text)
+        text.check(run.workload)
         _settle_caches(self._console)
         launcher.warm_up()  # before anything asks for GPUs
         machine = machines.detect(run.hardware)

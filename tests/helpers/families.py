@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 # Wide enough that even in INT4 a layer has weights above the 1 MiB under which nothing goes to disk.
@@ -61,6 +61,30 @@ FAMILIES = {
         "qk_rope_head_dim": 32,
         "v_head_dim": 64,
     },
+    "glm4_moe": GROUPED
+    | {
+        "moe_intermediate_size": 512,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "attention_bias": True,
+        "use_qk_norm": True,
+    },
+    "minimax_m2": GROUPED | {"intermediate_size": 512, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_next": GROUPED
+    | {
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "llama4_text": GROUPED
+    | {"intermediate_size": 512, "num_local_experts": 4, "attention_chunk_size": 8, "no_rope_layers": [1, 0]},
 }
 FAMILIES |= {
     "opt, large tied vocabulary": FAMILIES["opt"] | {"vocab_size": LARGE_VOCABULARY},
@@ -205,13 +229,9 @@ def plain(folder: Path, bits: int, dtype: torch.dtype | None = None, **groups: i
 
 
 def generate(model, ids):
-    return model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        min_new_tokens=GEN_LEN,
-        max_new_tokens=GEN_LEN,
-        do_sample=False,
-    )
+    """So many tokens, of which none ends a sequence, whatever the checkpoint's own configuration asks for."""
+    model.generation_config = GenerationConfig(max_new_tokens=GEN_LEN, do_sample=False)
+    return model.generate(ids, attention_mask=torch.ones_like(ids))
 
 
 def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", engine: str = "deepspeed", **settings):

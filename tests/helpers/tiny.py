@@ -68,6 +68,13 @@ FAMILIES = {
     },
 }
 
+FAMILIES |= {
+    "glm4_moe": LATENT | {"num_key_value_heads": 2, "head_dim": 8, "n_group": 1},
+    "minimax_m2": GROUPED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": GROUPED
+    | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4, "attention_chunk_size": WINDOW},
+}
+
 # it takes no cache but its own
 MINIMAX = GROUPED | {
     "num_local_experts": 4,

@@ -259,7 +259,8 @@ def stop(said, line):
     raise TimeoutError
 
 
-def test_what_makes_a_result_another(tmp_path):
+@pytest.mark.parametrize("key", ["text", "prompts"])
+def test_what_makes_a_result_another(tmp_path, key):
     text = tmp_path / "text"
     text.write_text("one")
     record = Record(
@@ -267,7 +268,7 @@ def test_what_makes_a_result_another(tmp_path):
         folder="",
         choices={},
         config={
-            "workload": {"batch_size": 8, "text": str(text)},
+            "workload": {"batch_size": 8, key: str(text)},
             "force": False,
             "tracking": {"mode": "auto"},
             "name": "a",
@@ -280,7 +281,7 @@ def test_what_makes_a_result_another(tmp_path):
         environment=record.environment | {"hostname": "b"},
     )
     others = [
-        replace(record, config=record.config | {"workload": {"batch_size": 9, "text": str(text)}}),
+        replace(record, config=record.config | {"workload": {"batch_size": 9, key: str(text)}}),
         replace(record, checkpoint={"path": "a", "files": {}}),
         *(replace(record, environment=record.environment | {key: "other"}) for key in fingerprints.MACHINE),
     ]

@@ -27,8 +27,8 @@ as stored, scales and minima included, group size 64.
 
 ## engine=deepspeed
 
-The same cells, and some with other groups, in float16 on an H200: logits and tokens are equal in all of them
-([`families-h200.json`](results/families-h200.json)).
+Those of the families up to deepseek_v3, and some with other groups, were computed in float16 on an H200 as well: logits and
+tokens are equal in all of them ([`families-h200.json`](results/families-h200.json)).
 
 | family | quantized | int4 bits | int8 bits | {columns} |
 |---|---|---|---|{rules}|

@@ -177,6 +177,7 @@ class Workload:
     warmup: int
     repeats: int
     seed: int
+    prompts: str | None  # text file that the prompts are taken from; null: random ids
     text: str | None  # file on which perplexity is measured; null: no perplexity
 
     @property

@@ -35,7 +35,7 @@ def _integers(run: Run) -> str | None:
 
 def _paths(run: Run) -> str | None:
     for key, value in _settings(run):
-        if not key.endswith((".path", ".text")) or value is None:
+        if not key.endswith((".path", ".text", ".prompts")) or value is None:
             continue
         if not value.strip() or "\0" in value:
             return f"{key}={value!r} is not a path: pass {key}=/a/path, or {key}=null"
@@ -67,15 +67,22 @@ def _workload(run: Run) -> str | None:
     return None
 
 
-def _text(run: Run) -> str | None:
-    text = run.workload.text
-    if text is not None and run.weights.source is WeightSource.random:
+def _texts(run: Run) -> str | None:
+    work, is_random = run.workload, run.weights.source is WeightSource.random
+    if work.text is not None and is_random:
         return (
-            f"workload.text={text} asks for the perplexity of random weights, which means nothing: "
+            f"workload.text={work.text} asks for the perplexity of random weights, which means nothing: "
             "pass weights=pretrained, or workload.text=null"
         )
-    if text is not None and run.workload.prompt_len < 2:
+    if work.prompts is not None and is_random:
+        return (
+            f"workload.prompts={work.prompts} needs the tokenizer of a checkpoint: "
+            "pass weights=pretrained, or workload.prompts=null"
+        )
+    if work.text is not None and work.prompt_len < 2:
         return "workload.prompt_len=1 leaves nothing of workload.text to predict: pass workload.prompt_len=512"
+    if work.prompts is not None and work.prompt_len < 2:
+        return "workload.prompt_len=1 may leave no room after BOS for workload.prompts: pass workload.prompt_len=512"
     return None
 
 
@@ -183,7 +190,7 @@ _CHECKS = (
     _paths,
     _model,
     _workload,
-    _text,
+    _texts,
     _quant,
     _offload,
     _hardware,

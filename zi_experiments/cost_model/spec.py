@@ -15,6 +15,15 @@ GIB = 1 << 30
 CONTEXT_BYTES = GIB  # CUDA context and kernels on each GPU; not counted in a cap on the memory of a run
 WORKER_BYTES = 2_500_000_000  # host memory of a process with CUDA, torch and transformers, without weights
 LIBRARY_BYTES = GIB // 8  # workspaces of CUDA libraries, and memory that the allocator cannot use
+# names that configurations have for the number of experts that a token is routed to
+ROUTED_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+)
 VERIFIED_SEQUENCES, VERIFIED_TOKENS = 4, 19  # size of the verified pass; tokens of each sequence, prompt and generated
 
 
@@ -159,11 +168,15 @@ class Spec:
 
     @property
     def routed_experts(self) -> int:
-        """Number of experts per layer that one token is routed to; all if the configuration does not say."""
-        experts = [p.shape[0] for p in self.architecture.parameters if p.is_experts]
-        return getattr(self.architecture.config.get_text_config(), "num_experts_per_tok", None) or max(
-            experts, default=0
-        )
+        """Number of experts per layer that one token is routed to; all if the configuration does not say.
+
+        Where layers differ it is the smallest, since a bound follows from it.
+        """
+        text = self.architecture.config.get_text_config()
+        found: int | list[int] | None = next(filter(None, (getattr(text, key, None) for key in ROUTED_KEYS)), None)
+        if found is not None:
+            return min(found) if isinstance(found, list) else found
+        return max((p.shape[0] for p in self.architecture.parameters if p.is_experts), default=0)
 
     @cached_property
     def experts(self) -> int:

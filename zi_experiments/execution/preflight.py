@@ -6,7 +6,7 @@ from pathlib import Path
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.engines import base
-from zi_experiments.measurement import perplexity
+from zi_experiments.measurement import perplexity, prompts
 from zi_experiments.system import toolchain
 from zi_experiments.system.machines import is_elsewhere
 
@@ -20,6 +20,8 @@ def check(plan: Plan, scratch: Path | None) -> None:
         raise ConfigError(problem)
     if plan.run.workload.text is not None:
         perplexity.windows(plan)
+    if plan.run.workload.prompts is not None:
+        prompts.from_text(plan)
 
 
 def _problems(plan: Plan, scratch: Path | None) -> Iterator[str]:

@@ -103,14 +103,7 @@ def _measure(
     progress: Progress,
 ) -> Measurement:
     work = plan.run.workload
-    ids = prompts.prompts(
-        batch_size=work.sequences,
-        prompt_len=work.prompt_len,
-        vocab_size=plan.architecture.config.get_text_config().vocab_size,
-        seed=work.seed,
-        rank=distributed.rank(),
-        ranks=plan.run.hardware.num_gpus,
-    )
+    ids = prompts.of_run(plan, distributed.rank(), plan.run.hardware.num_gpus)
     perplexity_of_text = _perplexity(plan, session, progress)
     tokens: list[Any] = []
     run = partial(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.measurement import perplexity
+from zi_experiments.measurement.text import tokenizer
 from zi_experiments.models.architecture import printable
 from zi_experiments.runtime import distributed
 
@@ -15,6 +15,7 @@ class Generated:
     """Tokens of the last pass. A hash is the SHA-256 of ids as little-endian int64, all ranks' sequences in order."""
 
     prompt_sha256: str
+    prompt_tokens: int  # of all sequences
     tokens_sha256: str  # of the G generated tokens of each sequence, without its prompt
     first_tokens: list[int]
     first_text: str | None  # None: no tokenizer with the weights
@@ -32,6 +33,7 @@ def describe(plan: Plan, prompts: Any, passes: list[Any]) -> Generated:
     first = passes[-1][0].tolist()
     return Generated(
         prompt_sha256=hashlib.sha256(b"".join(all_prompts)).hexdigest(),
+        prompt_tokens=prompts.numel() * len(all_prompts),
         tokens_sha256=hashlib.sha256(b"".join(all_tokens)).hexdigest(),
         first_tokens=first,
         first_text=_text(plan, first) if distributed.rank() == 0 else None,
@@ -49,7 +51,9 @@ def _text(plan: Plan, ids: list[int]) -> str | None:
     if plan.run.weights.path is None:
         return None
     try:
-        text = perplexity.tokenizer(plan).decode(ids)
+        if (found := tokenizer(plan)) is None:
+            return None
+        text = found.decode(ids)
     except Exception:  # a checkpoint's tokenizer can raise any error, and no figure depends on it
         return None
     return printable(" ".join(text.split()))

@@ -23,19 +23,20 @@ MACHINE = (
 
 
 def fingerprint(record: Record) -> str:
-    """Return 16 hexadecimal digits that identify a result: its resolved settings, code, machine, weights and text."""
+    """Return 16 hexadecimal digits that identify a result: its resolved settings, code, machine, weights and texts."""
     assert record.environment is not None
     identity = {
         "config": {key: value for key, value in record.config.items() if key not in ASIDE},
         "machine": {key: record.environment[key] for key in MACHINE},
         "checkpoint": record.checkpoint,
         "text": _digest(record.config["workload"].get("text")),
+        "prompts": _digest(record.config["workload"].get("prompts")),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _digest(path: str | None) -> str | None:
-    """Return the SHA-256 of the file of `workload.text`, or None."""
+    """Return the SHA-256 of a file that the workload names, or None."""
     try:
         return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() if path else None
     except OSError:

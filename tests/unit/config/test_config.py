@@ -199,6 +199,13 @@ RULES = [
     (["weights=pretrained", "weights.path=null"], "weights.path", "weights.path=/models/my-model"),
     (["weights.path=/models/x"], "weights.path", "weights=pretrained"),
     (["workload.text=my.txt"], "workload.text", "weights=pretrained"),
+    (["workload.prompts=my.txt"], "workload.prompts", "weights=pretrained"),
+    (["workload.prompts=' '", "weights=pretrained"], "workload.prompts", "workload.prompts=/a/path"),
+    (
+        ["workload.prompts=my.txt", "weights=pretrained", "workload.prompt_len=1"],
+        "workload.prompt_len",
+        "workload.prompt_len=512",
+    ),
     (["model=local", "model.path='~nobody-here/x'"], "model.path", "model.path=/a/path"),
     (
         ["workload.text=my.txt", "weights=pretrained", "workload.prompt_len=1"],

@@ -5,10 +5,12 @@ from math import ceil
 
 import pytest
 import tiny
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from zi_experiments.config.schema import Ceilings, ConfigError
 from zi_experiments.cost_model.bound import lower_bound
+from zi_experiments.cost_model.spec import Spec
 from zi_experiments.engines.deepspeed import placement
 from zi_experiments.models import architecture
 from zi_experiments.planner import planning
@@ -333,6 +335,63 @@ def test_routed_experts_compute_for_their_tokens_only(make_plan):
     attention, router, expert = 2 * 4096**2 + 2 * 4096 * 1024, 8 * 4096, 3 * 4096 * 14336
     assert bound.limited_by == "gemm"
     assert bound.decode_step_s == pytest.approx(2 * 32 * (attention + router + 2 * expert) * 4096 / 989e12)
+
+
+# Billions of parameters that a token uses, as published, and how many of the tables of tokens that counts: embedding, head
+USED = {
+    "deepseek-v3": (37, 2),
+    "glm-4.5-air": (12, 0),
+    "glm-4.6": (32, 0),
+    "gpt-oss-20b": (3.61, 1),
+    "gpt-oss-120b": (5.13, 1),
+    "kimi-k2": (32, 1),
+    "llama-4-scout": (17, 2),
+    "minimax-m2": (10, 0),
+    "mixtral-8x7b": (12.9, 2),
+    "mixtral-8x22b": (39, 2),
+    "qwen3-30b-a3b": (3.3, 2),
+    "qwen3-235b-a22b": (22, 2),
+}
+
+
+@pytest.mark.parametrize("model", USED)
+def test_a_token_uses_as_many_parameters_as_published(make_plan, machine, model):
+    plan = make_plan(f"model={model}", on=machine(**BIG))
+    published, tables = USED[model]
+
+    found = (
+        plan.active(lambda p: p.numel) + tables * plan.architecture.config.vocab_size * plan.architecture.hidden_size
+    )
+
+    assert found / 1e9 == pytest.approx(published, rel=0.025)
+
+
+EXPERTS = tiny.GROUPED | {"num_hidden_layers": 2, "head_dim": 8, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("family", "numbers"),
+    [
+        ("qwen3_moe", {"num_experts": 8, "num_experts_per_tok": 3}),
+        ("aria_text", {"moe_num_experts": 8, "moe_topk": 3}),
+        ("hunyuan_v1_moe", {"num_experts": 8, "moe_topk": [4, 3]}),
+        (
+            "gemma4_text",
+            tiny.FAMILIES["gemma4_text"] | {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 3},
+        ),
+    ],
+)
+def test_a_token_is_routed_to_as_many_experts_as_its_model_says(compose_run, machine, monkeypatch, family, numbers):
+    """Whatever the name in the configuration: as many as its routers choose."""
+    config = AutoConfig.for_model(family, **EXPERTS | numbers)
+    model, routed, topk = AutoModelForCausalLM.from_config(config), [], torch.topk
+    with monkeypatch.context() as watched:
+        watched.setattr(torch, "topk", lambda *args, **kwargs: (routed.append(topk(*args, **kwargs)), routed[-1])[1])
+        model(tiny.prompts(1, 5))
+    run = compose_run("quant=fp16")
+    spec = Spec(run=run, architecture=architecture.describe(config, family), machine=machine(), dtype="float16")
+
+    assert spec.routed_experts == min(chosen.indices.shape[-1] for chosen in routed) == 3
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def test_a_record_has_the_tokens_of_plain_transformers_with_both_engines(tmp_pat
     for result in cli.results():
         assert result["generated"] == {
             "prompt_sha256": sha256(asked),
+            "prompt_tokens": 16,
             "tokens_sha256": sha256(tokens),
             "first_tokens": tokens[0].tolist(),
             "first_text": " ".join(f"w{token}" for token in tokens[0].tolist()),
@@ -91,6 +92,7 @@ def test_ranks_are_joined_in_order_and_passes_compared(make_plan, machine, monke
 
     found = described(passes)
 
+    assert found.prompt_tokens == 8
     assert (found.prompt_sha256, found.tokens_sha256) == (sha256(ids), sha256(passes[-1]))
     assert (found.first_tokens, found.first_text, found.passes_equal) == ([0, 1, 2], None, True)
     assert not described([passes[0] + 1, passes[1]]).passes_equal

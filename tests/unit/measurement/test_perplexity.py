@@ -158,16 +158,6 @@ def test_a_text_that_cannot_be_used_is_refused(plan, tmp_path, content, expected
         preflight.check(plan(f"workload.text={text}"), None)
 
 
-@pytest.mark.parametrize("name", ["nowhere.txt", "folder", "/dev/zero"])
-def test_a_text_that_is_none_is_refused_before_anything_else_is_looked_at(plan, tmp_path, monkeypatch, name):
-    """Also before a tokenizer, which this checkpoint lacks, and before a file without an end is read."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-
-    with pytest.raises(ConfigError, match=rf"^workload.text={name} .*: pass a text file$"):
-        perplexity.check_text(name)
-
-
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gemma2"])
 def test_a_checkpoint_without_a_tokenizer_is_refused(plan, tmp_path, family):
     """transformers makes OPT, Qwen and Gemma a tokenizer that knows no word."""

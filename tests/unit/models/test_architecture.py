@@ -11,8 +11,9 @@ from zi_experiments.models import architecture
 
 MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml") if path.stem != "local")
 
-# Billions of parameters as published: the OPT paper and checkpoints, BigScience's and Qwen's model cards, and the sizes
-# of Meta's and Mistral's checkpoints. A head that is tied to the embedding counts once.
+# Billions of parameters as published: the OPT paper and checkpoints, BigScience's, Qwen's, OpenAI's and DeepSeek's model
+# cards, and the sizes of the others' checkpoints, less what they have for multi-token prediction or images. A head that is
+# tied to the embedding counts once.
 PUBLISHED = {
     "bloom-1b1": 1.065,
     "bloom-1b7": 1.722,
@@ -20,12 +21,21 @@ PUBLISHED = {
     "bloom-560m": 0.5592,
     "bloom-7b1": 7.069,
     "bloom-176b": 176.2,
+    "deepseek-v3": 671.0,
+    "glm-4.5-air": 110.47 - 3.62,
+    "glm-4.6": 356.79 - 3.99,
+    "gpt-oss-20b": 20.91,
+    "gpt-oss-120b": 116.83,
+    "kimi-k2": 1026.4,
     "llama-2-7b": 6.738,
     "llama-2-13b": 13.02,
     "llama-2-70b": 68.98,
     "llama-3.1-8b": 8.030,
     "llama-3.1-70b": 70.55,
+    "llama-4-scout": 108.64 - 0.87,
+    "minimax-m2": 228.7,
     "mixtral-8x7b": 46.70,
+    "mixtral-8x22b": 140.6,
     "opt-125m": 0.1252,
     "opt-350m": 0.3312,
     "opt-1.3b": 1.316,
@@ -43,15 +53,22 @@ PUBLISHED = {
     "qwen3-32b": 32.76,
     "qwen3-30b-a3b": 30.53,
     "qwen3-235b-a22b": 235.1,
+    "qwen3-next-80b-a3b": 81.32 - 1.65,
 }
 
 LAYER_CLASSES = {
     "bloom": "transformers.models.bloom.modeling_bloom.BloomBlock",
+    "deepseek_v3": "transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3DecoderLayer",
+    "glm4_moe": "transformers.models.glm4_moe.modeling_glm4_moe.Glm4MoeDecoderLayer",
+    "gpt_oss": "transformers.models.gpt_oss.modeling_gpt_oss.GptOssDecoderLayer",
     "llama": "transformers.models.llama.modeling_llama.LlamaDecoderLayer",
+    "llama4_text": "transformers.models.llama4.modeling_llama4.Llama4TextDecoderLayer",
+    "minimax_m2": "transformers.models.minimax_m2.modeling_minimax_m2.MiniMaxM2DecoderLayer",
     "mixtral": "transformers.models.mixtral.modeling_mixtral.MixtralDecoderLayer",
     "opt": "transformers.models.opt.modeling_opt.OPTDecoderLayer",
     "qwen3": "transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer",
     "qwen3_moe": "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeDecoderLayer",
+    "qwen3_next": "transformers.models.qwen3_next.modeling_qwen3_next.Qwen3NextDecoderLayer",
 }
 
 
@@ -127,6 +144,8 @@ def test_each_family_has_its_causal_class(compose_run, model, expected):
         ("bloom-176b", 2 * 70 * 14336),
         ("llama-2-70b", 2 * 80 * 8 * 128),
         ("qwen3-0.6b", 2 * 28 * 8 * 128),  # its heads are wider than hidden_size / heads
+        ("deepseek-v3", 61 * (512 + 64)),  # latents, and the part that is rotated
+        ("qwen3-next-80b-a3b", 2 * 12 * 2 * 256),  # of every fourth layer
     ],
 )
 def test_keys_and_values_of_a_token(load, model, elements):
