@@ -14,13 +14,17 @@ from zi_experiments import environment
 from zi_experiments.config.schema import Tracking
 from zi_experiments.measurement.timing import Pass
 from zi_experiments.models.architecture import reason
+from zi_experiments.results import metrics
 from zi_experiments.results.record import Record
 from zi_experiments.results.sinks.console import display_path
 from zi_experiments.results.sinks.result_file import NAME
+from zi_experiments.runtime.latest import Latest
+from zi_experiments.runtime.progress import Event
 
 # how long to wait for W&B's server, unless WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT are set
 _PATIENCE_S = {"init_timeout": 10.0, "finish_timeout": 10.0}
 _LAST_PATIENCE_S = 1.5  # when the user stops a run
+_NOT_TO_COMPARE = {"memory", "rates", "notes"}  # of the plan: long, and in result.json
 
 
 class WandbSink:
@@ -31,6 +35,7 @@ class WandbSink:
         self._console = console
         self._in_sweep = in_sweep
         self._run: Any = None
+        self._latest: Latest | None = None
 
     def open(self, record: Record) -> None:
         if self._in_sweep and (shared := environment.forget("WANDB_RUN_ID")):
@@ -48,6 +53,16 @@ class WandbSink:
             self._say(f"W&B: offline{why}; wandb sync {self._folder()}")
         elif mode == "online":
             self._say(f"W&B: {self._run.url}")
+        self._run.summary.update({"phase": "start", "phase_done": 0.0})
+        self._latest = Latest(self._tell)
+
+    def progress(self, event: Event) -> None:
+        if self._latest is not None:
+            self._latest.put(event)
+
+    def _tell(self, event: Event) -> None:
+        done = event.completed / event.total if event.total else float(event.ended)
+        self._run.summary.update({"phase": event.phase, "phase_done": done})
 
     def _start(self, record: Record, mode: str) -> Any:
         tracking = self._tracking
@@ -66,7 +81,7 @@ class WandbSink:
             job_type=environment.variable("WANDB_JOB_TYPE") or "benchmark",
             name=record.run.name,
             tags=[*tracking.tags, *(choice for choice in record.choices.values() if choice)],
-            config={"choices": record.choices, "environment": record.environment, **record.config},
+            config={"choices": record.choices, "environment": record.environment, **_plan(record), **record.config},
             dir=record.folder,
             mode=mode,  # type: ignore[arg-type]
             settings=wandb.Settings(
@@ -90,14 +105,22 @@ class WandbSink:
         if record.error is not None and record.error.type == "Interrupted":
             _within(_LAST_PATIENCE_S, lambda: self._write(record))
         else:
+            if self._run is None:
+                self.open(record)
             self._write(record)
 
     def _write(self, record: Record) -> None:
         if self._run is None:
             return
-        self._run.summary["status"] = record.status
+        if self._latest is not None:
+            self._latest.close(_LAST_PATIENCE_S)
+        outcome = record.status if record.error is None else f"{record.status}: {record.error.type}"
+        # W&B groups by configuration alone, and the plan may have been computed anew
+        self._run.config.update({"outcome": outcome, **_plan(record)}, allow_val_change=True)
+        self._run.summary.update({"status": record.status, "failed": int(record.status != "ok")})
         if record.error is not None:
-            self._run.summary["error"] = record.error.message
+            why = {"error": record.error.message, "error_type": record.error.type, "hint": record.error.hint}
+            self._run.summary.update({key: value for key, value in why.items() if value is not None})
         if record.verification is not None:
             self._run.summary["verified"] = record.verification.passed
         if record.generated is not None:
@@ -127,6 +150,8 @@ class WandbSink:
         run.define_metric("step/*", step_metric="step/index")
         run.define_metric("pass/index", hidden=True)
         run.define_metric("pass/*", step_metric="pass/index")
+        run.define_metric("timeline/step", hidden=True)
+        run.define_metric("timeline/*", step_metric="timeline/step")
         index = 0
         for number, (phase, one) in enumerate(_passes(record)):
             run.log({"pass/index": number, "pass/ttft_s": one.ttft_s, "pass/total_s": one.total_s})
@@ -134,6 +159,9 @@ class WandbSink:
                 for step_s in one.step_s:
                     run.log({"step/index": index, "step/tpot_s": step_s, "step/pass": number})
                     index += 1
+        assert record.samples is not None
+        for step, tpot_s in enumerate(metrics.timeline(record.samples), start=1):
+            run.log({"timeline/step": step, "timeline/tpot_s": tpot_s})
 
     def _headline(self, record: Record) -> None:
         figures = record.to_dict()["metrics"]
@@ -173,6 +201,12 @@ def _within(timeout_s: float, act: Callable[[], None]) -> None:
     for process in psutil.Process().children() if thread.is_alive() else []:
         if process.name().startswith("wandb"):
             process.kill()
+
+
+def _plan(record: Record) -> dict[str, Any]:
+    """Return the plan as a part of W&B's configuration; empty before there is one."""
+    plan = record.to_dict()["plan"] or {}
+    return {"plan": {key: value for key, value in plan.items() if key not in _NOT_TO_COMPARE}} if plan else {}
 
 
 def _passes(record: Record) -> list[tuple[str, Pass]]:
