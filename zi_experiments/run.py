@@ -275,8 +275,8 @@ class _Job:
             self.is_stored = True
         except OSError as error:
             reason = error.strerror
-        if self._begun is not None and not self._is_tracked and self.record.status != "killed":
-            self._track(self._begun)  # what was refused says why there too
+        if self._begun is not None and not self._is_tracked and self.record.status != "killed" and _is_of_a_sweep():
+            self._track(self._begun)  # its other runs are there too
         for sink in self._sinks:
             sink.write(self.record)
         if self.is_stored:
@@ -316,7 +316,16 @@ def _wandb(run: Run, console: Console) -> Sink:
     environment.prepare_for_wandb(run.tracking.mode.value)
     from zi_experiments.results.sinks.wandb import WandbSink
 
-    return Guarded(WandbSink(run.tracking, console, in_sweep=HydraConfig.get().mode is RunMode.MULTIRUN))
+    return Guarded(WandbSink(run.tracking, console, in_sweep=_is_of_a_multirun()))
+
+
+def _is_of_a_multirun() -> bool:
+    return HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def _is_of_a_sweep() -> bool:
+    """Return whether the run is one of several: of `-m`, or of `wandb agent`."""
+    return _is_of_a_multirun() or environment.variable("WANDB_SWEEP_ID") is not None
 
 
 def _now() -> str:
