@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import wandb_file
 import wandb_server
@@ -252,6 +253,22 @@ def test_a_killed_run_says_where_it_was_and_why_it_ended(under_way):
     assert "during measure" in run.summary["error"]
     assert "the logs are in" in run.summary["hint"]
     assert run.config["outcome"] == "killed: SIGKILL"
+
+
+@pytest.mark.release
+def test_a_service_of_wandb_that_hangs_costs_half_a_minute_and_no_result(server, tmp_path):
+    cli = Cli(tmp_path)
+    process = cli.start(*SHORT[:-1], "workload.repeats=200", **server.login)
+    wait_for(process, "measure:")
+    (service,) = (each for each in psutil.Process(process.pid).children() if each.name() == "wandb-core")
+    service.suspend()
+    output = process.communicate(timeout=180)[0]
+
+    assert process.returncode == 0
+    (result,) = cli.results()
+    assert result["status"] == "ok"
+    assert "W&B: its service no longer answers, and the figures are in result.json" in output
+    assert "Traceback" not in output
 
 
 # --- wandb agent ------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from zi_experiments.runtime.progress import Event
 # how long to wait for W&B's server, unless WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT are set
 _PATIENCE_S = {"init_timeout": 10.0, "finish_timeout": 10.0}
 _LAST_PATIENCE_S = 1.5  # when the user stops a run
+_MARGIN_S = 20.0  # for all that W&B does at the end of a run without a limit of its own
 _NOT_TO_COMPARE = {"memory", "rates", "notes"}  # of the plan: long, and in result.json
 
 
@@ -103,15 +104,21 @@ class WandbSink:
 
     def write(self, record: Record) -> None:
         if record.error is not None and record.error.type == "Interrupted":
-            _within(_LAST_PATIENCE_S, lambda: self._write(record))
-        else:
-            if self._run is None:
-                self.open(record)
+            _within(_LAST_PATIENCE_S, lambda: self._leave(record))
+            return
+        if self._run is None:
+            self.open(record)
+        folder, limit_s = self._folder(), environment.variable("WANDB_FINISH_TIMEOUT") or _PATIENCE_S["finish_timeout"]
+        if not _within(float(limit_s) + _MARGIN_S, lambda: self._write(record)):
+            self._run = None
+            self._say(f"W&B: its service no longer answers, and the figures are in {NAME}; what it has is in {folder}")
+
+    def _leave(self, record: Record) -> None:
+        if self._run is not None:
             self._write(record)
+        wandb.teardown()
 
     def _write(self, record: Record) -> None:
-        if self._run is None:
-            return
         if self._latest is not None:
             self._latest.close(_LAST_PATIENCE_S)
         outcome = record.status if record.error is None else f"{record.status}: {record.error.type}"
@@ -187,20 +194,29 @@ def login_mode() -> str:
     return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
-def _within(timeout_s: float, act: Callable[[], None]) -> None:
-    """Run `act` and end W&B's service; if its server does not answer in time, unsent data stays on disk."""
+def _within(timeout_s: float, act: Callable[[], object]) -> bool:
+    """Return whether `act` has ended in time. If not, W&B's service is killed; what it has not sent stays on disk."""
+    failures = list[Exception]()
 
-    def act_and_leave() -> None:
-        with suppress(Exception):  # the service may be killed below
+    def try_it() -> None:
+        try:
             act()
-            wandb.teardown()
+        except Exception as error:
+            failures.append(error)
 
-    thread = threading.Thread(target=act_and_leave, name="wandb", daemon=True)
+    thread = threading.Thread(target=try_it, name="wandb", daemon=True)
     thread.start()
     thread.join(timeout_s)
-    for process in psutil.Process().children() if thread.is_alive() else []:
-        if process.name().startswith("wandb"):
-            process.kill()
+    if thread.is_alive():
+        for process in psutil.Process().children():
+            if process.name().startswith("wandb"):
+                process.kill()
+        with suppress(Exception):  # it has nobody to take leave of
+            wandb.teardown()
+        return False
+    if failures:
+        raise failures[0]
+    return True
 
 
 def _plan(record: Record) -> dict[str, Any]:
