@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
-        if error.name != "wandb_workspaces":
+        if (error.name or "").partition(".")[0] != "wandb_workspaces":
             raise
         return _refuse(f"wandb-workspaces is not installed: {_INSTALL}")
     except OSError as error:

@@ -24,7 +24,8 @@ from zi_experiments.runtime.progress import Event
 # how long to wait for W&B's server, unless WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT are set
 _PATIENCE_S = {"init_timeout": 10.0, "finish_timeout": 10.0}
 _LAST_PATIENCE_S = 1.5  # when the user stops a run
-_MARGIN_S = 20.0  # for all that W&B does at the end of a run without a limit of its own
+# for all that W&B does at the end of a run without a limit of its own: it takes some thousand rows of history a second
+_MARGIN_S, _ROW_S = 20.0, 0.002
 _NOT_TO_COMPARE = {"memory", "rates", "notes"}  # of the plan: long, and in result.json
 
 
@@ -108,8 +109,9 @@ class WandbSink:
             return
         if self._run is None:
             self.open(record)
-        folder, limit_s = self._folder(), environment.variable("WANDB_FINISH_TIMEOUT") or _PATIENCE_S["finish_timeout"]
-        if not _within(float(limit_s) + _MARGIN_S, lambda: self._write(record)):
+        folder, finish_s = self._folder(), environment.variable("WANDB_FINISH_TIMEOUT") or _PATIENCE_S["finish_timeout"]
+        rows = sum(len(one.step_s) for _, one in _passes(record)) if record.samples else 0
+        if not _within(float(finish_s) + _MARGIN_S + rows * _ROW_S, lambda: self._write(record)):
             self._run = None
             self._say(f"W&B: its service no longer answers, and the figures are in {NAME}; what it has is in {folder}")
 
