@@ -18,7 +18,7 @@ from zi_experiments.report.columns import COLUMNS, Column
 TITLE = "zi_experiments"
 _NAME = "zidashboard"  # in the address; always the same, so that there is one view
 _PINNED = ("status", "phase", "phase_done", "decode_tok_per_s", "fraction_of_bound", "error_type", "error", "hint")
-_MOST_RUNS = 200
+_MOST_RUNS = 100
 _COLUMNS = {column.name: column for column in COLUMNS}
 
 
