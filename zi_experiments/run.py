@@ -87,10 +87,11 @@ class _Job:
     def __init__(self, cfg: DictConfig, console: Console) -> None:
         self.record = initial.record(cfg)
         self.is_stored = False
-        self._is_begun = False
+        self._begun: Run | None = None  # once it is known that the run is not kept
         self._console = console
         self._file = ResultFile()
         self._sinks: list[Sink] = [Guarded(ConsoleSink(console))]
+        self._is_tracked = False
         self._folder = Path(self.record.folder)
 
     def carry_out(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
@@ -123,7 +124,7 @@ class _Job:
         self._identify(run)
         if may_keep and (before := self._finished_before()):
             return before
-        self._is_begun = True
+        self._begun = run
         self._file.write(self.record)  # this is what remains if run and launcher are killed
         with self._turn(run, machine):
             return self._planned(run, arch)
@@ -211,8 +212,7 @@ class _Job:
         (self._folder / f"{kind}.json").write_text(json.dumps(config, indent=2) + "\n")
         self._update(**{kind: config})
         self._file.open(self.record)
-        if run.tracking.mode is not TrackingMode.disabled:
-            self._sinks.append(_wandb(run, self._console))
+        self._track(run)
         for sink in self._sinks:
             sink.open(self.record)
         with ExitStack() as held:
@@ -221,7 +221,7 @@ class _Job:
                 held.callback(scratch.Scratch(path).close)
                 _say(self._console, f"disk: needs {gigabytes(plan.placement.nvme_bytes)} in {display_path(path)}")
             peaks = held.enter_context(peak_memory.Monitor(path))
-            measured = launcher.launch(plan, config, self._folder / "logs", temporary, self._console)
+            measured = launcher.launch(plan, config, self._folder / "logs", temporary, self._console, self._progress)
         self._conclude(plan, measured, peaks)
 
     def _conclude(self, plan: Plan, measured: "Measurement", peaks: peak_memory.Monitor) -> None:
@@ -250,6 +250,15 @@ class _Job:
             figures = metrics.without_passed(derived(replace(plan, machine=machine)))
             self._update(plan=replace(plan, machine=machine), metrics=figures, bound_passed=beyond)
 
+    def _track(self, run: Run) -> None:
+        self._is_tracked = True
+        if run.tracking.mode is not TrackingMode.disabled:
+            self._sinks.append(_wandb(run, self._console))
+
+    def _progress(self, event: progress.Event) -> None:
+        for sink in self._sinks:
+            sink.progress(event)
+
     def _update(self, **changes: Any) -> None:
         self.record = replace(self.record, **changes)
 
@@ -259,13 +268,15 @@ class _Job:
     def _finish(self) -> None:
         self._update(run=replace(self.record.run, finished_at=_now()))
         path = self._folder / NAME
-        if self.record.status == "killed" and not self._is_begun and path.exists():
+        if self.record.status == "killed" and self._begun is None and path.exists():
             return  # it is the record of an earlier run, which the next run may keep
         try:
             self._file.write(self.record)
             self.is_stored = True
         except OSError as error:
             reason = error.strerror
+        if self._begun is not None and not self._is_tracked and self.record.status != "killed" and _is_of_a_sweep():
+            self._track(self._begun)  # its other runs are there too
         for sink in self._sinks:
             sink.write(self.record)
         if self.is_stored:
@@ -305,7 +316,16 @@ def _wandb(run: Run, console: Console) -> Sink:
     environment.prepare_for_wandb(run.tracking.mode.value)
     from zi_experiments.results.sinks.wandb import WandbSink
 
-    return Guarded(WandbSink(run.tracking, console, in_sweep=HydraConfig.get().mode is RunMode.MULTIRUN))
+    return Guarded(WandbSink(run.tracking, console, in_sweep=_is_of_a_multirun()))
+
+
+def _is_of_a_multirun() -> bool:
+    return HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def _is_of_a_sweep() -> bool:
+    """Return whether the run is one of several: of `-m`, or of `wandb agent`."""
+    return _is_of_a_multirun() or environment.variable("WANDB_SWEEP_ID") is not None
 
 
 def _now() -> str:

@@ -229,7 +229,9 @@ def test_a_target_of_make(command):
 def test_what_a_sentence_names_is_there(command):
     """Those in code blocks are carried out."""
     if command.words[1] == "-m":
-        assert command.words[2] in {f"zi_experiments{name}" for name in ("", ".hardware", ".doctor", ".report")}
+        assert command.words[2] in {
+            f"zi_experiments{name}" for name in ("", ".hardware", ".doctor", ".report", ".dashboard")
+        }
     else:
         assert (ROOT / command.words[1]).is_file()
 

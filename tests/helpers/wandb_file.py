@@ -41,6 +41,8 @@ def read(folder: Path, kind: str = "offline-run") -> dict[str, Any]:
             run |= {"name": record.run.display_name, "group": record.run.run_group, "job_type": record.run.job_type}
             run |= {"id": record.run.run_id, "project": record.run.project, "tags": list(record.run.tags)}
             run["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        elif kind == "config":
+            run["config"] |= {item.key: json.loads(item.value_json) for item in record.config.update}
         elif kind == "history":
             run["history"].append({_key(item): json.loads(item.value_json) for item in record.history.item})
         elif kind == "summary":

@@ -30,7 +30,7 @@ LAUNCHER = (
     "execution.launcher",
     "run",
 )
-REPORT = ("report.command", "report.page", "report.tables", "report.comparison_tables")
+REPORT = ("dashboard.command", "report.command", "report.page", "report.tables", "report.comparison_tables")
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "wandb"}
 
 
@@ -91,7 +91,7 @@ ORDER = (
     ("execution",),
     ("plan_only",),
     ("run", "api", "hardware", "doctor", "report"),
-    ("cli",),
+    ("cli", "dashboard"),
     ("__main__", "zi_experiments"),
 )
 LAYERS = {package: layer for layer, packages in enumerate(ORDER) for package in packages}
@@ -208,8 +208,10 @@ def test_an_engine_is_known_by_its_module_alone():
     }
 
 
-def test_only_its_sink_imports_wandb():
-    assert {name for name, tree in TREES.items() if "wandb" in packages(tree)} == {"results.sinks.wandb"}
+def test_only_its_sink_and_the_saved_view_import_wandb():
+    users = {name for name, tree in TREES.items() if packages(tree) & {"wandb", "wandb_workspaces"}}
+
+    assert users == {"results.sinks.wandb", "dashboard.view"}
 
 
 def test_typed_past_the_door():

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
@@ -20,7 +21,7 @@ from zi_experiments.cost_model import inventory
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.execution import failures
 from zi_experiments.runtime import fork_server, scratch, signals
-from zi_experiments.runtime.progress import Display
+from zi_experiments.runtime.progress import Display, Event
 
 if TYPE_CHECKING:
     from zi_experiments.execution.worker import Measurement  # it imports torch
@@ -39,14 +40,22 @@ def warm_up() -> None:
     fork_server.start()
 
 
-def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, console: Console) -> "Measurement":
+def launch(
+    plan: Plan,
+    config: dict[str, Any],
+    logs: Path,
+    temporary: Path,
+    console: Console,
+    tell: Callable[[Event], None],
+) -> "Measurement":
     """Run the workers of a plan, one process per GPU. Return the measurement of rank 0.
 
     Its GPU peak is the largest of all ranks, and its `stored` is the sum over them.
 
-    Their output goes to files under `logs`, and their temporary files to the folder `temporary`. Raises
-    `failures.WorkerError` when one fails, is killed, or gives no sign of progress for `launch.timeout_s`. A
-    `KeyboardInterrupt` passes through once the workers are gone.
+    Their progress is shown on the console and passed to `tell`, which has to return at once. Their output goes to files
+    under `logs`, and their temporary files to the folder `temporary`. Raises `failures.WorkerError` when one fails, is
+    killed, or gives no sign of progress for `launch.timeout_s`. A `KeyboardInterrupt` passes through once the workers are
+    gone.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -76,7 +85,7 @@ def launch(plan: Plan, config: dict[str, Any], logs: Path, temporary: Path, cons
     with (
         scratch.temporary_files_in(temporary),  # torch leaves a file behind for each worker
         environment.variables(variables) as inherited,
-        Display(reader, console) as display,
+        Display(reader, console, tell) as display,
         ThreadPoolExecutor(1, "launch") as threads,
     ):
         # in a thread it leaves signals to us, who look at the workers meanwhile

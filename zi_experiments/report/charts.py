@@ -1,4 +1,4 @@
-"""The charts of the page: what each shows, and its definition as it is printed below it."""
+"""The charts of the page and of W&B's saved view: what each shows, and its definition as it is printed beside it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,8 +12,10 @@ class Chart:
     title: str
     kind: Kind  # how `charts.js` draws it
     definition: str
+    drawn: str = ""  # what else one has to know of the page
     y: tuple[str, ...] = ()  # columns
     x: str | None = None
+    by: tuple[str, ...] = ()  # columns: runs with equal values are one bar, that of the fastest
 
 
 CHARTS: tuple[Chart, ...] = (
@@ -22,9 +24,10 @@ CHARTS: tuple[Chart, ...] = (
         title="Decode throughput by engine, offload and quantization",
         kind="fastest",
         y=("decode_tok_per_s",),
-        definition="The fastest of the runs with this model, engine, offload target and quantization. decode_tok_per_s is "
-        "B · (G − 1) / (total − ttft_s): B sequences of G generated tokens, without the first token; the median of the "
-        "measured passes.",
+        by=("model", "engine", "offload", "quant"),
+        definition="The fastest run of each group. decode_tok_per_s is B · (G − 1) / (total − ttft_s): B sequences of G "
+        "generated tokens, without the first token; the median of the measured passes.",
+        drawn="The runs of a group have one model, engine, offload target and quantization.",
     ),
     Chart(
         id="bound",
@@ -40,9 +43,9 @@ CHARTS: tuple[Chart, ...] = (
         kind="points",
         x="sequences",
         y=("decode_tok_per_s",),
-        definition="One point for each run. The batch is B, the sequences of a pass over all GPUs and micro-batches. Lines "
-        "join the fastest at each batch size of the same model, engine, offload target, quantization, KV cache, prompt and "
-        "machine.",
+        definition="One point for each run. The batch is B, the sequences of a pass over all GPUs and micro-batches.",
+        drawn="Lines join the fastest at each batch size of the same model, engine, offload target, quantization, KV cache, "
+        "prompt and machine.",
     ),
     Chart(
         id="pareto",
@@ -51,22 +54,24 @@ CHARTS: tuple[Chart, ...] = (
         x="tok_per_s_per_user",
         y=("decode_tok_per_s",),
         definition="Decode tokens per second of all sequences together, against those of one sequence: 1 / tpot_p50_s, one "
-        "over the median decode step. The dashed line of a model joins its runs that no other run of the model beats in "
-        "both: the Pareto frontier.",
+        "over the median decode step.",
+        drawn="The dashed line of a model joins its runs that no other run of the model beats in both: the Pareto frontier.",
     ),
     Chart(
         id="steps",
         title="Step time over tokens",
         kind="timelines",
         definition="Seconds from one token of all sequences to the next, the median over the measured passes. The first "
-        "step leads from the first generated token to the second. Runs that have steps, at most 200 of the whole page; "
-        "of long ones each point is the median of neighbouring steps.",
+        "step leads from the first generated token to the second.",
+        drawn="Runs that have steps, at most 200 of the whole page; of long ones each point is the median of neighbouring "
+        "steps.",
     ),
     Chart(
         id="failures-chart",
         title="Failures",
         kind="failures",
-        definition="Runs that are not ok, by status and kind of error. A run that is under way counts as killed.",
+        definition="Runs that are not ok, by status and kind of error.",
+        drawn="A run that is under way counts as killed.",
     ),
     Chart(
         id="memory",

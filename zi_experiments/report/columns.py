@@ -66,7 +66,7 @@ _NAMED: tuple[Column, ...] = (
     _metric("prefill_tok_per_s", "prefill tok/s", "tok/s", is_shown=True),
     _metric("decode_tok_per_s", "decode tok/s", "tok/s", is_shown=True),
     _metric("total_tok_per_s", "prefill and decode tok/s", "tok/s"),
-    _number("tok_per_s_per_user", "decode tok/s per user", "tok/s", is_shown=True),
+    _metric("tok_per_s_per_user", "decode tok/s per user", "tok/s", is_shown=True),
     *_extremes("prefill_tok_per_s", "prefill tok/s"),
     *_extremes("decode_tok_per_s", "decode tok/s"),
     *_extremes("total_tok_per_s", "prefill and decode tok/s"),

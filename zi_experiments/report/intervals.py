@@ -55,6 +55,7 @@ _STATISTICS = {
     "tpot_p50_s": _Statistic(times=_steps),
     "tpot_p90_s": _Statistic(times=_steps, percent=90),
     "tpot_p99_s": _Statistic(times=_steps, percent=99),
+    "tok_per_s_per_user": _Statistic(times=_steps, is_rate=True),
     "link_bytes_per_s": _Statistic(times=_steps, is_rate=True),
     "fraction_of_bound": _Statistic(times=_steps, is_rate=True),
     "prefill_fraction_of_bound": _Statistic(times=_ttft, is_rate=True),

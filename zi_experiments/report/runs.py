@@ -138,12 +138,14 @@ def _derived(
     sequences = row["sequences"]
     if sequences is None and isinstance(batch_size, int) and isinstance(micro_batches, int):
         sequences = batch_size * micro_batches
-    step_s = row["tpot_p50_s"]
+    step_s, per_user = row["tpot_p50_s"], row["tok_per_s_per_user"]
+    if per_user is None and isinstance(step_s, int | float) and step_s > 0:
+        per_user = 1 / step_s  # a record from before it was a metric
     return {
         "machine": environment.get("gpu") or environment.get("cpu"),
         "sequences": sequences,
         "passes": len(passes.ttft_s) or None,
-        "tok_per_s_per_user": 1 / step_s if isinstance(step_s, int | float) and step_s > 0 else None,
+        "tok_per_s_per_user": per_user,
     }
 
 

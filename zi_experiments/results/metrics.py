@@ -25,6 +25,7 @@ class Metrics:
     tpot_p50_s: float | None  # from one token to the next, over the decode steps of all passes
     tpot_p90_s: float | None
     tpot_p99_s: float | None
+    tok_per_s_per_user: float | None  # decode tokens per second of one sequence: 1 / tpot_p50_s
     load_s: float
     gpu_peak_bytes: int  # allocated on one GPU while measuring, the largest over ranks
     host_peak_bytes: int  # resident in all processes of the run, at any time
@@ -73,6 +74,7 @@ def derive(
         tpot_p50_s=step,
         tpot_p90_s=_percentile(steps, 90),
         tpot_p99_s=_percentile(steps, 99),
+        tok_per_s_per_user=1 / step if step else None,
         load_s=samples.load_s,
         gpu_peak_bytes=gpu_peak_bytes,
         host_peak_bytes=host_peak_bytes,
@@ -101,6 +103,11 @@ def _routed(samples: Samples) -> Routed | None:
     """Return the total over the decode steps of all measured passes; None if they bring all experts, or there are none."""
     found = [one.routed for one in samples.measured if one.routed and one.routed.layers]
     return reduce(Routed.plus, found) if found else None
+
+
+def timeline(samples: Samples) -> list[float]:
+    """Return the time of each decode step in s: its median over the measured passes."""
+    return [median(times) for times in zip(*(one.step_s for one in samples.measured), strict=True)]
 
 
 def passed(figures: Metrics) -> Passed | None:

@@ -83,10 +83,11 @@ def shown(console: Console) -> Progress:
 
 
 class Display:
-    """The launcher's side: a context manager that shows the events of a channel."""
+    """The launcher's side: a context manager that shows the events of a channel, and tells others of them."""
 
-    def __init__(self, channel: Channel, console: Console) -> None:
+    def __init__(self, channel: Channel, console: Console, tell: Callable[[Event], None] = lambda event: None) -> None:
         self._channel = channel
+        self._tell = tell
         self._show = _show(console)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
@@ -109,6 +110,7 @@ class Display:
                 event = self._channel.recv()
                 self.last, self.heard_at = event, time.monotonic()
                 self._show.event(event)
+                self._tell(event)
             elif self._done.is_set():
                 return
             elif self.last is not None and not self.last.ended:

@@ -127,7 +127,7 @@ def test_the_table_of_a_pair(tmp_path, console):
     assert code == 0
     assert f"B: opt-125m-cpu-fp16 ({after / 'result.json'})" in shown
     assert max(len(line) for line in shown.splitlines() if line[:2] not in ("A:", "B:")) == 80  # paths may be longer
-    (decode,) = [line for line in shown.splitlines() if line.startswith("│ decode tok/s ")]
+    (decode,) = [line for line in shown.splitlines() if line.startswith("│ decode tok/s  ")]
     assert decode.split("│")[4].strip().startswith(("1.9", "2.0"))
     assert "better" in decode
     assert any(line.replace("│", "").split() == ["engine", "stream", "fsdp"] for line in shown.splitlines())

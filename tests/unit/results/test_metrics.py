@@ -36,6 +36,7 @@ def test_one_pass_by_hand(plan):
     assert got.decode_tok_per_s == 8 * 2 / 2.0
     assert got.total_tok_per_s == 8 * 3 / 4.0
     assert got.tpot_p50_s == 1.0
+    assert got.tok_per_s_per_user == 1.0
     assert got.load_s == 12.5
 
 
@@ -46,6 +47,13 @@ def test_figures_are_medians_over_passes(plan):
     assert got.prefill_tok_per_s == 8 * 16 / 2.0
     assert got.decode_tok_per_s == 8 * 2 / 2.0
     assert got.total_tok_per_s == 8 * 3 / 4.0
+
+
+def test_a_timeline_is_the_median_of_each_step_over_the_passes():
+    samples = measured((1.0, 0.5, 4.0), (2.0, 1.0, 1.0), (10.0, 5.0, 2.0), warmup=[(1.0, 100.0, 100.0)])
+
+    assert metrics.timeline(samples) == [1.0, 2.0]
+    assert metrics.timeline(measured((1.0,), (2.0,))) == []
 
 
 def test_each_rate_is_the_median_of_its_own_passes(plan):

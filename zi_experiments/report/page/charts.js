@@ -52,10 +52,10 @@ function barLayout(rows, horizontal, traces) {
 }
 
 const kinds = {
-  fastest({ y: [name] }, numbers) {
+  fastest({ y: [name], by }, numbers) {
     const measured = numbers.filter(has(name));
     const several = new Set(measured.map((run) => value("model", run))).size > 1;
-    const groups = grouped(measured, (run) => joined(run, ...(several ? ["model"] : []), "engine", "offload"));
+    const groups = grouped(measured, (run) => joined(run, ...by.slice(several ? 0 : 1, -1)));
     const rows = [...groups.keys()].sort().slice(0, MOST_BARS);
     const used = quants.filter((quant) => rows.some((row) => groups.get(row).some((run) => value("quant", run) === quant)));
     const traces = used.map((quant) => {

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from zi_experiments.results.record import Record
+from zi_experiments.runtime.progress import Event
 
 log = logging.getLogger(__name__)
 
@@ -16,8 +17,11 @@ class Sink(Protocol):
     def open(self, record: Record) -> None:
         """Called when the plan is accepted, before the run starts; `record` has the plan."""
 
+    def progress(self, event: Event) -> None:
+        """Called while the run is under way, in another thread; has to return at once."""
+
     def write(self, record: Record) -> None:
-        """Called when the run is over; `record` is final."""
+        """Called when the run is over; `record` is final. Without a call of `open` before, it was refused."""
 
     def close(self) -> None:
         """Release everything, whether or not anything was written."""
@@ -32,6 +36,9 @@ class Guarded:
 
     def open(self, record: Record) -> None:
         self._try(lambda sink: sink.open(record))
+
+    def progress(self, event: Event) -> None:
+        self._try(lambda sink: sink.progress(event))
 
     def write(self, record: Record) -> None:
         self._try(lambda sink: sink.write(record))

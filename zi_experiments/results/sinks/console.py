@@ -15,6 +15,7 @@ from zi_experiments.results import explanation
 from zi_experiments.results.explanation import LIMITS
 from zi_experiments.results.metrics import as_routed
 from zi_experiments.results.record import Record
+from zi_experiments.runtime.progress import Event
 from zi_experiments.units import gigabytes, scaled, seconds
 
 
@@ -26,6 +27,9 @@ class ConsoleSink:
         assert record.plan is not None
         assert record.prediction is not None
         show_plan(record.run.name, record.plan, record.prediction, self._console)
+
+    def progress(self, event: Event) -> None:
+        pass  # the launcher shows it
 
     def write(self, record: Record) -> None:
         if record.status == "ok":

@@ -14,13 +14,19 @@ from zi_experiments import environment
 from zi_experiments.config.schema import Tracking
 from zi_experiments.measurement.timing import Pass
 from zi_experiments.models.architecture import reason
+from zi_experiments.results import metrics
 from zi_experiments.results.record import Record
 from zi_experiments.results.sinks.console import display_path
 from zi_experiments.results.sinks.result_file import NAME
+from zi_experiments.runtime.latest import Latest
+from zi_experiments.runtime.progress import Event
 
 # how long to wait for W&B's server, unless WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT are set
 _PATIENCE_S = {"init_timeout": 10.0, "finish_timeout": 10.0}
 _LAST_PATIENCE_S = 1.5  # when the user stops a run
+# for all that W&B does at the end of a run without a limit of its own: it takes some thousand rows of history a second
+_MARGIN_S, _ROW_S = 20.0, 0.002
+_NOT_TO_COMPARE = {"memory", "rates", "notes"}  # of the plan: long, and in result.json
 
 
 class WandbSink:
@@ -31,6 +37,7 @@ class WandbSink:
         self._console = console
         self._in_sweep = in_sweep
         self._run: Any = None
+        self._latest: Latest | None = None
 
     def open(self, record: Record) -> None:
         if self._in_sweep and (shared := environment.forget("WANDB_RUN_ID")):
@@ -48,6 +55,16 @@ class WandbSink:
             self._say(f"W&B: offline{why}; wandb sync {self._folder()}")
         elif mode == "online":
             self._say(f"W&B: {self._run.url}")
+        self._run.summary.update({"phase": "start", "phase_done": 0.0})
+        self._latest = Latest(self._tell)
+
+    def progress(self, event: Event) -> None:
+        if self._latest is not None:
+            self._latest.put(event)
+
+    def _tell(self, event: Event) -> None:
+        done = event.completed / event.total if event.total else float(event.ended)
+        self._run.summary.update({"phase": event.phase, "phase_done": done})
 
     def _start(self, record: Record, mode: str) -> Any:
         tracking = self._tracking
@@ -66,7 +83,7 @@ class WandbSink:
             job_type=environment.variable("WANDB_JOB_TYPE") or "benchmark",
             name=record.run.name,
             tags=[*tracking.tags, *(choice for choice in record.choices.values() if choice)],
-            config={"choices": record.choices, "environment": record.environment, **record.config},
+            config={"choices": record.choices, "environment": record.environment, **_plan(record), **record.config},
             dir=record.folder,
             mode=mode,  # type: ignore[arg-type]
             settings=wandb.Settings(
@@ -88,16 +105,31 @@ class WandbSink:
 
     def write(self, record: Record) -> None:
         if record.error is not None and record.error.type == "Interrupted":
-            _within(_LAST_PATIENCE_S, lambda: self._write(record))
-        else:
+            _within(_LAST_PATIENCE_S, lambda: self._leave(record))
+            return
+        if self._run is None:
+            self.open(record)
+        folder, finish_s = self._folder(), environment.variable("WANDB_FINISH_TIMEOUT") or _PATIENCE_S["finish_timeout"]
+        rows = sum(len(one.step_s) for _, one in _passes(record)) if record.samples else 0
+        if not _within(float(finish_s) + _MARGIN_S + rows * _ROW_S, lambda: self._write(record)):
+            self._run = None
+            self._say(f"W&B: its service no longer answers, and the figures are in {NAME}; what it has is in {folder}")
+
+    def _leave(self, record: Record) -> None:
+        if self._run is not None:
             self._write(record)
+        wandb.teardown()
 
     def _write(self, record: Record) -> None:
-        if self._run is None:
-            return
-        self._run.summary["status"] = record.status
+        if self._latest is not None:
+            self._latest.close(_LAST_PATIENCE_S)
+        outcome = record.status if record.error is None else f"{record.status}: {record.error.type}"
+        # W&B groups by configuration alone, and the plan may have been computed anew
+        self._run.config.update({"outcome": outcome, **_plan(record)}, allow_val_change=True)
+        self._run.summary.update({"status": record.status, "failed": int(record.status != "ok")})
         if record.error is not None:
-            self._run.summary["error"] = record.error.message
+            why = {"error": record.error.message, "error_type": record.error.type, "hint": record.error.hint}
+            self._run.summary.update({key: value for key, value in why.items() if value is not None})
         if record.verification is not None:
             self._run.summary["verified"] = record.verification.passed
         if record.generated is not None:
@@ -127,6 +159,8 @@ class WandbSink:
         run.define_metric("step/*", step_metric="step/index")
         run.define_metric("pass/index", hidden=True)
         run.define_metric("pass/*", step_metric="pass/index")
+        run.define_metric("timeline/step", hidden=True)
+        run.define_metric("timeline/*", step_metric="timeline/step")
         index = 0
         for number, (phase, one) in enumerate(_passes(record)):
             run.log({"pass/index": number, "pass/ttft_s": one.ttft_s, "pass/total_s": one.total_s})
@@ -134,6 +168,9 @@ class WandbSink:
                 for step_s in one.step_s:
                     run.log({"step/index": index, "step/tpot_s": step_s, "step/pass": number})
                     index += 1
+        assert record.samples is not None
+        for step, tpot_s in enumerate(metrics.timeline(record.samples), start=1):
+            run.log({"timeline/step": step, "timeline/tpot_s": tpot_s})
 
     def _headline(self, record: Record) -> None:
         figures = record.to_dict()["metrics"]
@@ -159,20 +196,35 @@ def login_mode() -> str:
     return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
-def _within(timeout_s: float, act: Callable[[], None]) -> None:
-    """Run `act` and end W&B's service; if its server does not answer in time, unsent data stays on disk."""
+def _within(timeout_s: float, act: Callable[[], object]) -> bool:
+    """Return whether `act` has ended in time. If not, W&B's service is killed; what it has not sent stays on disk."""
+    failures = list[Exception]()
 
-    def act_and_leave() -> None:
-        with suppress(Exception):  # the service may be killed below
+    def try_it() -> None:
+        try:
             act()
-            wandb.teardown()
+        except Exception as error:
+            failures.append(error)
 
-    thread = threading.Thread(target=act_and_leave, name="wandb", daemon=True)
+    thread = threading.Thread(target=try_it, name="wandb", daemon=True)
     thread.start()
     thread.join(timeout_s)
-    for process in psutil.Process().children() if thread.is_alive() else []:
-        if process.name().startswith("wandb"):
-            process.kill()
+    if thread.is_alive():
+        for process in psutil.Process().children():
+            if process.name().startswith("wandb"):
+                process.kill()
+        with suppress(Exception):  # it has nobody to take leave of
+            wandb.teardown()
+        return False
+    if failures:
+        raise failures[0]
+    return True
+
+
+def _plan(record: Record) -> dict[str, Any]:
+    """Return the plan as a part of W&B's configuration; empty before there is one."""
+    plan = record.to_dict()["plan"] or {}
+    return {"plan": {key: value for key, value in plan.items() if key not in _NOT_TO_COMPARE}} if plan else {}
 
 
 def _passes(record: Record) -> list[tuple[str, Pass]]:

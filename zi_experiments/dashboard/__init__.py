@@ -1,0 +1,1 @@
+"""The charts of the report as a saved view of W&B."""
