@@ -61,15 +61,33 @@ def main() -> None:
 
 
 def _report(jobs: list[sweep.Job]) -> None:
+    """Print what the runs of a sweep say together: plans, candidates of a search, an answer, or their figures."""
     from rich.console import Console
 
+    from zi_experiments.report import answer_table, answers, plan_list, runs
+    from zi_experiments.report.comparison import number
     from zi_experiments.results.sinks.console import show_sweep
-    from zi_experiments.results.sinks.search_table import is_search, show_search
+    from zi_experiments.results.sinks.search_table import is_search, show_commands, show_search
 
-    show_sweep(jobs)
+    console = Console()
+    folder = sweep.output()
+    told = [runs.from_record(record, str(folder / "run" / "result.json")) for _, record in jobs]
+    plans = [record["shown"] for _, record in jobs if "shown" in record]
+    if len(plans) == len(jobs) == 1:
+        print(plans[0], end="")
+    elif plans:
+        plan_list.show(told, console)
+    elif is_search(jobs):
+        show_search(jobs, console)
+    elif found := answers.of(told):
+        for answer in found:
+            answer_table.show(answer, console)
+    else:
+        show_sweep(jobs)
     if is_search(jobs):
-        show_search(jobs, Console())
-    print(f"report: python -m zi_experiments.report {shlex.quote(str(sweep.output()))}")
+        ranked = sorted(zip(told, jobs, strict=True), key=lambda each: -(number(each[0], "total_tok_per_s") or 0))
+        show_commands([job for _, job in ranked], console)
+    print(f"report: python -m zi_experiments.report {shlex.quote(str(folder))}")
 
 
 def _run(cfg: DictConfig) -> None:

@@ -3,10 +3,11 @@
 import json
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,14 +62,7 @@ def run_job(
     """
     console = Console()
     if initial.setting(cfg, "plan_only") is True:
-        try:
-            _settle_caches(console)
-            plan_only.show(cfg, console)
-        except Exception as error:
-            signals.check()  # a library may have made this error of an interrupt
-            status, failure = _explain(error)
-            _say(console, f"{status} {failure.message}" + (f"\n{failure.traceback}" if failure.traceback else ""))
-            raise RunFailed(failure.message) from error
+        _plan(cfg, console, keep, tell)
         return
     job = _Job(cfg, console)
     try:
@@ -79,6 +73,34 @@ def run_job(
     tell(kept or job.record.to_dict())
     if kept is None and not (job.record.status == "ok" and job.is_stored):
         raise RunFailed(f"{job.record.run.name}: {job.record.status}")
+
+
+def _plan(cfg: DictConfig, console: Console, in_sweep: bool, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Show the plan of a run and leave it as `plan.json`. In a sweep, whose end shows all plans, it is only told."""
+    shown = Console(file=StringIO(), width=console.width) if in_sweep else console
+    record = initial.record(cfg)
+    try:
+        _settle_caches(console)
+        with console.status(f"plan: {record.run.name}") if in_sweep else nullcontext():
+            planned = plan_only.show(cfg, record, shown)
+        if planned is None and in_sweep:
+            tell(record.to_dict() | {"status": "skipped"})
+            return
+        if planned is None:
+            raise ConfigError(f"the search has no candidate of rank {cfg.search.rank}: pass search.rank=0")
+        record = planned
+    except Exception as error:
+        signals.check()  # a library may have made this error of an interrupt
+        status, failure = _explain(error)
+        record = replace(record, status=status, error=failure)
+        _say(
+            shown if status == "refused" else console,
+            f"{status} {failure.message}" + (f"\n{failure.traceback}" if failure.traceback else ""),
+        )
+    plan_only.write(record)
+    tell(record.to_dict() | ({"shown": shown.file.getvalue()} if isinstance(shown.file, StringIO) else {}))
+    if record.error is not None:
+        raise RunFailed(record.error.message)
 
 
 class _Job:
@@ -112,6 +134,7 @@ class _Job:
 
     def _attempt(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
         run = to_run(cfg)
+        metrics.check(run.question)
         perplexity.check_text(run.workload.text)
         _settle_caches(self._console)
         launcher.warm_up()  # before anything asks for GPUs

@@ -206,6 +206,28 @@ class Tracking:
 
 
 @dataclass
+class Question:
+    """What an experiment asks; its runs answer it together."""
+
+    text: str
+    figures: list[str]  # names of figures in `metrics`: the first one answers, the others explain
+
+
+@dataclass
+class Published:
+    """A published table of throughputs, shown beside runs with the same model, engine, offload and quantization."""
+
+    title: str
+    machine: str
+    source: str
+    about: str
+    figure: str  # the figure in `metrics` that its values are
+    run: list[str]  # overrides of all rows
+    systems: dict[str, str]  # overrides of the rows of each system
+    rows: list[dict[str, Any]]  # system, value, batch, run (overrides); where known kv (the place of the KV cache), note
+
+
+@dataclass
 class Run:
     """One run, as composed from `conf/`."""
 
@@ -225,6 +247,8 @@ class Run:
     trust_remote_code: bool  # run the Python files of a checkpoint
     plan_only: bool
     force: bool  # repeat runs that a sweep has already finished
+    question: Question | None
+    published: Published | None
 
 
 def register() -> None:

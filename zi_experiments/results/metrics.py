@@ -1,8 +1,10 @@
 """`Samples + Plan → Metrics`: a pure function; every figure has its definition here."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from statistics import median, quantiles
 
+from zi_experiments.config import errors
+from zi_experiments.config.schema import ConfigError, Question
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction
@@ -34,6 +36,17 @@ class Metrics:
     decode_prediction_error: float | None  # predicted / measured − 1, of the median decode step
     perplexity: float | None  # of the weights on workload.text; None without a text
     spread: dict[str, tuple[float, float]]  # of each rate: its smallest and its largest pass
+
+
+def check(question: Question | None) -> None:
+    """Raise `ConfigError` when the answer to a question is no figure."""
+    known = [field.name for field in fields(Metrics)]
+    for name in question.figures if question else ():
+        if name not in known:
+            instead = errors.closest(name, known)
+            raise ConfigError(
+                f"question.figures: {name} is not a figure: pass {instead or 'one of ' + ', '.join(known)}"
+            )
 
 
 def derive(

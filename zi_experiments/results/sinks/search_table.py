@@ -24,32 +24,40 @@ def _is_candidate(search: Any) -> bool:
 
 
 def show_search(jobs: list[Job], console: Console) -> None:
-    """Print the measured candidates by number of sequences, with their predictions, and the command of the best one."""
+    """Print the measured candidates by number of sequences, with their predictions."""
     measured = [job for job in jobs if job[1]["metrics"]]
-    if not measured:
-        return
-    measured.sort(key=lambda job: (job[1]["plan"]["sequences"], -_rate(job)))
-    best = max(measured, key=_rate)
+    most = max((_rate(job) for job in measured), default=0.0)
     table = Table(title="generated tokens per second, over prefill and decode")
     for name in ("sequences", "with", "predicted", "measured", ""):
         table.add_column(
             name, justify="right" if name in ("sequences", "predicted", "measured") else "left", overflow="fold"
         )
-    for job in measured:
-        predicted = job[1]["plan"]["prediction"]["total_tok_per_s"]
+    for job in sorted(jobs, key=lambda job: (_sequences(job), -_rate(job))):
+        record = job[1]
+        predicted = record["plan"]["prediction"]["total_tok_per_s"] if record["plan"] else None
         table.add_row(
-            str(job[1]["plan"]["sequences"]),
-            " ".join(_decided(job[1]["config"])),
+            str(_sequences(job) or ""),
+            " ".join(_decided(record["config"]) if record["plan"] else job[0]),
             f"{predicted:,.1f}" if predicted else "",
-            f"{_rate(job):,.1f}",
-            Bar(size=_rate(best), begin=0, end=_rate(job), width=_BAR_WIDTH),
+            f"{_rate(job):,.1f}" if record["metrics"] else record["status"],
+            Bar(size=most or 1, begin=0, end=_rate(job), width=_BAR_WIDTH),
         )
     console.print(table)
-    console.print(f"best: {_command(best)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_commands(jobs: list[Job], console: Console) -> None:
+    """Print the command of each candidate. The first job is the best."""
+    for number, job in enumerate((job for job in jobs if job[1]["plan"]), 1):
+        name = "best" if number == 1 else str(number)
+        console.print(f"{name}: {_command(job)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _sequences(job: Job) -> int:
+    return job[1]["plan"]["sequences"] if job[1]["plan"] else 0
 
 
 def _rate(job: Job) -> float:
-    return float(job[1]["metrics"]["total_tok_per_s"])
+    return float(job[1]["metrics"]["total_tok_per_s"]) if job[1]["metrics"] else 0.0
 
 
 def _decided(config: dict[str, Any]) -> list[str]:
@@ -64,14 +72,11 @@ def _decided(config: dict[str, Any]) -> list[str]:
 
 
 def _command(job: Job) -> str:
-    """Return the command that runs the candidate alone."""
+    """Return the command that runs the candidate alone: what was typed, with what the search has decided."""
     overrides, record = job
-    kept = [each for each in overrides if not each.startswith(("search.rank=", "experiment=best-throughput"))]
     decided = _decided(record["config"])
-    keys = {each.partition("=")[0] for each in decided}
-    kept = [each for each in kept if each.partition("=")[0] not in keys]
-    if not any(each.startswith("workload=") for each in kept):
-        kept.insert(0, "workload=zero-inference")  # the default of the experiment
+    replaced = {"search.rank", "plan_only", *(each.partition("=")[0] for each in decided)}
+    kept = [each for each in overrides if each.partition("=")[0] not in replaced]
     folder = typed(shlex.split(record["run"]["command"])).config_dir
     own = ["--config-dir", folder] if folder else []  # with the user's own choices
-    return f"python -m zi_experiments {shlex.join([*own, *kept, *decided])}"
+    return f"python -m zi_experiments {shlex.join([*own, *kept, *decided, 'hydra.mode=RUN'])}"

@@ -1,0 +1,95 @@
+"""Answers to the questions of experiments: the figures of the runs of a sweep, beside published ones."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zi_experiments.report.columns import COLUMNS, Column
+from zi_experiments.report.comparison import number
+from zi_experiments.report.runs import Run, differing, labels
+from zi_experiments.results import published
+from zi_experiments.results.published import Row
+
+# what a search decides, where no override tells
+_DECIDED = ("workload.batch_size", "workload.micro_batches", "kv_cache.device", "offload.resident")
+_COLUMNS = {column.name: column for column in COLUMNS}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """A run of a sweep; a value that it does not have is None."""
+
+    run: Run
+    varied: dict[str, str]  # what tells it from the other runs, by setting
+    values: tuple[float | None, ...]  # of the figures of the answer
+    ratio: float | None  # of its first figure to that of the first run that has one
+    published: tuple[Row, ...]  # of the same model, engine, offload and quantization
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    question: str
+    figures: tuple[Column, ...]
+    lines: tuple[Line, ...]
+    source: str | None  # of the published figures: title, machine and address
+    published_figure: Column | None  # which of the figures of a run the published ones are
+
+    @property
+    def has_published(self) -> bool:
+        return any(line.published for line in self.lines)
+
+
+def of(runs: list[Run]) -> list[Answer]:
+    """The answer of each sweep whose runs have a question, in the order of the runs."""
+    groups: dict[tuple[str, Path], list[Run]] = {}
+    for run in runs:
+        if run.question is not None:
+            groups.setdefault((run.question["text"], Path(run.source).parent.parent), []).append(run)
+    return [_answer(members) for members in groups.values()]
+
+
+def _answer(runs: list[Run]) -> Answer:
+    question, table = runs[0].question, runs[0].published
+    assert question is not None
+    figures = tuple(_COLUMNS[name] for name in question["figures"] if name in _COLUMNS)
+    values = [tuple(number(run, column.name) for column in figures) for run in runs]
+    base = next((each[0] for each in values if each and each[0]), None)
+    return Answer(
+        question=question["text"],
+        figures=figures,
+        lines=tuple(
+            Line(
+                run=run,
+                varied=telling,
+                values=each,
+                ratio=each[0] / base if base and each[0] is not None else None,
+                published=tuple(published.alike(table, run.settings)) if table else (),
+            )
+            for run, telling, each in zip(runs, varied(runs), values, strict=True)
+        ),
+        source=f"{table['title']}, on {table['machine']}: {table['source']}" if table else None,
+        published_figure=_COLUMNS.get(table["figure"]) if table else None,
+    )
+
+
+def varied(runs: list[Run]) -> list[dict[str, str]]:
+    """Return what tells the runs of a sweep apart, by setting: what was typed, or what a search has decided.
+
+    All have the same settings. Runs that nothing tells apart have a label as their `run`.
+    """
+    if any(run.settings.get("search.rank") is not None for run in runs):
+        keys = [key for key in _DECIDED if len({run.settings.get(key) for run in runs}) > 1]
+        return [{key: str(run.settings.get(key)) for key in keys} for run in runs]
+    found = [dict(each.lstrip("+").split("=", 1) for each in parts) for parts in differing(runs)]
+    keys = list(dict.fromkeys(key for each in found for key in each))
+    if not keys:
+        return [{"run": label} for label in labels(runs)]
+    return [{key: each.get(key, "") for key in keys} for each in found]
+
+
+def text_of(row: Row) -> str:
+    """What a published figure was measured with."""
+    kv = f", KV cache: {row.kv}" if row.kv else ""
+    return f"{row.system}, batch {row.batch}{kv}" + (f", {row.note}" if row.note else "")
+
+
