@@ -260,6 +260,7 @@ class _Job:
             measured.samples,
             prediction=self.record.prediction,
             perplexity=measured.perplexity,
+            kl_divergence=measured.kl_divergence,
             gpu_peak_bytes=measured.gpu_peak_bytes,
             host_peak_bytes=peaks.host_peak_bytes,
             disk_peak_bytes=peaks.disk_peak_bytes,

@@ -6,7 +6,7 @@ import logging
 import signal
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -36,7 +36,8 @@ class Measurement:
     stored: Held  # the weights of this rank
     samples: Samples | None  # None when what was loaded failed its verification
     verification: Verification | None  # None with verify=off
-    perplexity: float | None  # None without workload.text
+    perplexity: float | None = None  # None without workload.text
+    kl_divergence: float | None = None
     generated: Generated | None = None  # None when nothing was measured
     gpu_peak_bytes: int  # of this rank's GPU while measuring; 0 without one
 
@@ -67,9 +68,7 @@ def main(plan: Plan, config: dict[str, Any], variables: dict[str, str], channel:
         stored = check_stored(plan, engine, session)
         verification = verify(session, plan, progress) if plan.run.verify is Verify.on else None
         if verification is not None and not verification.passed:
-            return Measurement(
-                stored=stored, samples=None, verification=verification, perplexity=None, gpu_peak_bytes=0
-            )
+            return Measurement(stored=stored, samples=None, verification=verification, gpu_peak_bytes=0)
         return _measure(plan, session, load_s, stored, verification, progress)
 
 
@@ -111,7 +110,7 @@ def _measure(
         rank=distributed.rank(),
         ranks=plan.run.hardware.num_gpus,
     )
-    perplexity_of_text = _perplexity(plan, session, progress)
+    perplexity_of_text, kl_divergence = _perplexity(plan, session, progress)
     tokens: list[Any] = []
     run = partial(
         measure_passes,
@@ -132,17 +131,20 @@ def _measure(
         samples=samples,
         verification=verification,
         perplexity=perplexity_of_text,
+        kl_divergence=kl_divergence,
         generated=generated.describe(plan, ids, tokens),
         gpu_peak_bytes=gpu_peak_bytes,
     )
 
 
-def _perplexity(plan: Plan, session: base.Session, progress: Progress) -> float | None:
+def _perplexity(plan: Plan, session: base.Session, progress: Progress) -> tuple[float | None, float | None]:
+    """Return perplexity and KL divergence of `workload.text`; the first rank alone has the reference of the latter."""
     work = plan.run.workload
     if work.text is None:
-        return None
+        return None, None
     windows = perplexity.windows(plan).to(plan.machine.device)
-    return perplexity.perplexity(session.model, windows, work.batch_size, progress)
+    with perplexity.sixteen_bit(plan, session, windows.device) if distributed.rank() == 0 else nullcontext() as reference:
+        return perplexity.perplexity(session.model, windows, work.batch_size, progress, reference)
 
 
 def _limit_gpu_memory(plan: Plan) -> None:

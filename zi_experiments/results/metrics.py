@@ -35,6 +35,7 @@ class Metrics:
     prefill_prediction_error: float | None  # predicted / measured − 1, of ttft_s
     decode_prediction_error: float | None  # predicted / measured − 1, of the median decode step
     perplexity: float | None  # of the weights on workload.text; None without a text
+    kl_divergence: float | None  # from the weights in 16 bits: nats for each token of workload.text; None without a text
     spread: dict[str, tuple[float, float]]  # of each rate: its smallest and its largest pass
 
 
@@ -55,6 +56,7 @@ def derive(
     prediction: Prediction,
     *,
     perplexity: float | None,
+    kl_divergence: float | None = None,
     gpu_peak_bytes: int,
     host_peak_bytes: int,
     disk_peak_bytes: int,
@@ -87,6 +89,7 @@ def derive(
         prefill_prediction_error=prediction.prefill_s / ttft - 1 if prediction.prefill_s else None,
         decode_prediction_error=prediction.decode_step_s / step - 1 if step and prediction.decode_step_s else None,
         perplexity=perplexity,
+        kl_divergence=kl_divergence,
         spread={name: (min(values), max(values)) for name, values in rates.items() if values},
     )
 
