@@ -21,7 +21,7 @@ from zi_experiments.runtime import scratch
 
 
 def show(cfg: DictConfig, record: Record, console: Console) -> Record | None:
-    """Print the plan of a run. Return `record` with it: predicted, or on a machine that was not measured the bound.
+    """Print the plan of a run. Return `record` with it: predicted, or the bound where not all rates are known.
 
     Returns None when its search has no candidate of that rank. Raises `ConfigError` for a run that would be refused.
     """
@@ -36,7 +36,7 @@ def show(cfg: DictConfig, record: Record, console: Console) -> Record | None:
     plan_table.show(plan, prediction, search.improvements(plan), console)
     return replace(
         record,
-        status="predicted" if plan.machine.calibration is not None else "bound",
+        status="predicted" if prediction.total_tok_per_s else "bound",
         error=None,
         config=initial.settled(record.config, plan.run),
         environment=environment.describe(plan.machine),

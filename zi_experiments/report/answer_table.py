@@ -19,14 +19,16 @@ def show(answer: Answer, console: Console) -> None:
     for column in others:
         table.add_column(column.label, justify="right")
     if answer.has_published and answer.published_figure:
-        table.add_column(f"published {answer.published_figure.label}", overflow="fold")
+        table.add_column(f"published {answer.published_figure.label}", justify="right")
     for line in answer.lines:
-        published = [_published(line)] if answer.has_published else []
+        published = [" ".join(f"{row.value:g}" for row in line.published)] if answer.has_published else []
         table.add_row(*map(escape, line.varied.values()), *_figures(answer, line), *published)
     console.print(table)
+    for row in (row for line in answer.lines for row in line.published):
+        console.print(f"published {row.value:g}: {text_of(row)}", markup=False, highlight=False, soft_wrap=True)
     if answer.source:
-        what = "published" if answer.has_published else "nothing is published for these runs in"
-        console.print(f"{what}: {answer.source}", markup=False, highlight=False, soft_wrap=True)
+        what = "published in" if answer.has_published else "of none of these models, engines and quantizations is a figure in"
+        console.print(f"{what} {answer.source}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _figures(answer: Answer, line: Line) -> list[str]:
@@ -36,7 +38,3 @@ def _figures(answer: Answer, line: Line) -> list[str]:
     first, *others = (formats.text(value, column.unit) for value, column in zip(line.values, answer.figures, strict=True))
     ratio = "" if line.ratio is None else f"{line.ratio:.2f}"
     return [first, ratio, *others]
-
-
-def _published(line: Line) -> str:
-    return "\n".join(escape(f"{row.value:g} {text_of(row)}") for row in line.published)

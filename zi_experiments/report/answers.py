@@ -1,7 +1,9 @@
 """Answers to the questions of experiments: the figures of the runs of a sweep, beside published ones."""
 
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
+from typing import Any
 from typing import Any
 
 from zi_experiments.report.columns import COLUMNS, Column
@@ -23,7 +25,7 @@ class Line:
     varied: dict[str, str]  # what tells it from the other runs, by setting
     values: tuple[float | None, ...]  # of the figures of the answer
     ratio: float | None  # of its first figure to that of the first run that has one
-    published: tuple[Row, ...]  # of the same model, engine, offload and quantization
+    published: tuple[Row, ...]  # of the same model, engine, offload and quantization; each once, by the nearest batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,13 +65,24 @@ def _answer(runs: list[Run]) -> Answer:
                 varied=telling,
                 values=each,
                 ratio=each[0] / base if base and each[0] is not None else None,
-                published=tuple(published.alike(table, run.settings)) if table else (),
+                published=rows,
             )
-            for run, telling, each in zip(runs, varied(runs), values, strict=True)
+            for run, telling, each, rows in zip(runs, varied(runs), values, _published(runs, table), strict=True)
         ),
         source=f"{table['title']}, on {table['machine']}: {table['source']}" if table else None,
         published_figure=_COLUMNS.get(table["figure"]) if table else None,
     )
+
+
+def _published(runs: list[Run], table: dict[str, Any] | None) -> list[tuple[Row, ...]]:
+    """Return for each run the published rows of its kind whose batch is nearer to its own than to any other's."""
+    beside: list[tuple[Row, ...]] = [()] * len(runs)
+    for row in published.rows(table) if table else ():
+        alike = [n for n, run in enumerate(runs) if published.is_alike(row, run.settings)]
+        if alike:
+            nearest = min(alike, key=lambda n: abs(log(row.batch / (number(runs[n], "sequences") or row.batch))))
+            beside[nearest] += (row,)
+    return beside
 
 
 def varied(runs: list[Run]) -> list[dict[str, str]]:

@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["fastest", "points", "frontier", "timelines", "bars", "failures"]
+Kind = Literal["answer", "fastest", "points", "frontier", "timelines", "bars", "failures"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bar:
+    name: str
+    run: int | None = None  # its number in the report; None: the value was published
+    value: float | None = None  # a published one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,6 +21,7 @@ class Chart:
     definition: str
     y: tuple[str, ...] = ()  # columns
     x: str | None = None
+    bars: tuple[Bar, ...] = ()  # of an answer
 
 
 CHARTS: tuple[Chart, ...] = (

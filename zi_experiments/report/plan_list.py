@@ -49,5 +49,5 @@ def _why(run: Run) -> str:
 def _caption(runs: list[Run]) -> str:
     text = "tok/s: generated tokens over prefill and decode"
     if any(run.row["status"] == "bound" for run in runs):
-        text += "; ≤ and ≥: the limits of a machine that was not measured"
+        text += "; ≤ and ≥: limits, since not all rates are measured"
     return text

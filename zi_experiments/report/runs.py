@@ -176,7 +176,7 @@ def _derived(
 
 
 def _planned_figures(row: dict[str, Scalar], kind: str) -> dict[str, Scalar]:
-    """The figures of a plan, which are predicted, or the bound where the machine was not measured."""
+    """The figures of a plan, which are predicted, or those of its bound."""
     ttft_s, step_s = _positive(row[f"{kind}_prefill_s"]), _positive(row[f"{kind}_decode_step_s"])
     sequences, prompt_len, gen_len = (_positive(row[name]) for name in ("sequences", "prompt_len", "gen_len"))
     if ttft_s is None or step_s is None or sequences is None or prompt_len is None or gen_len is None:

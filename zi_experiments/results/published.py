@@ -22,9 +22,9 @@ def rows(table: Mapping[str, Any]) -> list[Row]:
     return [_row(row, table) for row in table["rows"]]
 
 
-def alike(table: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Row]:
-    """Return the rows with the model, engine, offload target and quantization of a run with these settings."""
-    return [row for row in rows(table) if all(row.settings.get(group) == settings.get(group) for group in _ALIKE)]
+def is_alike(row: Row, settings: Mapping[str, Any]) -> bool:
+    """Return whether a row has the model, engine, offload target and quantization of a run with these settings."""
+    return all(row.settings.get(group) == settings.get(group) for group in _ALIKE)
 
 
 def _row(row: Mapping[str, Any], table: Mapping[str, Any]) -> Row:

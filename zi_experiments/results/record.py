@@ -15,7 +15,7 @@ from zi_experiments.results.metrics import Metrics, Passed
 
 SCHEMA_VERSION = 1
 
-# a plan alone is "predicted", or "bound" where the machine was not measured and its limits are all that is known
+# a plan alone is "predicted", or "bound" where rates that a prediction needs are not known
 Status = Literal["ok", "refused", "oom", "killed", "error", "predicted", "bound"]
 
 
