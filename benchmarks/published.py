@@ -85,7 +85,9 @@ def tables(listed: list[dict[str, Any]]) -> list[Table]:
     for one in listed:
         rows = [_row(row, one["figure"], number + n) for n, row in enumerate(published.rows(one), 1)]
         number += len(rows)
-        made.append(Table(**{key: one[key] for key in ("title", "machine", "source", "about", "figure")}, rows=tuple(rows)))
+        made.append(
+            Table(**{key: one[key] for key in ("title", "machine", "source", "about", "figure")}, rows=tuple(rows))
+        )
     return made
 
 

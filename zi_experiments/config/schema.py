@@ -224,7 +224,9 @@ class Published:
     figure: str  # the figure in `metrics` that its values are
     run: list[str]  # overrides of all rows
     systems: dict[str, str]  # overrides of the rows of each system
-    rows: list[dict[str, Any]]  # system, value, batch, run (overrides); where known kv (the place of the KV cache), note
+    rows: list[
+        dict[str, Any]
+    ]  # system, value, batch, run (overrides); where known kv (the place of the KV cache), note
 
 
 @dataclass

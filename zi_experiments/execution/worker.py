@@ -143,7 +143,9 @@ def _perplexity(plan: Plan, session: base.Session, progress: Progress) -> tuple[
     if work.text is None:
         return None, None
     windows = perplexity.windows(plan).to(plan.machine.device)
-    with perplexity.sixteen_bit(plan, session, windows.device) if distributed.rank() == 0 else nullcontext() as reference:
+    with (
+        perplexity.sixteen_bit(plan, session, windows.device) if distributed.rank() == 0 else nullcontext() as reference
+    ):
         return perplexity.perplexity(session.model, windows, work.batch_size, progress, reference)
 
 

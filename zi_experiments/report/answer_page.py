@@ -26,7 +26,9 @@ def sections(runs: list[Run]) -> list[Section]:
 
 def _section(answer: Answer, count: int, numbers: dict[int, int]) -> Section:
     first, *others = answer.figures
-    published = [f"published {answer.published_figure.label}"] if answer.published_figure and answer.has_published else []
+    published = (
+        [f"published {answer.published_figure.label}"] if answer.published_figure and answer.has_published else []
+    )
     keys = [key.rpartition(".")[2] for key in answer.lines[0].varied]
     return Section(
         question=answer.question,

@@ -27,7 +27,11 @@ def show(answer: Answer, console: Console) -> None:
     for row in (row for line in answer.lines for row in line.published):
         console.print(f"published {row.value:g}: {text_of(row)}", markup=False, highlight=False, soft_wrap=True)
     if answer.source:
-        what = "published in" if answer.has_published else "of none of these models, engines and quantizations is a figure in"
+        what = (
+            "published in"
+            if answer.has_published
+            else "of none of these models, engines and quantizations is a figure in"
+        )
         console.print(f"{what} {answer.source}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -35,6 +39,8 @@ def _figures(answer: Answer, line: Line) -> list[str]:
     status = str(line.run.row["status"])
     if all(value is None for value in line.values):
         return [escape(status), *[""] * len(answer.figures)]
-    first, *others = (formats.text(value, column.unit) for value, column in zip(line.values, answer.figures, strict=True))
+    first, *others = (
+        formats.text(value, column.unit) for value, column in zip(line.values, answer.figures, strict=True)
+    )
     ratio = "" if line.ratio is None else f"{line.ratio:.2f}"
     return [first, ratio, *others]

@@ -104,5 +104,3 @@ def text_of(row: Row) -> str:
     """What a published figure was measured with."""
     kv = f", KV cache: {row.kv}" if row.kv else ""
     return f"{row.system}, batch {row.batch}{kv}" + (f", {row.note}" if row.note else "")
-
-

@@ -25,7 +25,9 @@ def record(cfg: DictConfig) -> Record:
         sweep = Path(hydra.sweep.dir)
         group = sweep.name
     config = _plain(cfg)
-    beside = {key: config.pop(key, None) for key in ("question", "published")}  # what compares runs changes none of them
+    beside = {
+        key: config.pop(key, None) for key in ("question", "published")
+    }  # what compares runs changes none of them
     return Record(
         status="killed",
         error=Failure(type="Unfinished", message="the run is under way, or was killed together with its launcher"),

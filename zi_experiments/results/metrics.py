@@ -35,7 +35,9 @@ class Metrics:
     prefill_prediction_error: float | None  # predicted / measured − 1, of ttft_s
     decode_prediction_error: float | None  # predicted / measured − 1, of the median decode step
     perplexity: float | None  # of the weights on workload.text; None without a text
-    kl_divergence: float | None  # from the weights in 16 bits: nats for each token of workload.text; None without a text
+    kl_divergence: (
+        float | None
+    )  # from the weights in 16 bits: nats for each token of workload.text; None without a text
     spread: dict[str, tuple[float, float]]  # of each rate: its smallest and its largest pass
 
 

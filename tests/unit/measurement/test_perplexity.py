@@ -216,7 +216,6 @@ def test_a_sweep_shows_what_quantization_costs(tmp_path, checkpoint, plan):
     cli = Cli(tmp_path)
     (tmp_path / "my.txt").write_text(TEXT.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
     done = cli.run(
-        "-m",
         "experiment=quality",
         "model=local",
         f"model.path={checkpoint}",
@@ -241,7 +240,9 @@ def test_a_sweep_shows_what_quantization_costs(tmp_path, checkpoint, plan):
     table = done.stdout[done.stdout.index("What does quantization cost in quality?") :]
     assert "perplexity" in table
     for quant, value in found.items():
-        assert re.search(rf"│ {quant} +│ +{value:.6g} │", table), table
+        assert re.search(rf"│ {quant} +│ +{value:.6g} │ +{value / found['fp16']:.2f} │ +{apart[quant]:.6g} │", table), (
+            table
+        )
 
 
 def plain_perplexity(folder, windows):
