@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from math import log
 from pathlib import Path
 from typing import Any
-from typing import Any
 
 from zi_experiments.report.columns import COLUMNS, Column
 from zi_experiments.report.comparison import number

@@ -85,7 +85,7 @@ def test_an_experiment_asks_a_question_that_figures_answer_and_sweeps_by_itself(
 def test_an_answer_that_is_no_figure_is_refused(compose_run):
     run = compose_run("experiment=engines", "question.figures=[decode_tok_per_s,kl_divergance]")
 
-    with pytest.raises(ConfigError, match="kl_divergance is not a figure: pass kl_divergence$"):
+    with pytest.raises(ConfigError, match=r"kl_divergance is not a figure: pass kl_divergence$"):
         metrics.check(run.question)
 
 
