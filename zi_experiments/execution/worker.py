@@ -6,7 +6,7 @@ import logging
 import signal
 import tempfile
 import time
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -27,6 +27,7 @@ from zi_experiments.measurement.timing import Samples, measure_passes
 from zi_experiments.measurement.verification import Verification, verify
 from zi_experiments.runtime import distributed
 from zi_experiments.runtime.progress import Progress, silent
+from zi_experiments.system.machines import host_memory_available
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,9 +144,11 @@ def _perplexity(plan: Plan, session: base.Session, progress: Progress) -> tuple[
     if work.text is None:
         return None, None
     windows = perplexity.windows(plan).to(plan.machine.device)
-    with (
-        perplexity.sixteen_bit(plan, session, windows.device) if distributed.rank() == 0 else nullcontext() as reference
-    ):
+    with ExitStack() as held:
+        reference = None
+        if distributed.rank() == 0:
+            loaded = perplexity.sixteen_bit(plan, session, windows.device, host_memory_available())
+            reference = held.enter_context(loaded)
         return perplexity.perplexity(session.model, windows, work.batch_size, progress, reference)
 
 

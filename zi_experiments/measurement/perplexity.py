@@ -14,7 +14,6 @@ from zi_experiments.engines.base import Session
 from zi_experiments.measurement import reference as references
 from zi_experiments.models.architecture import is_refused_code, local_or_hub, refused_code
 from zi_experiments.runtime.progress import Progress
-from zi_experiments.system.machines import host_memory_available
 
 Logits = Callable[[Any], Any]  # tokens (sequences, length) → logits (sequences, length, vocabulary)
 
@@ -143,14 +142,14 @@ def perplexity(
 
 
 @contextmanager
-def sixteen_bit(plan: Plan, session: Session, device: Any) -> Iterator[Logits]:
+def sixteen_bit(plan: Plan, session: Session, device: Any, host_memory_bytes: int) -> Iterator[Logits]:
     """Yield a function that returns logits of the plan's checkpoint in plain transformers and 16 bits, in host memory.
 
-    The checkpoint is loaded whole if it fits into what host memory is available, else a layer at a time for each call.
+    The checkpoint is loaded whole if it fits into so much host memory, else a layer at a time for each call.
     """
     quant = replace(plan.run.quant, bits=16, group_size=None, group_dim=None)
     plain = replace(plan, run=replace(plan.run, quant=quant))
-    reference = references.of(plain, device, host_memory_available())
+    reference = references.of(plain, device, host_memory_bytes)
 
     def logits(tokens: Any) -> Any:
         with session.parked():

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from zi_experiments.config import schema
 from zi_experiments.config.schema import ConfigError
+from zi_experiments.engines.hf_session import HFSession
 from zi_experiments.execution import preflight
 from zi_experiments.measurement import perplexity
 from zi_experiments.models import architecture
@@ -119,6 +120,20 @@ def test_the_divergence_from_another_model_is_that_of_its_definition():
     assert found == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
     assert found > 0.001
     assert none == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("host_memory_bytes", [0, 10**12], ids=["a layer at a time", "whole"])
+def test_the_model_in_16_bits_is_the_checkpoint_whatever_the_run_quantizes(plan, checkpoint, host_memory_bytes):
+    quantized, device = plan("quant=int4"), torch.device("cpu")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    tokens = torch.arange(2 * WINDOW).view(2, WINDOW)
+
+    with perplexity.sixteen_bit(quantized, HFSession(model, device), device, host_memory_bytes) as logits:
+        found = logits(tokens)
+
+    assert found.dtype is torch.bfloat16
+    with torch.inference_mode():
+        assert found.equal(model(tokens).logits)
 
 
 def test_without_a_model_in_16_bits_there_is_no_divergence():
