@@ -72,7 +72,7 @@ class ConsoleSink:
         if metrics.perplexity is not None:
             table.add_row("perplexity", f"{metrics.perplexity:.4f}")
         if metrics.kl_divergence is not None:
-            table.add_row("KL divergence from 16 bits", f"{metrics.kl_divergence:.3g} nats per token")
+            table.add_row("KL divergence", f"{metrics.kl_divergence:.3g} nats/token")
         for label, peak in (
             ("GPU peak", metrics.gpu_peak_bytes),
             ("host peak", metrics.host_peak_bytes),
