@@ -91,11 +91,12 @@ def _report(jobs: list[sweep.Job]) -> None:
 
 
 def _run(cfg: DictConfig) -> None:
-    from zi_experiments.run import RunFailed, run_job  # what --help and --cfg do without
+    from zi_experiments.results import initial  # what --help and --cfg do without
+    from zi_experiments.run import RunFailed, run_job
 
     hydra_config = HydraConfig.get()
     if hydra_config.mode is RunMode.MULTIRUN:
-        number, overrides = hydra_config.job.num, list(hydra_config.overrides.task)
+        number, overrides = hydra_config.job.num, initial.overrides()
         try:
             run_job(cfg, keep=True, tell=lambda result: sweep.tell(number, overrides, result))
         except RunFailed:

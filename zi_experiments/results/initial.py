@@ -39,7 +39,7 @@ def record(cfg: DictConfig) -> Record:
             finished_at=None,
             command=environment.command(),
             git_revision=environment.git_revision(),
-            overrides=list(hydra.overrides.task),
+            overrides=overrides(),
         ),
         folder=str(folder),
         choices={
@@ -50,6 +50,12 @@ def record(cfg: DictConfig) -> Record:
         config=config,
         **beside,
     )
+
+
+def overrides() -> list[str]:
+    """Return the overrides of this run as typed: an interpolation in one may lead nowhere."""
+    typed: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[assignment]
+    return typed
 
 
 def setting(cfg: DictConfig, key: str) -> Any:
