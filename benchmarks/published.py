@@ -11,7 +11,7 @@ from typing import Any, cast
 import hydra
 from omegaconf import OmegaConf
 
-from zi_experiments.config import schema
+from zi_experiments.config import published, schema
 from zi_experiments.config.composition import from_choices, to_run
 from zi_experiments.config.schema import Hardware, Run
 from zi_experiments.cost_model.bound import lower_bound
@@ -19,7 +19,6 @@ from zi_experiments.cost_model.plan import Plan
 from zi_experiments.models import architecture
 from zi_experiments.models.architecture import Architecture
 from zi_experiments.planner import planning
-from zi_experiments.results import published
 from zi_experiments.system.machines import GIB, Machine
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "published.md"

@@ -5,11 +5,11 @@ from math import log
 from pathlib import Path
 from typing import Any
 
+from zi_experiments.config import published
+from zi_experiments.config.published import Row
 from zi_experiments.report.columns import COLUMNS, Column
 from zi_experiments.report.comparison import number
 from zi_experiments.report.runs import Run, differing, labels
-from zi_experiments.results import published
-from zi_experiments.results.published import Row
 
 # what a search decides, where no override tells
 _DECIDED = ("workload.batch_size", "workload.micro_batches", "kv_cache.device", "offload.resident")

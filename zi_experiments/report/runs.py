@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from zi_experiments.config import folders
+from zi_experiments.config import folders, published
 from zi_experiments.config.folders import ASIDE
 from zi_experiments.report.columns import COLUMNS, Column, Scalar
 
@@ -71,9 +71,25 @@ def from_record(record: dict[str, Any], source: str) -> Run:
         environment=environment,
         passes=passes,
         overrides=tuple(each for each in overrides if folders.is_telling(each)),
-        question=record.get("question"),
-        published=record.get("published"),
+        question=_question(record),
+        published=_published(record),
     )
+
+
+def _question(record: dict[str, Any]) -> dict[str, Any] | None:
+    """The question of a record if it can be answered; a refused run may have any."""
+    question = _dict(record, "question")
+    known = {column.name for column in COLUMNS}.intersection(map(str, _list(question.get("figures"))))
+    return question if known and isinstance(question.get("text"), str) else None
+
+
+def _published(record: dict[str, Any]) -> dict[str, Any] | None:
+    table = _dict(record, "published")
+    try:
+        is_whole = {"title", "machine", "source", "figure"} <= table.keys() and published.problem(table) is None
+    except (KeyError, TypeError, AttributeError):
+        return None
+    return table if is_whole else None
 
 
 def flat(nested: dict[str, Any]) -> dict[str, Scalar]:

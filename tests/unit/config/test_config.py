@@ -89,6 +89,24 @@ def test_an_answer_that_is_no_figure_is_refused(compose_run):
         metrics.check(run.question)
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"value": "fast"}, r"^published.rows\[0\].value is missing or of another type: write value: 7.3$"),
+        ({"batch": 0}, "batch=0 is not a number of sequences: write batch: 8$"),
+        ({"system": "Mine"}, "system=Mine is not in published.systems: write it there"),
+        ({"run": "opt-13b"}, "opt-13b is not GROUP=CHOICE or KEY=VALUE: write"),
+    ],
+    ids=str,
+)
+def test_a_published_row_that_is_not_whole_is_refused(compose_run, compose, row, said):
+    cfg = compose("published=flexgen-2023")
+    OmegaConf.update(cfg, "published.rows", [{"system": "FlexGen", "value": 1, "batch": 2, "run": ""} | row])
+
+    with pytest.raises(ConfigError, match=said):
+        to_run(cfg)
+
+
 def test_the_promised_groups_exist():
     groups = {"model", "offload", "quant", "kv_cache", "hardware", "engine", "weights", "workload", "tracking"}
 

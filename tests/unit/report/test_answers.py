@@ -129,6 +129,26 @@ def test_a_page_has_bars_of_published_figures_among_those_of_runs():
     assert len({len(row) for row in section.rows} | {len(section.headers)}) == 1
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"question": "why"},
+        {"question": {"text": "why", "figures": "???"}},
+        {"question": {"text": None, "figures": ["ttft_s"]}},
+        {"published": {"rows": [3]}},
+        {"published": ["${nowhere}"]},
+        {"published": {"rows": [], "systems": {}, "run": []}},
+        {"published": TABLE | {"rows": [{"system": "Theirs"}]}},
+    ],
+    ids=str,
+)
+def test_what_a_refused_run_may_have_asked_does_no_harm(odd):
+    found = answers.of([run(**odd)])
+
+    assert [line.published for answer in found for line in answer.lines] == ([()] if "published" in odd else [])
+    assert [text(answer) for answer in found] or "question" in odd
+
+
 @pytest.mark.parametrize("path", sorted((conf_dir() / "published").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_rows_of_each_published_table_say_of_what_kind_they_are(path):
     table = OmegaConf.to_container(OmegaConf.load(path))
