@@ -1,13 +1,11 @@
 """One run, from its composed configuration to its record."""
 
 import json
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,7 @@ from rich.console import Console
 from zi_experiments import environment, plan_only
 from zi_experiments.calibration import this_machine
 from zi_experiments.config.composition import to_run
-from zi_experiments.config.schema import ConfigError, Run, TrackingMode
+from zi_experiments.config.schema import Run, TrackingMode
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.engines import base
@@ -62,7 +60,8 @@ def run_job(
     """
     console = Console()
     if initial.setting(cfg, "plan_only") is True:
-        _plan(cfg, console, keep, tell)
+        if failure := plan_only.carry_out(cfg, console, in_sweep=keep, tell=tell):
+            raise RunFailed(failure.message)
         return
     job = _Job(cfg, console)
     try:
@@ -73,34 +72,6 @@ def run_job(
     tell(kept or job.record.to_dict())
     if kept is None and not (job.record.status == "ok" and job.is_stored):
         raise RunFailed(f"{job.record.run.name}: {job.record.status}")
-
-
-def _plan(cfg: DictConfig, console: Console, in_sweep: bool, tell: Callable[[dict[str, Any]], None]) -> None:
-    """Show the plan of a run and leave it as `plan.json`. In a sweep, whose end shows all plans, it is only told."""
-    shown = Console(file=StringIO(), width=console.width) if in_sweep else console
-    record = initial.record(cfg)
-    try:
-        _settle_caches(console)
-        with console.status(f"plan: {record.run.name}") if in_sweep else nullcontext():
-            planned = plan_only.show(cfg, record, shown)
-        if planned is None and in_sweep:
-            tell(record.to_dict() | {"status": "skipped"})
-            return
-        if planned is None:
-            raise ConfigError(f"the search has no candidate of rank {cfg.search.rank}: pass search.rank=0")
-        record = planned
-    except Exception as error:
-        signals.check()  # a library may have made this error of an interrupt
-        status, failure = _explain(error)
-        record = replace(record, status=status, error=failure)
-        _say(
-            shown if status == "refused" else console,
-            f"{status} {failure.message}" + (f"\n{failure.traceback}" if failure.traceback else ""),
-        )
-    plan_only.write(record)
-    tell(record.to_dict() | ({"shown": shown.file.getvalue()} if isinstance(shown.file, StringIO) else {}))
-    if record.error is not None:
-        raise RunFailed(record.error.message)
 
 
 class _Job:
@@ -123,7 +94,7 @@ class _Job:
                     return before
             except Exception as error:
                 signals.check()  # a library may have made this error of an interrupt
-                self._fail(*_explain(error))
+                self._fail(*failures.explain(error))
         except KeyboardInterrupt as interrupt:
             signals.acknowledge()
             self._fail("killed", Failure(type="Interrupted", message=f"stopped by {interrupt}"))
@@ -305,15 +276,6 @@ def _as_read(arch: architecture.Architecture) -> dict[str, Any]:
     """Return what reading the model tells about its checkpoint: the commit on the hub, and the tensors not loaded."""
     commit = getattr(arch.config, "_commit_hash", None)
     return ({"commit": commit} if commit else {}) | {"ignored_tensors": list(arch.ignored_tensors)}
-
-
-def _explain(error: Exception) -> tuple[Status, Failure]:
-    if isinstance(error, ConfigError):
-        return "refused", Failure(type="ConfigError", message=str(error))
-    if isinstance(error, failures.WorkerError):
-        return error.status, error.failure
-    trace = "".join(traceback.format_exception(error))
-    return "error", Failure(type=type(error).__name__, message=str(error), traceback=trace)
 
 
 def _settle_caches(console: Console) -> None:

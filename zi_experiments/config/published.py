@@ -1,4 +1,4 @@
-"""Published figures: the rows of a table of `conf/published/`, and which of them are of the same kind as a run."""
+"""What an experiment asks; published figures, and which of them are of the same kind as a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +7,30 @@ from typing import Any
 _ALIKE = ("model", "engine", "offload", "quant")  # groups whose choices have to be equal
 
 _KEYS = (("system", str, "FlexGen"), ("value", int | float, "7.3"), ("batch", int, "8"), ("run", str, "model=opt-30b"))
+
+
+@dataclass
+class Question:
+    """What an experiment asks; its runs answer it together."""
+
+    text: str
+    figures: list[str]  # names of figures in `metrics`: the first one answers, the others explain
+
+
+@dataclass
+class Published:
+    """A published table of throughputs, shown beside runs with the same model, engine, offload and quantization."""
+
+    title: str
+    machine: str
+    source: str
+    about: str
+    figure: str  # the figure in `metrics` that its values are
+    run: list[str]  # overrides of all rows
+    systems: dict[str, str]  # overrides of the rows of each system
+    rows: list[
+        dict[str, Any]
+    ]  # system, value, batch, run (overrides); where known kv (the place of the KV cache), note
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

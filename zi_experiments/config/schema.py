@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zi_experiments import environment
 from zi_experiments.config import folders
+from zi_experiments.config.published import Published, Question
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -203,30 +204,6 @@ class Tracking:
     entity: str | None
     group: str | None
     tags: list[str]
-
-
-@dataclass
-class Question:
-    """What an experiment asks; its runs answer it together."""
-
-    text: str
-    figures: list[str]  # names of figures in `metrics`: the first one answers, the others explain
-
-
-@dataclass
-class Published:
-    """A published table of throughputs, shown beside runs with the same model, engine, offload and quantization."""
-
-    title: str
-    machine: str
-    source: str
-    about: str
-    figure: str  # the figure in `metrics` that its values are
-    run: list[str]  # overrides of all rows
-    systems: dict[str, str]  # overrides of the rows of each system
-    rows: list[
-        dict[str, Any]
-    ]  # system, value, batch, run (overrides); where known kv (the place of the KV cache), note
 
 
 @dataclass

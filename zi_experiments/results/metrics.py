@@ -4,7 +4,8 @@ from dataclasses import dataclass, fields, replace
 from statistics import median, quantiles
 
 from zi_experiments.config import errors
-from zi_experiments.config.schema import ConfigError, Question
+from zi_experiments.config.published import Question
+from zi_experiments.config.schema import ConfigError
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction
