@@ -10,7 +10,7 @@ import pytest
 from cli import Cli
 from rich.console import Console
 
-from zi_experiments.results.sinks import search_table
+from zi_experiments.results.sinks import search_commands
 
 HERE = """
 name: here
@@ -85,7 +85,7 @@ def test_each_candidate_leaves_a_record_of_what_was_decided(cli, searched):
 
 def test_a_rank_that_is_too_high_is_skipped(searched, cli):
     assert re.search(r"^skipped \S+: the search has no candidate of rank 99$", searched, re.MULTILINE)
-    assert re.search(r"search\.rank=99 .*skipped", searched[searched.index("generated tokens per second") :])
+    assert "skipped" not in searched[searched.index("Which batch size") :]
 
 
 def command_of(text, name):
@@ -93,14 +93,13 @@ def command_of(text, name):
     return shlex.split(command)
 
 
-def test_the_best_is_shown_with_the_curve_and_its_command(cli, searched):
-    table = searched[searched.index("generated tokens per second") :]
+def test_each_candidate_is_shown_with_its_command_the_best_first(cli, searched):
+    table = searched[searched.index("Which batch size") :]
     best = max(records(cli), key=lambda result: result["metrics"]["total_tok_per_s"])
 
     for result in records(cli):
-        assert re.search(rf"│ +{result['plan']['sequences']} │", table)
-        assert f"{result['metrics']['total_tok_per_s']:,.1f}" in table
-        assert f"{result['plan']['prediction']['total_tok_per_s']:,.1f}" in table
+        assert f"{result['metrics']['total_tok_per_s']:,.2f}" in table
+        assert f"{100 * result['metrics']['decode_prediction_error']:.1f} %" in table
     other = min(records(cli), key=lambda result: result["metrics"]["total_tok_per_s"])
     for name, result in (("best", best), ("2", other)):
         command = command_of(searched, name)
@@ -188,21 +187,18 @@ def shown(show, *jobs):
     return captured.get()
 
 
-def test_candidates_are_in_the_order_of_their_sequences():
-    text = shown(
-        search_table.show_search,
-        *(job([], 5.0, sequences=64), job([], 50.0, sequences=8), job([], None, sequences=2, status="oom")),
-        job([], 7.0, sequences=16),
-    )
+def test_where_nothing_was_measured_nothing_is_best():
+    text = shown(search_commands.show_commands, job([], None, status="oom"), job([], None, status="error"))
 
-    assert re.findall(r"│ +(\d+) │", text) == ["2", "8", "16", "64"]
-    assert re.search(r"│ +2 │.*│ +oom │", text)
+    assert [line.partition(":")[0] for line in text.splitlines()] == ["1", "2"]
 
 
 def test_a_command_has_what_was_typed_and_what_was_decided_once():
     typed = ("experiment=best-throughput", "model=opt-13b", "kv_cache=cpu", "search.rank=3", "workload.batch_size=5")
     text = shown(
-        search_table.show_commands, job([*typed, "plan_only=true"], 9.0, resident="auto", sequences=12), job(typed, 3.0)
+        search_commands.show_commands,
+        job([*typed, "plan_only=true"], 9.0, resident="auto", sequences=12),
+        job(typed, 3.0),
     )
 
     best, second = text.splitlines()
@@ -218,12 +214,12 @@ def test_a_command_has_what_was_typed_and_what_was_decided_once():
 @pytest.mark.parametrize("flag", ["--config-dir '/my choices'", "--config-dir='/my choices'", "-cd '/my choices'"])
 def test_the_command_finds_the_choices_of_the_user(flag):
     assert "best: python -m zi_experiments --config-dir '/my choices' workload." in shown(
-        search_table.show_commands, job([], 9.0, command=f"{COMMAND} {flag} hardware=mine")
+        search_commands.show_commands, job([], 9.0, command=f"{COMMAND} {flag} hardware=mine")
     )
 
 
 def test_what_another_engine_does_not_know_is_not_in_the_command():
-    text = shown(search_table.show_commands, job([], 9.0, engine="deepspeed"))
+    text = shown(search_commands.show_commands, job([], 9.0, engine="deepspeed"))
 
     assert text.splitlines()[-1].endswith("workload.batch_size=8 kv_cache=gpu hydra.mode=RUN")
 
@@ -234,5 +230,5 @@ def test_what_another_engine_does_not_know_is_not_in_the_command():
     ids=str,
 )
 def test_a_search_is_told_by_its_ranks(search, is_one):
-    assert search_table.is_search([([], {"config": {"search": search}})]) is is_one
-    assert search_table.is_search([([], {"config": {}}), ([], {"config": {"search": search}})]) is is_one
+    assert search_commands.is_search([([], {"config": {"search": search}})]) is is_one
+    assert search_commands.is_search([([], {"config": {}}), ([], {"config": {"search": search}})]) is is_one

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from zi_experiments.report import answers, formats
-from zi_experiments.report.answers import Answer, Line, text_of
+from zi_experiments.report.answers import Answer, Line, short, text_of
 from zi_experiments.report.charts import Bar, Chart
 from zi_experiments.report.columns import Column
 from zi_experiments.report.runs import Run
@@ -29,7 +29,7 @@ def _section(answer: Answer, count: int, numbers: dict[int, int]) -> Section:
     published = (
         [f"published {answer.published_figure.label}"] if answer.published_figure and answer.has_published else []
     )
-    keys = [key.rpartition(".")[2] for key in answer.lines[0].varied]
+    keys = [short(key) for key in answer.lines[0].varied]
     return Section(
         question=answer.question,
         headers=[*keys, "status", first.label, "× first", *(column.label for column in others), *published],
@@ -65,5 +65,5 @@ def _chart(answer: Answer, count: int, column: Column, numbers: dict[int, int]) 
 
 def _name(line: Line) -> str:
     """A name for a bar: values, and what numbers are of."""
-    parts = ((key.rpartition(".")[2], value) for key, value in line.varied.items())
+    parts = ((short(key), value) for key, value in line.varied.items())
     return " ".join(value if value[:1].isalpha() else f"{key}={value}" for key, value in parts)

@@ -5,7 +5,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from zi_experiments.report import formats
-from zi_experiments.report.answers import Answer, Line, text_of
+from zi_experiments.report.answers import Answer, Line, short, text_of
 
 
 def show(answer: Answer, console: Console) -> None:
@@ -13,7 +13,7 @@ def show(answer: Answer, console: Console) -> None:
     first, *others = answer.figures
     table = Table(title=escape(answer.question))
     for key in answer.lines[0].varied:
-        table.add_column(escape(key.rpartition(".")[2]), overflow="fold")
+        table.add_column(escape(short(key)), overflow="fold")
     table.add_column(first.label, justify="right")
     table.add_column("× first", justify="right")
     for column in others:

@@ -99,6 +99,12 @@ def varied(runs: list[Run]) -> list[dict[str, str]]:
     return [{key: each.get(key, "") for key in keys} for each in found]
 
 
+def short(key: str) -> str:
+    """Return the last part of a setting's name, or the group where that is a word that several groups have."""
+    group, _, last = key.rpartition(".")
+    return group if last in ("device", "name", "path", "source") else last
+
+
 def text_of(row: Row) -> str:
     """What a published figure was measured with."""
     kv = f", KV cache: {row.kv}" if row.kv else ""

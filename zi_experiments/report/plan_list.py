@@ -5,7 +5,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from zi_experiments.report import formats
-from zi_experiments.report.answers import varied
+from zi_experiments.report.answers import short, varied
 from zi_experiments.report.comparison import number
 from zi_experiments.report.runs import PLANNED, Run
 from zi_experiments.results.explanation import LIMITS
@@ -16,7 +16,7 @@ def show(runs: list[Run], console: Console) -> None:
     plans = sorted(zip(varied(runs), runs, strict=True), key=lambda plan: rate(plan[1]), reverse=True)
     table = Table(title=f"{len(runs)} plans", caption=_caption(runs), caption_justify="left")
     for key in plans[0][0]:
-        table.add_column(escape(key.rpartition(".")[2]), overflow="fold")
+        table.add_column(escape(short(key)), overflow="fold")
     for header in ("tok/s", "each token"):
         table.add_column(header, justify="right")
     table.add_column("limited by, or why not", overflow="fold")

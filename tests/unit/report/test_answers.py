@@ -97,6 +97,13 @@ def test_candidates_of_a_search_are_told_apart_by_what_was_decided():
     assert [line.varied for line in answer.lines] == [{"workload.batch_size": "16"}, {"workload.batch_size": "4"}]
 
 
+@pytest.mark.parametrize(
+    ("key", "said"), [("workload.batch_size", "batch_size"), ("kv_cache.device", "kv_cache"), ("engine", "engine")]
+)
+def test_a_setting_is_named_by_the_part_that_tells(key, said):
+    assert answers.short(key) == said
+
+
 def test_a_table_fits_80_columns_and_says_where_figures_are_from():
     shown = text(answers.of(sweep())[0])
 
