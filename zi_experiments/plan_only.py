@@ -64,7 +64,7 @@ def _planned(cfg: DictConfig, record: Record, console: Console) -> Record | None
     Returns None when its search has no candidate of that rank. Raises `ConfigError` for a run that would be refused.
     """
     run = to_run(cfg)
-    metrics.check(run.question)
+    metrics.check(run)
     perplexity.check_text(run.workload.text)
     plan = prepare(run, scratch.base_for_weights(run, Path(record.folder) / "offload"))
     if plan is None:

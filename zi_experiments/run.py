@@ -105,7 +105,7 @@ class _Job:
 
     def _attempt(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
         run = to_run(cfg)
-        metrics.check(run.question)
+        metrics.check(run)
         perplexity.check_text(run.workload.text)
         _settle_caches(self._console)
         launcher.warm_up()  # before anything asks for GPUs

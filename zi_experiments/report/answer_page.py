@@ -26,15 +26,13 @@ def sections(runs: list[Run]) -> list[Section]:
 
 def _section(answer: Answer, count: int, numbers: dict[int, int]) -> Section:
     first, *others = answer.figures
-    published = (
-        [f"published {answer.published_figure.label}"] if answer.published_figure and answer.has_published else []
-    )
+    published = [f"published {answer.published_figure.label}"] if answer.published_figure else []
     keys = [short(key) for key in answer.lines[0].varied]
     return Section(
         question=answer.question,
         headers=[*keys, "status", first.label, "× first", *(column.label for column in others), *published],
         rows=[_row(answer, line) for line in answer.lines],
-        source=answer.source if answer.has_published else None,
+        source=answer.source,
         charts=[_chart(answer, count, column, numbers) for column in answer.figures],
     )
 
@@ -44,7 +42,7 @@ def _row(answer: Answer, line: Line) -> list[str]:
     ratio = formats.absent(None) if line.ratio is None else f"{line.ratio:.2f}"
     published = "; ".join(f"{row.value:g} {text_of(row)}" for row in line.published) or formats.absent(None)
     cells = [*line.varied.values(), str(line.run.row["status"]), texts[0], ratio, *texts[1:]]
-    return [*cells, published] if answer.has_published else cells
+    return [*cells, published] if answer.published_figure else cells
 
 
 def _chart(answer: Answer, count: int, column: Column, numbers: dict[int, int]) -> Chart:

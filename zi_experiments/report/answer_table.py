@@ -18,21 +18,16 @@ def show(answer: Answer, console: Console) -> None:
     table.add_column("× first", justify="right")
     for column in others:
         table.add_column(column.label, justify="right")
-    if answer.has_published and answer.published_figure:
+    if answer.published_figure:
         table.add_column(f"published {answer.published_figure.label}", justify="right")
     for line in answer.lines:
-        published = [" ".join(f"{row.value:g}" for row in line.published)] if answer.has_published else []
+        published = [" ".join(f"{row.value:g}" for row in line.published)] if answer.published_figure else []
         table.add_row(*map(escape, line.varied.values()), *_figures(answer, line), *published)
     console.print(table)
     for row in (row for line in answer.lines for row in line.published):
         console.print(f"published {row.value:g}: {text_of(row)}", markup=False, highlight=False, soft_wrap=True)
     if answer.source:
-        what = (
-            "published in"
-            if answer.has_published
-            else "of none of these models, engines and quantizations is a figure in"
-        )
-        console.print(f"{what} {answer.source}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"published in {answer.source}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _figures(answer: Answer, line: Line) -> list[str]:

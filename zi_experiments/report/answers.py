@@ -32,12 +32,8 @@ class Answer:
     question: str
     figures: tuple[Column, ...]
     lines: tuple[Line, ...]
-    source: str | None  # of the published figures: title, machine and address
+    source: str | None  # of the published figures beside the runs: title, machine and address; None: there are none
     published_figure: Column | None  # which of the figures of a run the published ones are
-
-    @property
-    def has_published(self) -> bool:
-        return any(line.published for line in self.lines)
 
 
 def of(runs: list[Run]) -> list[Answer]:
@@ -54,7 +50,8 @@ def _answer(runs: list[Run]) -> Answer:
     assert question is not None
     figures = tuple(_COLUMNS[name] for name in question["figures"] if name in _COLUMNS)
     values = [tuple(number(run, column.name) for column in figures) for run in runs]
-    base = next((each[0] for each in values if each and each[0]), None)
+    base = next((each[0] for each in values if each[0]), None)
+    beside = _published(runs, table) if table else [()] * len(runs)
     return Answer(
         question=question["text"],
         figures=figures,
@@ -66,17 +63,17 @@ def _answer(runs: list[Run]) -> Answer:
                 ratio=each[0] / base if base and each[0] is not None else None,
                 published=rows,
             )
-            for run, telling, each, rows in zip(runs, varied(runs), values, _published(runs, table), strict=True)
+            for run, telling, each, rows in zip(runs, varied(runs), values, beside, strict=True)
         ),
-        source=f"{table['title']}, on {table['machine']}: {table['source']}" if table else None,
-        published_figure=_COLUMNS.get(table["figure"]) if table else None,
+        source=f"{table['title']}, on {table['machine']}: {table['source']}" if table and any(beside) else None,
+        published_figure=_COLUMNS.get(table["figure"]) if table and any(beside) else None,
     )
 
 
-def _published(runs: list[Run], table: dict[str, Any] | None) -> list[tuple[Row, ...]]:
+def _published(runs: list[Run], table: dict[str, Any]) -> list[tuple[Row, ...]]:
     """Return for each run the published rows of its kind whose batch is nearer to its own than to any other's."""
     beside: list[tuple[Row, ...]] = [()] * len(runs)
-    for row in published.rows(table) if table else ():
+    for row in published.rows(table):
         alike = [n for n, run in enumerate(runs) if published.is_alike(row, run.settings)]
         if alike:
             nearest = min(alike, key=lambda n: abs(log(row.batch / (number(runs[n], "sequences") or row.batch))))

@@ -4,8 +4,7 @@ from dataclasses import dataclass, fields, replace
 from statistics import median, quantiles
 
 from zi_experiments.config import errors
-from zi_experiments.config.published import Question
-from zi_experiments.config.schema import ConfigError
+from zi_experiments.config.schema import ConfigError, Run
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction
@@ -42,15 +41,15 @@ class Metrics:
     spread: dict[str, tuple[float, float]]  # of each rate: its smallest and its largest pass
 
 
-def check(question: Question | None) -> None:
-    """Raise `ConfigError` when the answer to a question is no figure."""
+def check(run: Run) -> None:
+    """Raise `ConfigError` when the answer to a run's question, or what is published beside it, is no figure."""
     known = [field.name for field in fields(Metrics)]
-    for name in question.figures if question else ():
+    named = [("question.figures", name) for name in run.question.figures] if run.question else []
+    named += [("published.figure", run.published.figure)] if run.published else []
+    for key, name in named:
         if name not in known:
-            instead = errors.closest(name, known)
-            raise ConfigError(
-                f"question.figures: {name} is not a figure: pass {instead or 'one of ' + ', '.join(known)}"
-            )
+            instead = errors.closest(name, known) or f"one of {', '.join(known)}"
+            raise ConfigError(f"{key}: {name} is not a figure: pass {instead}")
 
 
 def derive(

@@ -77,16 +77,17 @@ def test_every_cell_of_an_experiment_is_a_valid_run(compose_run, experiment, cel
 def test_an_experiment_asks_a_question_that_figures_answer_and_sweeps_by_itself(compose_run, experiment):
     file = OmegaConf.load(conf_dir() / "experiment" / f"{experiment}.yaml")
 
-    metrics.check(compose_run(f"experiment={experiment}", *sweep(experiment)[0]).question)
+    metrics.check(compose_run(f"experiment={experiment}", *sweep(experiment)[0]))
     assert file.question.text.endswith("?")
     assert (OmegaConf.select(file, "hydra.sweeper.params") is None) == (OmegaConf.select(file, "hydra.mode") is None)
 
 
-def test_an_answer_that_is_no_figure_is_refused(compose_run):
-    run = compose_run("experiment=engines", "question.figures=[decode_tok_per_s,kl_divergance]")
+@pytest.mark.parametrize("key", ["question.figures=[decode_tok_per_s,kl_divergance]", "published.figure=kl_divergance"])
+def test_an_answer_that_is_no_figure_is_refused(compose_run, key):
+    run = compose_run("experiment=engines", key)
 
-    with pytest.raises(ConfigError, match=r"kl_divergance is not a figure: pass kl_divergence$"):
-        metrics.check(run.question)
+    with pytest.raises(ConfigError, match=r": kl_divergance is not a figure: pass kl_divergence$"):
+        metrics.check(run)
 
 
 @pytest.mark.parametrize(
