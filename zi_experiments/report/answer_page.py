@@ -57,7 +57,7 @@ def _chart(answer: Answer, count: int, column: Column, numbers: dict[int, int]) 
         kind="answer",
         y=(column.name,),
         bars=tuple(bars),
-        definition=f"Published: {answer.source}" if any(bar.run is None for bar in bars) else "",
+        definition=f"Published: {answer.source} {answer.about}" if any(bar.run is None for bar in bars) else "",
     )
 
 

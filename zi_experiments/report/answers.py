@@ -33,6 +33,7 @@ class Answer:
     figures: tuple[Column, ...]
     lines: tuple[Line, ...]
     source: str | None  # of the published figures beside the runs: title, machine and address; None: there are none
+    about: str  # how the published figures were measured; empty: there are none
     published_figure: Column | None  # which of the figures of a run the published ones are
 
 
@@ -66,6 +67,7 @@ def _answer(runs: list[Run]) -> Answer:
             for run, telling, each, rows in zip(runs, varied(runs), values, beside, strict=True)
         ),
         source=f"{table['title']}, on {table['machine']}: {table['source']}" if table and any(beside) else None,
+        about=str(table.get("about", "")) if table and any(beside) else "",
         published_figure=_COLUMNS.get(table["figure"]) if table and any(beside) else None,
     )
 
