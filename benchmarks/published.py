@@ -1,4 +1,4 @@
-"""Published throughputs against the bounds of the machines they were measured on: docs/published.md from published.yaml.
+"""Published throughputs against the bounds of the machines they were measured on: docs/published.md from conf/published/.
 
 python benchmarks/published.py
 """
@@ -6,12 +6,12 @@ python benchmarks/published.py
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from omegaconf import OmegaConf
 
-from zi_experiments.config import schema
+from zi_experiments.config import published, schema
 from zi_experiments.config.composition import from_choices, to_run
 from zi_experiments.config.schema import Hardware, Run
 from zi_experiments.cost_model.bound import lower_bound
@@ -25,7 +25,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "published.md"
 HEADER = """# Published figures, and what their machines could do
 
 Written by `make test ARGS="-n 0 tests/docs/test_published.py --update-golden"` from
-[`published.yaml`](../benchmarks/published.yaml), and compared with it by every `make test`.
+[`conf/published/`](../conf/published), and compared with it by every `make test`.
 
 Each row is a throughput that somebody has published, and the bound of the same model, placement and batch on that machine,
 from the plan that every run makes and the rates that vendors publish. B sequences of G new tokens are divided by prefill and
@@ -37,7 +37,8 @@ bound leaves them out: it is that of a GPU with room for them, which is never sl
 
 Where weights come from a disk whose rate was not published, there is no bound.
 """
-FORMULAS = {"total": "B·G / (prefill + (G − 1) · step)", "decode": "B / step"}
+FORMULAS = {"total_tok_per_s": "B·G / (prefill + (G − 1) · step)", "decode_tok_per_s": "B / step"}
+NOT_COUNTED = "1000"  # GiB of a GPU with room for a KV cache that need not cross the link in 16 bits
 LIMITS = {"link": "link", "disk": "disk", "hbm": "GPU memory", "gemm": "arithmetic", None: "–"}
 COLUMNS = (
     "#",
@@ -59,9 +60,9 @@ class Row:
 
     number: int
     system: str
-    tok_per_s: float
+    value: float
     sequences: int
-    counts: str  # "total" or "decode"
+    figure: str  # "total_tok_per_s" or "decode_tok_per_s"
     kv: str | None  # where keys and values were that do not count; None: on the GPU
     note: str
     overrides: tuple[str, ...]
@@ -73,43 +74,43 @@ class Table:
     machine: str
     source: str
     about: str
-    counts: str
+    figure: str
     rows: tuple[Row, ...]
 
 
-def tables(listed: dict[str, Any]) -> list[Table]:
-    """What the YAML file lists, the rows numbered throughout."""
+def tables(listed: list[dict[str, Any]]) -> list[Table]:
+    """The tables of the YAML files, the rows numbered throughout."""
     made, number = [], 0
-    for one in listed["tables"]:
-        rows = []
-        for row in one["rows"]:
-            number += 1
-            rows.append(_row(row, one, number, listed["not_counted"]))
-        texts = {key: one[key] for key in ("title", "machine", "source", "about", "counts")}
-        made.append(Table(**texts, rows=tuple(rows)))
+    for one in listed:
+        rows = [_row(row, one["figure"], number + n) for n, row in enumerate(published.rows(one), 1)]
+        number += len(rows)
+        made.append(
+            Table(**{key: one[key] for key in ("title", "machine", "source", "about", "figure")}, rows=tuple(rows))
+        )
     return made
 
 
-def _row(row: dict[str, Any], table: dict[str, Any], number: int, not_counted: str) -> Row:
-    typed = [*table["run"], table["systems"][row["system"]], *row["run"].split()]
-    if not any(each.startswith("workload.batch_size=") for each in typed):
-        typed.append(f"workload.batch_size={row['batch']}")
+def _row(row: published.Row, figure: str, number: int) -> Row:
+    settings = {"plan_only": "true"} | row.settings
+    settings.setdefault("workload.batch_size", str(row.batch))
+    if row.kv:
+        settings["hardware.memory_gib"] = NOT_COUNTED
     return Row(
         number=number,
-        system=row["system"],
-        tok_per_s=row["tok_per_s"],
-        sequences=row["batch"],
-        counts=table["counts"],
-        kv=row.get("kv"),
-        note=row.get("note", ""),
-        overrides=("plan_only=true", *typed, *([not_counted] if "kv" in row else [])),
+        system=row.system,
+        value=row.value,
+        sequences=row.batch,
+        figure=figure,
+        kv=row.kv,
+        note=row.note,
+        overrides=tuple(f"{key}={value}" for key, value in settings.items()),
     )
 
 
 def load() -> list[Table]:
-    """The tables of published.yaml."""
-    listed: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_suffix(".yaml")))
-    return tables(listed)
+    """The tables of `conf/published/`."""
+    files = sorted((schema.conf_dir() / "published").glob("*.yaml"), reverse=True)
+    return tables([cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path))) for path in files])
 
 
 def compose(overrides: tuple[str, ...]) -> Run:
@@ -152,10 +153,10 @@ def described_machine(hardware: Hardware) -> Machine:
     )
 
 
-def bound_tok_per_s(sequences: int, gen_len: int, prefill_s: float, step_s: float, counts: str) -> float:
+def bound_tok_per_s(sequences: int, gen_len: int, prefill_s: float, step_s: float, figure: str) -> float:
     """The most tokens per second, as a publication defines them."""
-    total_s = {"total": prefill_s + (gen_len - 1) * step_s, "decode": gen_len * step_s}[counts]
-    return sequences * gen_len / total_s
+    seconds = {"total_tok_per_s": prefill_s + (gen_len - 1) * step_s, "decode_tok_per_s": gen_len * step_s}
+    return sequences * gen_len / seconds[figure]
 
 
 def bound_of(row: Row, plan: Plan) -> float | None:
@@ -164,7 +165,7 @@ def bound_of(row: Row, plan: Plan) -> float | None:
     if bound.prefill_s is None or bound.decode_step_s is None:
         assert bound.unknown == ("disk_bytes_per_s",)
         return None
-    return bound_tok_per_s(work.sequences, work.gen_len, bound.prefill_s, bound.decode_step_s, row.counts)
+    return bound_tok_per_s(work.sequences, work.gen_len, bound.prefill_s, bound.decode_step_s, row.figure)
 
 
 def page(listed: list[Table]) -> str:
@@ -178,7 +179,7 @@ def _section(table: Table) -> str:
     lines = "".join(_line(row, plan_of(row)) for row in table.rows)
     typed = "".join(f"python -m zi_experiments {' '.join(row.overrides)}  # {row.number}\n" for row in table.rows)
     shown = f"<details><summary>What to type for the plans</summary>\n\n```console\n{typed}```\n\n</details>\n"
-    formula = FORMULAS[table.counts]
+    formula = FORMULAS[table.figure]
     return f"{heading}\nBound: `{formula}`.\n\n| {' | '.join(COLUMNS)} |\n|{rules}|\n{lines}\n{shown}"
 
 
@@ -187,12 +188,12 @@ def _line(row: Row, plan: Plan) -> str:
     held = {"none": "GPU", "cpu": "host", "nvme": "NVMe"}[run.offload.device.value]
     bits = "16 bits" if run.quant.bits == 16 else f"INT{run.quant.bits}"
     limits = [LIMITS[bound.limited_by]]
-    if row.counts == "total" and bound.prefill_limited_by != bound.limited_by:
+    if row.figure == "total_tok_per_s" and bound.prefill_limited_by != bound.limited_by:
         limits = [f"prefill {LIMITS[bound.prefill_limited_by]}", f"decode {limits[0]}"]
     cells = (
         *(row.number, row.system, run.model.name, f"{held}, {bits}" + (f"; {row.note}" if row.note else "")),
-        *(f"{row.kv} †" if row.kv else "GPU", row.sequences, f"{row.tok_per_s:g}"),
-        *((f"{most:.3g}", f"{row.tok_per_s / most:.2f}", ", ".join(limits)) if most else "–––"),
+        *(f"{row.kv} †" if row.kv else "GPU", row.sequences, f"{row.value:g}"),
+        *((f"{most:.3g}", f"{row.value / most:.2f}", ", ".join(limits)) if most else "–––"),
     )
     return f"| {' | '.join(map(str, cells))} |\n"
 

@@ -61,23 +61,43 @@ def main() -> None:
 
 
 def _report(jobs: list[sweep.Job]) -> None:
+    """Print what the runs of a sweep say together: plans, an answer, or their figures; and the commands of a search."""
     from rich.console import Console
 
+    from zi_experiments.report import answer_table, answers, plan_list, runs
+    from zi_experiments.report.comparison import number
     from zi_experiments.results.sinks.console import show_sweep
-    from zi_experiments.results.sinks.search_table import is_search, show_search
+    from zi_experiments.results.sinks.search_commands import is_search, show_commands
 
-    show_sweep(jobs)
+    console = Console()
+    folder = sweep.output()
+    carried_out = [(overrides, record) for overrides, record in jobs if record["status"] != "skipped"]
+    told = [runs.from_record(record, str(folder / "run" / "result.json")) for _, record in carried_out]
+    plans = [record["shown"] for _, record in carried_out if "shown" in record]
+    if len(plans) == len(jobs) == 1:
+        print(plans[0], end="")
+    elif plans:
+        plan_list.show(told, console)
+    elif found := answers.of(told):
+        for answer in found:
+            answer_table.show(answer, console)
+    else:
+        show_sweep(jobs)
     if is_search(jobs):
-        show_search(jobs, Console())
-    print(f"report: python -m zi_experiments.report {shlex.quote(str(sweep.output()))}")
+        ranked = sorted(
+            zip(told, carried_out, strict=True), key=lambda each: -(number(each[0], "total_tok_per_s") or 0)
+        )
+        show_commands([job for _, job in ranked], console)
+    print(f"report: python -m zi_experiments.report {shlex.quote(str(folder))}")
 
 
 def _run(cfg: DictConfig) -> None:
-    from zi_experiments.run import RunFailed, run_job  # what --help and --cfg do without
+    from zi_experiments.results import initial  # what --help and --cfg do without
+    from zi_experiments.run import RunFailed, run_job
 
     hydra_config = HydraConfig.get()
     if hydra_config.mode is RunMode.MULTIRUN:
-        number, overrides = hydra_config.job.num, list(hydra_config.overrides.task)
+        number, overrides = hydra_config.job.num, initial.overrides()
         try:
             run_job(cfg, keep=True, tell=lambda result: sweep.tell(number, overrides, result))
         except RunFailed:

@@ -1,7 +1,6 @@
 """One run, from its composed configuration to its record."""
 
 import json
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -19,7 +18,7 @@ from rich.console import Console
 from zi_experiments import environment, plan_only
 from zi_experiments.calibration import this_machine
 from zi_experiments.config.composition import to_run
-from zi_experiments.config.schema import ConfigError, Run, TrackingMode
+from zi_experiments.config.schema import Run, TrackingMode
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.engines import base
@@ -61,14 +60,8 @@ def run_job(
     """
     console = Console()
     if initial.setting(cfg, "plan_only") is True:
-        try:
-            _settle_caches(console)
-            plan_only.show(cfg, console)
-        except Exception as error:
-            signals.check()  # a library may have made this error of an interrupt
-            status, failure = _explain(error)
-            _say(console, f"{status} {failure.message}" + (f"\n{failure.traceback}" if failure.traceback else ""))
-            raise RunFailed(failure.message) from error
+        if failure := plan_only.carry_out(cfg, console, in_sweep=keep, tell=tell):
+            raise RunFailed(failure.message)
         return
     job = _Job(cfg, console)
     try:
@@ -102,7 +95,7 @@ class _Job:
                     return before
             except Exception as error:
                 signals.check()  # a library may have made this error of an interrupt
-                self._fail(*_explain(error))
+                self._fail(*failures.explain(error))
         except KeyboardInterrupt as interrupt:
             signals.acknowledge()
             self._fail("killed", Failure(type="Interrupted", message=f"stopped by {interrupt}"))
@@ -113,6 +106,7 @@ class _Job:
 
     def _attempt(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
         run = to_run(cfg)
+        metrics.check(run)
         text.check(run.workload)
         _settle_caches(self._console)
         launcher.warm_up()  # before anything asks for GPUs
@@ -237,6 +231,7 @@ class _Job:
             measured.samples,
             prediction=self.record.prediction,
             perplexity=measured.perplexity,
+            kl_divergence=measured.kl_divergence,
             gpu_peak_bytes=measured.gpu_peak_bytes,
             host_peak_bytes=peaks.host_peak_bytes,
             disk_peak_bytes=peaks.disk_peak_bytes,
@@ -292,15 +287,6 @@ def _as_read(arch: architecture.Architecture) -> dict[str, Any]:
     """Return what reading the model tells about its checkpoint: the commit on the hub, and the tensors not loaded."""
     commit = getattr(arch.config, "_commit_hash", None)
     return ({"commit": commit} if commit else {}) | {"ignored_tensors": list(arch.ignored_tensors)}
-
-
-def _explain(error: Exception) -> tuple[Status, Failure]:
-    if isinstance(error, ConfigError):
-        return "refused", Failure(type="ConfigError", message=str(error))
-    if isinstance(error, failures.WorkerError):
-        return error.status, error.failure
-    trace = "".join(traceback.format_exception(error))
-    return "error", Failure(type=type(error).__name__, message=str(error), traceback=trace)
 
 
 def _settle_caches(console: Console) -> None:

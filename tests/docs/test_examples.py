@@ -40,7 +40,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sweep(run):
     """The experiment, carried out: what was printed, and its records by name."""
-    printed = run("-m", "zi_experiments", "-m", "--config-dir", str(EXAMPLES), "experiment=my-experiment")
+    printed = run("-m", "zi_experiments", "--config-dir", str(EXAMPLES), "experiment=my-experiment")
     found = [json.loads(path.read_text()) for path in run.folder.glob("outputs/sweeps/*/*/result.json")]
     return printed, {record["run"]["name"]: record for record in found}
 
@@ -82,6 +82,7 @@ def test_the_experiment_runs_with_the_model(sweep):
         assert record["choices"]["model"] == "my-model"
         assert record["plan"]["num_layers"] == 4
     assert "my-experiment-int4" in printed
+    assert keys("experiment/my-experiment.yaml")["question"]["text"] in " ".join(printed.split())
 
 
 def test_records_are_read(run, sweep):

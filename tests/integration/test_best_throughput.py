@@ -1,5 +1,6 @@
 """`experiment=best-throughput` and `workload.batch_size=auto` as real runs on the CPU, of a machine written down by hand."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 from cli import Cli
 from rich.console import Console
 
-from zi_experiments.results.sinks import search_table
+from zi_experiments.results.sinks import search_commands
 
 HERE = """
 name: here
@@ -84,39 +85,42 @@ def test_each_candidate_leaves_a_record_of_what_was_decided(cli, searched):
 
 def test_a_rank_that_is_too_high_is_skipped(searched, cli):
     assert re.search(r"^skipped \S+: the search has no candidate of rank 99$", searched, re.MULTILINE)
-    table = searched[searched.index("3 runs") :]
-    assert re.search(r"search\.rank=99 .*skipped", table)
-    assert len(re.findall(r"search\.rank=[01] .*ok", table)) == 2
+    assert "skipped" not in searched[searched.index("Which batch size") :]
 
 
-def best_command(text):
-    [command] = re.findall(r"^best: (.*)$", text, re.MULTILINE)
+def command_of(text, name):
+    [command] = re.findall(rf"^{name}: (.*)$", text, re.MULTILINE)
     return shlex.split(command)
 
 
-def test_the_best_is_shown_with_the_curve_and_its_command(cli, searched):
-    table = searched[searched.index("generated tokens per second") :]
+def test_each_candidate_is_shown_with_its_command_the_best_first(cli, searched):
+    table = searched[searched.index("Which batch size") :]
     best = max(records(cli), key=lambda result: result["metrics"]["total_tok_per_s"])
 
     for result in records(cli):
-        assert re.search(rf"│ +{result['plan']['sequences']} │", table)
-        assert f"{result['metrics']['total_tok_per_s']:,.1f}" in table
-        assert f"{result['plan']['prediction']['total_tok_per_s']:,.1f}" in table
-    command = best_command(searched)
-    assert command[:4] == ["python", "-m", "zi_experiments", "--config-dir"]
-    assert f"workload.batch_size={best['config']['workload']['batch_size']}" in command
-    assert f"workload.micro_batches={best['config']['workload']['micro_batches']}" in command
-    assert not any("search" in word or "experiment=" in word for word in command)
+        assert f"{result['metrics']['total_tok_per_s']:,.2f}" in table
+        assert f"{100 * result['metrics']['decode_prediction_error']:.1f} %" in table
+    other = min(records(cli), key=lambda result: result["metrics"]["total_tok_per_s"])
+    for name, result in (("best", best), ("2", other)):
+        command = command_of(searched, name)
+        assert command[:4] == ["python", "-m", "zi_experiments", "--config-dir"]
+        assert f"workload.batch_size={result['config']['workload']['batch_size']}" in command
+        assert f"workload.micro_batches={result['config']['workload']['micro_batches']}" in command
+        typed = [word for word in SEARCH if not word.startswith("search.rank")]
+        assert set(typed) <= set(command), "what was typed"
 
 
-def test_the_command_of_the_best_runs_it_alone(cli, searched):
-    command = [sys.executable, *best_command(searched)[1:], "plan_only=true"]
+def test_the_command_of_a_candidate_runs_it_alone(cli, searched):
+    command = [sys.executable, *command_of(searched, "2")[1:], "plan_only=true"]
     done = subprocess.run(command, cwd=cli.folder, env=cli.environment(), capture_output=True, text=True)
-    best = max(records(cli), key=lambda result: result["metrics"]["total_tok_per_s"])
+    second = min(records(cli), key=lambda result: result["metrics"]["total_tok_per_s"])
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"KV cache {best['plan']['kv_cache_bytes'] / 1e6:.1f} MB" in done.stdout
-    assert f"{best['plan']['prediction']['total_tok_per_s']:,.2f} tok/s" in done.stdout
+    [written] = [p for p in cli.folder.glob("outputs/*/*/plan.json") if "sweeps" not in str(p)]
+    planned = json.loads(written.read_text())
+    assert planned["plan"]["kv_cache_bytes"] == second["plan"]["kv_cache_bytes"]
+    assert planned["plan"]["prediction"]["total_tok_per_s"] == second["plan"]["prediction"]["total_tok_per_s"]
+    assert planned["config"]["workload"] == second["config"]["workload"], "with the values of the experiment"
 
 
 def test_run_again_a_search_keeps_what_it_has(cli, searched):
@@ -127,7 +131,7 @@ def test_run_again_a_search_keeps_what_it_has(cli, searched):
     assert [result["run"]["id"] for result in records(cli)] == before
     assert done.stdout.count("kept ") >= 2
     assert "measure:" not in done.stdout
-    assert best_command(done.stdout) == best_command(searched)
+    assert command_of(done.stdout, "best") == command_of(searched, "best")
 
 
 def test_a_run_with_the_largest_batch_records_which_that_was(cli):
@@ -176,45 +180,48 @@ def job(
     return list(overrides), {"config": config, "plan": plan, "metrics": metrics, "status": status, "run": run}
 
 
-def shown(*jobs):
+def shown(show, *jobs):
     console = Console(width=200, record=True, quiet=False)
     with console.capture() as captured:
-        search_table.show_search(list(jobs), console)
+        show(list(jobs), console)
     return captured.get()
 
 
-def test_candidates_are_in_the_order_of_their_sequences():
+def test_where_nothing_was_measured_nothing_is_best():
+    text = shown(search_commands.show_commands, job([], None, status="oom"), job([], None, status="error"))
+
+    assert [line.partition(":")[0] for line in text.splitlines()] == ["1", "2"]
+
+
+def test_a_command_has_what_was_typed_and_what_was_decided_once():
+    typed = ("experiment=best-throughput", "model=opt-13b", "kv_cache=cpu", "search.rank=3", "workload.batch_size=5")
     text = shown(
-        job([], 5.0, sequences=64), job([], 50.0, sequences=8), job([], None, sequences=2), job([], 7.0, sequences=16)
+        search_commands.show_commands,
+        job([*typed, "plan_only=true"], 9.0, resident="auto", sequences=12),
+        job(typed, 3.0),
     )
 
-    assert re.findall(r"│ +(\d+) │", text) == ["8", "16", "64"], "what failed is in the other table"
-    assert "best: python -m zi_experiments workload=zero-inference workload.batch_size=8 kv_cache=gpu" in text
-
-
-def test_the_command_has_what_was_typed_and_what_was_decided_once():
-    typed = ("experiment=best-throughput", "model=opt-13b", "kv_cache=cpu", "search.rank=3", "workload.batch_size=5")
-    text = shown(job(typed, 9.0, kv="gpu", resident="auto", sequences=12))
-
-    assert text.splitlines()[-1] == (
-        "best: python -m zi_experiments workload=zero-inference model=opt-13b workload.batch_size=12 kv_cache=gpu "
-        "workload.micro_batches=1 offload.resident=auto"
+    best, second = text.splitlines()
+    assert best == (
+        "best: python -m zi_experiments experiment=best-throughput model=opt-13b workload.batch_size=12 kv_cache=gpu "
+        "workload.micro_batches=1 offload.resident=auto hydra.mode=RUN"
+    )
+    assert second.startswith(
+        "2: python -m zi_experiments experiment=best-throughput model=opt-13b workload.batch_size=8 "
     )
 
 
 @pytest.mark.parametrize("flag", ["--config-dir '/my choices'", "--config-dir='/my choices'", "-cd '/my choices'"])
 def test_the_command_finds_the_choices_of_the_user(flag):
-    assert "best: python -m zi_experiments --config-dir '/my choices' workload=" in shown(
-        job([], 9.0, command=f"{COMMAND} {flag} hardware=mine")
+    assert "best: python -m zi_experiments --config-dir '/my choices' workload." in shown(
+        search_commands.show_commands, job([], 9.0, command=f"{COMMAND} {flag} hardware=mine")
     )
 
 
 def test_what_another_engine_does_not_know_is_not_in_the_command():
-    assert shown(job([], 9.0, engine="deepspeed")).splitlines()[-1].endswith("workload.batch_size=8 kv_cache=gpu")
+    text = shown(search_commands.show_commands, job([], 9.0, engine="deepspeed"))
 
-
-def test_a_search_where_everything_failed_shows_nothing():
-    assert shown(job([], None, status="oom"), job([], None, status="refused")) == ""
+    assert text.splitlines()[-1].endswith("workload.batch_size=8 kv_cache=gpu hydra.mode=RUN")
 
 
 @pytest.mark.parametrize(
@@ -223,5 +230,5 @@ def test_a_search_where_everything_failed_shows_nothing():
     ids=str,
 )
 def test_a_search_is_told_by_its_ranks(search, is_one):
-    assert search_table.is_search([([], {"config": {"search": search}})]) is is_one
-    assert search_table.is_search([([], {"config": {}}), ([], {"config": {"search": search}})]) is is_one
+    assert search_commands.is_search([([], {"config": {"search": search}})]) is is_one
+    assert search_commands.is_search([([], {"config": {}}), ([], {"config": {"search": search}})]) is is_one

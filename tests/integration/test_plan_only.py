@@ -9,6 +9,8 @@ import remote_code
 import tiny
 from cli import Cli
 
+from zi_experiments.report import reading
+
 H200 = ("plan_only=true", "hardware=h200", "hardware.host_memory_gib=400", "tracking=none")
 
 
@@ -112,6 +114,31 @@ def test_a_candidate_of_a_search_can_be_planned_alone(cli):
     assert (code, text) == (1, "refused the search has no candidate of rank 500: pass search.rank=0\n")
 
 
+def test_plans_of_a_sweep_are_one_table_and_are_left_for_a_report(cli):
+    sweep = ("engine=stream,accelerate", "quant=fp16,int4", "model.architecture.num_hidden_layers=2")
+    done = cli.run("-m", *H200, *sweep, COLUMNS="100")
+    told = done.stdout
+
+    assert done.returncode == 1, "a plan is refused"
+    lines = [line for line in told.splitlines() if line.startswith("│")]
+    assert [line.split()[1:4:2] for line in lines[:4]] == [
+        *(["stream", "int4"], ["stream", "fp16"], ["accelerate", "fp16"], ["accelerate", "int4"])
+    ]
+    assert "refused: engine=accelerate keeps 16-bit weights" in " ".join(lines[3].replace("│", "").split())
+    assert "memory" not in told
+    assert len(told.splitlines()) < 20
+    folder = cli.folder / re.search("^report: .* (.*)$", told, re.MULTILINE)[1]
+    assert [run.row["status"] for run in reading.read([folder]).runs] == ["bound", "bound", "bound", "refused"]
+
+
+def test_a_sweep_of_one_plan_shows_it_whole(cli):
+    done = cli.run("-m", *H200, "quant=int4")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert row(done.stdout, "decode step")
+    assert "plans" not in done.stdout
+
+
 def test_in_a_sweep_an_unexpected_error_is_said_and_the_next_plan_shown(cli, tmp_path):
     """A model whose own code breaks where nothing else does."""
     remote_code.save(tmp_path / "broken", tmp_path / "mark")
@@ -129,5 +156,5 @@ def test_in_a_sweep_an_unexpected_error_is_said_and_the_next_plan_shown(cli, tmp
 
     assert done.returncode == 1
     assert re.search("^error no cache today$", done.stdout, re.MULTILINE), done.stdout + done.stderr
-    assert "how long it takes" in done.stdout
+    assert "2 plans" in done.stdout
     assert "Error executing job" not in done.stdout + done.stderr

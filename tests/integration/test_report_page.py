@@ -1,6 +1,7 @@
 """The page of a report in a real browser: what its user does, and what it must not do."""
 
 import json
+import re
 
 import browser as chromium
 import made_up
@@ -16,6 +17,16 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 HOSTILE = '<script>document.title="taken"</script><img src=x onerror=\'document.title="taken"\'> {{ 7 * 7 }} </table>'
 
 
+ASKED = {
+    "question": {"text": f"How fast? {HOSTILE}", "figures": ["decode_tok_per_s", "ttft_s"]},
+    "published": {
+        "title": HOSTILE, "machine": "a machine", "source": "https://example.org", "about": "", "figure": "decode_tok_per_s",
+        "run": ["model=opt-125m", "offload=cpu", "quant=fp16"], "systems": {HOSTILE: "engine=fsdp"},
+        "rows": [{"system": HOSTILE, "value": 5.5, "batch": 3, "run": ""}],
+    },
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """A report of 13 runs: 3 engines, 2 offload targets and 2 batch sizes, and one that has failed, with a hostile name."""
@@ -27,8 +38,9 @@ def page(tmp_path_factory):
                 number += 1
                 record = made_up.record(
                     engine=engine, offload=offload, batch_size=batch_size, step_s=0.01 * number, passes=3, steps=9,
-                    noise=0.1, seed=number,
+                    noise=0.1, seed=number, **(ASKED if engine == "fsdp" and offload == "cpu" else {}),
                 )  # fmt: skip
+                record["run"]["overrides"] = [f"workload.batch_size={batch_size}"]
                 made_up.write(folder / f"{number}", record)
     failed = made_up.record(status="oom")
     failed["run"]["name"] = HOSTILE
@@ -137,6 +149,23 @@ def test_charts_show_the_values_of_the_runs(browser):
     assert all(caption.text for caption in browser.find_elements(By.CSS_SELECTOR, "figcaption"))
 
 
+def test_an_answer_has_published_figures_between_those_of_its_runs(browser):
+    text = browser.find_element(By.CSS_SELECTOR, "#answers table").text
+    measured, published = drawn(browser, "answer-0-decode_tok_per_s")
+
+    rates = browser.execute_script(
+        "return runs.filter((run) => value('engine', run) === 'fsdp' && value('offload', run) === 'cpu')"
+        ".map((run) => value('decode_tok_per_s', run))"
+    )
+    assert (measured["name"], measured["y"], measured["x"]) == ("measured", [0, 2], rates)
+    assert (published["name"], published["y"], published["x"]) == ("published", [1], [5.5])
+    assert [trace["name"] for trace in drawn(browser, "answer-0-ttft_s")] == ["measured"]
+    assert re.search(rf"^2 ok {rates[0]:.2f} 1.00 .* 5.5 ", text, re.MULTILINE), text
+    Select(browser.find_element(By.NAME, "offload")).select_by_visible_text("nvme")
+    wait(browser, lambda: count(browser) == "6 of 13 runs")
+    assert not browser.find_element(By.CSS_SELECTOR, "#answer-0-decode_tok_per_s .plot").is_displayed()
+
+
 def test_two_runs_are_compared(browser):
     labels = column(browser, "label")
     for name, label in (("a", labels[1]), ("b", labels[7])):
@@ -168,6 +197,7 @@ def test_a_run_opens_with_its_plan_and_its_measurement(browser):
 
 def test_what_records_say_is_text(browser):
     assert HOSTILE in column(browser, "label")[0]
+    assert browser.find_element(By.CSS_SELECTOR, "#answers h3").text == f"How fast? {HOSTILE}"
     assert HOSTILE in browser.find_element(By.ID, "failed").text
     assert HOSTILE in browser.execute_script("return document.getElementById('machines').textContent")
     assert HOSTILE in browser.find_element(By.ID, "differences").text

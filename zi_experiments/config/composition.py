@@ -41,9 +41,9 @@ def from_choices(choices: dict[str, str], settings: dict[str, Any]) -> Run:
     parts = {
         str(group): OmegaConf.load(conf_dir() / str(group) / f"{choice}.yaml")
         for group, choice in (defaults | choices).items()
-        if group in {field.name for field in fields(Run)}
+        if choice is not None and group in {field.name for field in fields(Run)}
     }
-    root = {key: main[key] for key in ("name", "search", "launch", "verify", "trust_remote_code", "plan_only", "force")}
+    root = {field.name: main[field.name] for field in fields(Run) if field.name in main}
     cfg = OmegaConf.merge(OmegaConf.structured(Run), root, parts)
     assert isinstance(cfg, DictConfig)
     for key, value in settings.items():

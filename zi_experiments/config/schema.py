@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zi_experiments import environment
 from zi_experiments.config import folders
+from zi_experiments.config.published import Published, Question
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -226,6 +227,8 @@ class Run:
     trust_remote_code: bool  # run the Python files of a checkpoint
     plan_only: bool
     force: bool  # repeat runs that a sweep has already finished
+    question: Question | None
+    published: Published | None
 
 
 def register() -> None:

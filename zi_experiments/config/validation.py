@@ -6,6 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from zi_experiments.config import published
 from zi_experiments.config.schema import ConfigError, DeviceType, OffloadDevice, Run, WeightSource
 
 
@@ -185,6 +186,10 @@ def _launch(run: Run) -> str | None:
     return None
 
 
+def _published(run: Run) -> str | None:
+    return published.problem(vars(run.published)) if run.published else None
+
+
 _CHECKS = (
     _integers,
     _paths,
@@ -196,4 +201,5 @@ _CHECKS = (
     _hardware,
     _search,
     _launch,
+    _published,
 )

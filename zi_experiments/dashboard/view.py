@@ -87,6 +87,8 @@ def _panels(chart: Chart) -> list[Any]:
             return [wr.LinePlot(title=chart.title, x="timeline/step", y=["timeline/tpot_s"], log_y=True)]
         case "bars":
             return [wr.BarPlot(title=chart.title, metrics=[figure.name for figure in figures])]
+        case "answer":  # of a page's own runs
+            return []
         case "failures":
             by = wr.Config("outcome")
             return [wr.BarPlot(title=chart.title, metrics=["failed"], groupby=by, groupby_aggfunc="sum")]

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,13 @@ def _without_callers(lines: list[str]) -> Iterator[str]:
         if not is_caller:
             yield line
         is_caller = is_caller or _ENTRY_POINT.search(line) is not None
+
+
+def explain(error: Exception) -> tuple[Status, Failure]:
+    """Return the status of a run that ended with this error, and the reason as the record has it."""
+    if isinstance(error, ConfigError):
+        return "refused", Failure(type="ConfigError", message=str(error))
+    if isinstance(error, WorkerError):
+        return error.status, error.failure
+    trace = "".join(traceback.format_exception(error))
+    return "error", Failure(type=type(error).__name__, message=str(error), traceback=trace)

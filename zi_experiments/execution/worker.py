@@ -27,6 +27,7 @@ from zi_experiments.measurement.timing import Samples, measure_passes
 from zi_experiments.measurement.verification import Verification, verify
 from zi_experiments.runtime import distributed
 from zi_experiments.runtime.progress import Progress, silent
+from zi_experiments.system.machines import host_memory_available
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +37,8 @@ class Measurement:
     stored: Held  # the weights of this rank
     samples: Samples | None  # None when what was loaded failed its verification
     verification: Verification | None  # None with verify=off
-    perplexity: float | None  # None without workload.text
+    perplexity: float | None = None  # None without workload.text
+    kl_divergence: float | None = None
     generated: Generated | None = None  # None when nothing was measured
     gpu_peak_bytes: int  # of this rank's GPU while measuring; 0 without one
 
@@ -67,9 +69,7 @@ def main(plan: Plan, config: dict[str, Any], variables: dict[str, str], channel:
         stored = check_stored(plan, engine, session)
         verification = verify(session, plan, progress) if plan.run.verify is Verify.on else None
         if verification is not None and not verification.passed:
-            return Measurement(
-                stored=stored, samples=None, verification=verification, perplexity=None, gpu_peak_bytes=0
-            )
+            return Measurement(stored=stored, samples=None, verification=verification, gpu_peak_bytes=0)
         return _measure(plan, session, load_s, stored, verification, progress)
 
 
@@ -104,7 +104,7 @@ def _measure(
 ) -> Measurement:
     work = plan.run.workload
     ids = prompts.of_run(plan, distributed.rank(), plan.run.hardware.num_gpus)
-    perplexity_of_text = _perplexity(plan, session, progress)
+    perplexity_of_text, kl_divergence = _perplexity(plan, session, progress)
     tokens: list[Any] = []
     run = partial(
         measure_passes,
@@ -125,17 +125,24 @@ def _measure(
         samples=samples,
         verification=verification,
         perplexity=perplexity_of_text,
+        kl_divergence=kl_divergence,
         generated=generated.describe(plan, ids, tokens),
         gpu_peak_bytes=gpu_peak_bytes,
     )
 
 
-def _perplexity(plan: Plan, session: base.Session, progress: Progress) -> float | None:
+def _perplexity(plan: Plan, session: base.Session, progress: Progress) -> tuple[float | None, float | None]:
+    """Return perplexity and KL divergence of `workload.text`; the first rank alone has the reference of the latter."""
     work = plan.run.workload
     if work.text is None:
-        return None
+        return None, None
     windows = perplexity.windows(plan).to(plan.machine.device)
-    return perplexity.perplexity(session.model, windows, work.batch_size, progress)
+    with ExitStack() as held:
+        reference = None
+        if distributed.rank() == 0:
+            loaded = perplexity.sixteen_bit(plan, session, windows.device, host_memory_available())
+            reference = held.enter_context(loaded)
+        return perplexity.perplexity(session.model, windows, work.batch_size, progress, reference)
 
 
 def _limit_gpu_memory(plan: Plan) -> None:

@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["fastest", "points", "frontier", "timelines", "bars", "failures"]
+Kind = Literal["answer", "fastest", "points", "frontier", "timelines", "bars", "failures"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bar:
+    name: str
+    run: int | None = None  # its number in the report; None: the value was published
+    value: float | None = None  # a published one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +23,7 @@ class Chart:
     y: tuple[str, ...] = ()  # columns
     x: str | None = None
     by: tuple[str, ...] = ()  # columns: runs with equal values are one bar, that of the fastest
+    bars: tuple[Bar, ...] = ()  # of an answer
 
 
 CHARTS: tuple[Chart, ...] = (

@@ -80,6 +80,7 @@ _NAMED: tuple[Column, ...] = (
     _metric("prefill_prediction_error", "prefill prediction error", "share"),
     _metric("link_bytes_per_s", "host to device", "B/s", is_shown=True),
     _metric("perplexity", "perplexity", "count", is_shown=True),
+    _metric("kl_divergence", "KL divergence, nats", "count", is_shown=True),
     _metric("load_s", "loaded in", "s", is_shown=True),
     _metric("gpu_peak_bytes", "GPU peak", "B", is_shown=True),
     _metric("host_peak_bytes", "host peak", "B", is_shown=True),

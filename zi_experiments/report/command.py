@@ -94,7 +94,9 @@ def _read(paths: list[Path]) -> list[Run]:
     for line in found.skipped:
         print(line, file=sys.stderr)
     if not found.runs:
-        raise ConfigError(f"no runs in {' '.join(map(str, paths))}: name a folder that has a {reading.NAME}")
+        raise ConfigError(
+            f"no runs in {' '.join(map(str, paths))}: name a folder that has a {reading.NAME} or a plan.json"
+        )
     return found.runs
 
 

@@ -7,10 +7,12 @@ from rich.table import Table
 from zi_experiments.report import formats
 from zi_experiments.report.comparison import Comparison, Differences, Figure, Pair, shared
 from zi_experiments.report.intervals import ENOUGH_PASSES
+from zi_experiments.report.runs import PLANNED
 
 # what more of a figure is: better, worse, or neither
 _BETTER_UP = ("tok_per_s", "tok_per_s_per_user", "fraction_of_bound")
 _BETTER_DOWN = ("ttft_s", "tpot_p50_s", "tpot_p90_s", "tpot_p99_s")
+_PLANNED = {"predicted": "predicted", "bound": "limits, since not all rates are measured"}
 _TITLES = ("settings that differ", "environment that differs")
 
 
@@ -95,7 +97,9 @@ def _is_without_verdict(figure: Figure) -> bool:
 
 def _say_failures(pair: Pair, console: Console) -> None:
     for name, run in (("A", pair.before), ("B", pair.after)):
-        if run.row["status"] != "ok":
+        if run.row["status"] in PLANNED:
+            _say(f"{name} is a plan: its figures are {_PLANNED[str(run.row['status'])]}", console)
+        elif run.row["status"] != "ok":
             _say(f"{name} is {run.row['status']}: {run.row['error'] or 'no reason is known'}", console)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment
 from plotly.offline import get_plotlyjs
 
+from zi_experiments.report import answer_page
 from zi_experiments.report.charts import CHARTS
 from zi_experiments.report.columns import COLUMNS, Scalar
 from zi_experiments.report.runs import Passes, Run, by_column
@@ -25,15 +26,17 @@ def write(runs: list[Run], names: list[str], folder: Path) -> Path:
     environment = Environment(autoescape=True)
     # the filter escapes what would end the script element
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    path = folder / NAME
+    path, answered = folder / NAME, answer_page.sections(runs)
+    charts = (*(chart for section in answered for chart in section.charts), *CHARTS)
     path.write_text(
         environment.from_string(_text("page.html")).render(
             styles=_text("page.css"),
             scripts=[_text(f"{name}.js") for name in ("data", "charts", "table", "details")],
             plotly=get_plotlyjs(),
+            answers=answered,
             charts=CHARTS,
             counts=_counts(runs),
-            data=_data(runs, names),
+            data=_data(runs, names) | {"charts": [asdict(chart) for chart in charts]},
         ),
         encoding="utf-8",
     )
@@ -51,7 +54,6 @@ def _data(runs: list[Run], names: list[str]) -> dict[str, Any]:
         "settings": _by_key([run.settings for run in runs]),
         "environment": _by_key([run.environment for run in runs]),
         "timelines": _timelines(runs),
-        "charts": [asdict(chart) for chart in CHARTS],
     }
 
 

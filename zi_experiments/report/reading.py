@@ -13,6 +13,7 @@ from zi_experiments.report import committed, runs
 from zi_experiments.report.runs import Run
 
 NAME = "result.json"
+_NAMES = (NAME, "plan.json")  # of a folder that has both, what was measured counts
 _AT_ONCE = 500  # files that one process reads; fewer are read before another process has begun
 
 
@@ -55,11 +56,15 @@ def _read(files: list[Path]) -> Found:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """A file itself; of a folder every `result.json` below it, or if there is none its own JSON files."""
+    """A file itself; of a folder every `result.json` and `plan.json` below it, or if there is none its own JSON files."""
     if path.is_file():
         yield path
     elif path.is_dir():
-        below = [os.path.join(folder, NAME) for folder, _, names in os.walk(path) if NAME in names]
+        below = [
+            os.path.join(folder, next(filter(names.__contains__, _NAMES)))
+            for folder, _, names in os.walk(path)
+            if not set(_NAMES).isdisjoint(names)
+        ]
         yield from map(Path, sorted(below or map(str, path.glob("*.json")), key=_numbered))
     else:
         raise ConfigError(f"{path} is not there: name a folder with runs, such as outputs, or a {NAME}")

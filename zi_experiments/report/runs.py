@@ -4,10 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from zi_experiments.config import folders, published
 from zi_experiments.config.folders import ASIDE
 from zi_experiments.report.columns import COLUMNS, Column, Scalar
 
 GROUPS = ("model", "engine", "offload", "quant", "kv_cache", "weights", "workload", "hardware", "experiment")
+PLANNED = ("predicted", "bound")  # statuses of plans, whose figures are not measured
 # what tells runs of one name apart, the most telling first
 _TELLING = (
     "model",
@@ -39,6 +41,9 @@ class Run:
     settings: dict[str, Scalar]  # choices by group (`engine`), values by dotted name (`engine.profile`)
     environment: dict[str, Scalar]
     passes: Passes
+    overrides: tuple[str, ...] = ()  # of this run alone, as typed; those that do not affect it are left out
+    question: dict[str, Any] | None = None  # as in the record
+    published: dict[str, Any] | None = None
 
 
 def from_record(record: dict[str, Any], source: str) -> Run:
@@ -56,7 +61,35 @@ def from_record(record: dict[str, Any], source: str) -> Run:
     content = record | {"settings": settings}
     row = {column.name: _value(column, content) for column in COLUMNS}
     row |= _derived(row, settings, environment, passes) | _planned_totals(record) | {"source": source}
-    return Run(source=source, row=row, settings=settings, environment=environment, passes=passes)
+    if row["status"] in PLANNED:
+        row |= _planned_figures(row, "predicted" if row["status"] == "predicted" else "bound")
+    overrides = map(str, _list(_dict(record, "run").get("overrides")))
+    return Run(
+        source=source,
+        row=row,
+        settings=settings,
+        environment=environment,
+        passes=passes,
+        overrides=tuple(each for each in overrides if folders.is_telling(each)),
+        question=_question(record),
+        published=_published(record),
+    )
+
+
+def _question(record: dict[str, Any]) -> dict[str, Any] | None:
+    """The question of a record if it can be answered; a refused run may have any."""
+    question = _dict(record, "question")
+    known = {column.name for column in COLUMNS}.intersection(map(str, _list(question.get("figures"))))
+    return question if known and isinstance(question.get("text"), str) else None
+
+
+def _published(record: dict[str, Any]) -> dict[str, Any] | None:
+    table = _dict(record, "published")
+    try:
+        is_whole = {"title", "machine", "source", "figure"} <= table.keys() and published.problem(table) is None
+    except (KeyError, TypeError, AttributeError):
+        return None
+    return table if is_whole else None
 
 
 def flat(nested: dict[str, Any]) -> dict[str, Scalar]:
@@ -89,13 +122,24 @@ def labels(runs: list[Run]) -> list[str]:
     for name, members in groups.items():
         rows = [_telling(runs[member]) for member in members]
         varied = _distinguishing(rows)
-        seen: dict[str, int] = {}
+        same: dict[str, list[int]] = {}
         for member, row in zip(members, rows, strict=True):
             new = [_text(key, row[key]) for key in varied if row.get(key) is not None]
             text = " ".join([str(name or "unnamed"), *(part for part in new if part not in str(name))])
-            seen[text] = seen.get(text, 0) + 1
-            names[member] = text if seen[text] == 1 else f"{text} #{seen[text]}"
+            same.setdefault(text, []).append(member)
+        for text, alike in same.items():
+            seen: dict[str, int] = {}
+            for member, parts in zip(alike, differing([runs[each] for each in alike]), strict=True):
+                full = " ".join([text, *parts])
+                seen[full] = seen.get(full, 0) + 1
+                names[member] = full if seen[full] == 1 else f"{full} #{seen[full]}"
     return names
+
+
+def differing(runs: list[Run]) -> list[list[str]]:
+    """The overrides of each run that not all of the runs have."""
+    shared = set(runs[0].overrides).intersection(*(run.overrides for run in runs))
+    return [[each for each in run.overrides if each not in shared] for run in runs]
 
 
 def _distinguishing(rows: list[dict[str, Scalar]]) -> list[str]:
@@ -147,6 +191,27 @@ def _derived(
         "passes": len(passes.ttft_s) or None,
         "tok_per_s_per_user": per_user,
     }
+
+
+def _planned_figures(row: dict[str, Scalar], kind: str) -> dict[str, Scalar]:
+    """The figures of a plan, which are predicted, or those of its bound."""
+    ttft_s, step_s = _positive(row[f"{kind}_prefill_s"]), _positive(row[f"{kind}_decode_step_s"])
+    sequences, prompt_len, gen_len = (_positive(row[name]) for name in ("sequences", "prompt_len", "gen_len"))
+    if ttft_s is None or step_s is None or sequences is None or prompt_len is None or gen_len is None:
+        return {}
+    return {
+        "ttft_s": ttft_s,
+        "tpot_p50_s": step_s,
+        "prefill_tok_per_s": sequences * prompt_len / ttft_s,
+        "decode_tok_per_s": sequences / step_s,
+        "total_tok_per_s": sequences * gen_len / (ttft_s + (gen_len - 1) * step_s),
+        "tok_per_s_per_user": 1 / step_s,
+        "load_s": row["predicted_load_s"],
+    }
+
+
+def _positive(value: Scalar) -> float | None:
+    return value if isinstance(value, int | float) and value > 0 else None
 
 
 def _planned_totals(record: dict[str, Any]) -> dict[str, Scalar]:

@@ -8,7 +8,7 @@ import polars
 
 from zi_experiments.report import formats
 from zi_experiments.report.columns import COLUMNS, Scalar
-from zi_experiments.report.runs import Run, by_column
+from zi_experiments.report.runs import PLANNED, Run, by_column
 
 _MARKUP = re.compile(r"([\\|<>*_`\[\]])")
 
@@ -51,7 +51,7 @@ def _markdown(runs: list[Run], names: list[str]) -> str:
     failed = [
         f"{name}: {run.row['status']}, {run.row['error'] or 'no reason is known'}"
         for name, run in zip(names, runs, strict=True)
-        if run.row["status"] != "ok"
+        if run.row["status"] not in ("ok", *PLANNED)
     ]
     if failed:
         lines += ["", "Runs that are not ok:", "", *(f"- {_escaped(text)}" for text in failed)]

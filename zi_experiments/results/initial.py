@@ -24,6 +24,10 @@ def record(cfg: DictConfig) -> Record:
     if group is None and hydra.mode is RunMode.MULTIRUN:
         sweep = Path(hydra.sweep.dir)
         group = sweep.name
+    config = _plain(cfg)
+    beside = {
+        key: config.pop(key, None) for key in ("question", "published")
+    }  # what compares runs changes none of them
     return Record(
         status="killed",
         error=Failure(type="Unfinished", message="the run is under way, or was killed together with its launcher"),
@@ -35,11 +39,23 @@ def record(cfg: DictConfig) -> Record:
             finished_at=None,
             command=environment.command(),
             git_revision=environment.git_revision(),
+            overrides=overrides(),
         ),
         folder=str(folder),
-        choices={group: choice for group, choice in hydra.runtime.choices.items() if not group.startswith("hydra/")},
-        config=_plain(cfg),
+        choices={
+            group: choice
+            for group, choice in hydra.runtime.choices.items()
+            if not group.startswith("hydra/") and group not in beside
+        },
+        config=config,
+        **beside,
     )
+
+
+def overrides() -> list[str]:
+    """Return the overrides of this run as typed: an interpolation in one may lead nowhere."""
+    typed: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[assignment]
+    return typed
 
 
 def setting(cfg: DictConfig, key: str) -> Any:

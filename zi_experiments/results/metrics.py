@@ -1,9 +1,11 @@
 """`Samples + Plan → Metrics`: a pure function; every figure has its definition here."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from statistics import median, quantiles
 
+from zi_experiments.config import errors
+from zi_experiments.config.schema import ConfigError, Run
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction, predict
@@ -38,7 +40,21 @@ class Metrics:
     prefill_prediction_error: float | None  # predicted / measured − 1, of ttft_s
     decode_prediction_error: float | None  # predicted / measured − 1, of the median decode step
     perplexity: float | None  # of the weights on workload.text; None without a text
+    kl_divergence: (
+        float | None
+    )  # from the weights in 16 bits: nats for each token of workload.text; None without a text
     spread: dict[str, tuple[float, float]]  # of each rate: its smallest and its largest pass
+
+
+def check(run: Run) -> None:
+    """Raise `ConfigError` when the answer to a run's question, or what is published beside it, is no figure."""
+    known = [field.name for field in fields(Metrics)]
+    named = [("question.figures", name) for name in run.question.figures] if run.question else []
+    named += [("published.figure", run.published.figure)] if run.published else []
+    for key, name in named:
+        if name not in known:
+            instead = errors.closest(name, known) or f"one of {', '.join(known)}"
+            raise ConfigError(f"{key}: {name} is not a figure: pass {instead}")
 
 
 def derive(
@@ -47,6 +63,7 @@ def derive(
     prediction: Prediction,
     *,
     perplexity: float | None,
+    kl_divergence: float | None = None,
     gpu_peak_bytes: int,
     host_peak_bytes: int,
     disk_peak_bytes: int,
@@ -87,6 +104,7 @@ def derive(
         prefill_prediction_error=prediction.prefill_s / ttft - 1 if prediction.prefill_s else None,
         decode_prediction_error=prediction.decode_step_s / step - 1 if step and prediction.decode_step_s else None,
         perplexity=perplexity,
+        kl_divergence=kl_divergence,
         spread={name: (min(values), max(values)) for name, values in rates.items() if values},
     )
 

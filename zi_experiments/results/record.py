@@ -1,6 +1,6 @@
 """The record of a run: its request, its plan, and what was measured or went wrong. It has one JSON form."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from zi_experiments.cost_model import memory_fit
@@ -15,7 +15,8 @@ from zi_experiments.results.metrics import Metrics, Passed
 
 SCHEMA_VERSION = 1
 
-Status = Literal["ok", "refused", "oom", "killed", "error"]
+# a plan alone is "predicted", or "bound" where rates that a prediction needs are not known
+Status = Literal["ok", "refused", "oom", "killed", "error", "predicted", "bound"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +38,7 @@ class RunInfo:
     finished_at: str | None
     command: str
     git_revision: str | None
+    overrides: list[str] = field(default_factory=list)  # of this run; a sweep's command has those of all its runs
     fingerprint: str | None = None  # of settings, code, machine and weights: results with equal ones are comparable
 
 
@@ -48,6 +50,8 @@ class Record:
     folder: str
     choices: dict[str, str | None]
     config: dict[str, Any]
+    question: dict[str, Any] | None = None  # what the experiment asks, and the figures that answer it
+    published: dict[str, Any] | None = None  # a table of published figures to compare with
     status: Status = "error"
     error: Failure | None = None
     ds_config: dict[str, Any] | None = None  # of engine=deepspeed
@@ -72,6 +76,8 @@ class Record:
             "run": asdict(self.run),
             "choices": self.choices,
             "config": self.config,
+            "question": self.question,
+            "published": self.published,
             "ds_config": self.ds_config,
             "engine_config": self.engine_config,
             "plan": describe_plan(self.plan, self.prediction) if self.plan and self.prediction else None,

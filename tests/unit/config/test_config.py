@@ -16,6 +16,7 @@ import zi_experiments
 from zi_experiments.config import schema
 from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import ConfigError, OffloadDevice, Run, TrackingMode, Verify, conf_dir
+from zi_experiments.results import metrics
 
 YAMLS = sorted(
     (path for path in conf_dir().glob("*/*.yaml") if path.parent.name != "hydra"),
@@ -70,6 +71,41 @@ EXPERIMENTS = [(name, cell) for group, name in CHOICES if group == "experiment" 
 @pytest.mark.parametrize(("experiment", "cell"), EXPERIMENTS, ids=str)
 def test_every_cell_of_an_experiment_is_a_valid_run(compose_run, experiment, cell):
     assert compose_run(f"experiment={experiment}", *cell).workload.repeats >= 1
+
+
+@pytest.mark.parametrize("experiment", [name for group, name in CHOICES if group == "experiment"])
+def test_an_experiment_asks_a_question_that_figures_answer_and_sweeps_by_itself(compose_run, experiment):
+    file = OmegaConf.load(conf_dir() / "experiment" / f"{experiment}.yaml")
+
+    metrics.check(compose_run(f"experiment={experiment}", *sweep(experiment)[0]))
+    assert file.question.text.endswith("?")
+    assert (OmegaConf.select(file, "hydra.sweeper.params") is None) == (OmegaConf.select(file, "hydra.mode") is None)
+
+
+@pytest.mark.parametrize("key", ["question.figures=[decode_tok_per_s,kl_divergance]", "published.figure=kl_divergance"])
+def test_an_answer_that_is_no_figure_is_refused(compose_run, key):
+    run = compose_run("experiment=engines", key)
+
+    with pytest.raises(ConfigError, match=r": kl_divergance is not a figure: pass kl_divergence$"):
+        metrics.check(run)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"value": "fast"}, r"^published.rows\[0\].value is missing or of another type: write value: 7.3$"),
+        ({"batch": 0}, "batch=0 is not a number of sequences: write batch: 8$"),
+        ({"system": "Mine"}, "system=Mine is not in published.systems: write it there"),
+        ({"run": "opt-13b"}, "opt-13b is not GROUP=CHOICE or KEY=VALUE: write"),
+    ],
+    ids=str,
+)
+def test_a_published_row_that_is_not_whole_is_refused(compose_run, compose, row, said):
+    cfg = compose("published=flexgen-2023")
+    OmegaConf.update(cfg, "published.rows", [{"system": "FlexGen", "value": 1, "batch": 2, "run": ""} | row])
+
+    with pytest.raises(ConfigError, match=said):
+        to_run(cfg)
 
 
 def test_the_promised_groups_exist():

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from zi_experiments.config import schema
 from zi_experiments.config.schema import ConfigError
+from zi_experiments.engines.hf_session import HFSession
 from zi_experiments.execution import preflight
 from zi_experiments.measurement import perplexity
 from zi_experiments.models import architecture
@@ -77,7 +78,7 @@ def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large()
     torch.nn.init.zeros_(model.lm_head.weight)
     windows = torch.arange(5 * 8).view(5, 8)
 
-    assert perplexity.perplexity(model, windows, 2, silent()) == pytest.approx(VOCABULARY, rel=1e-6)
+    assert perplexity.perplexity(model, windows, 2, silent())[0] == pytest.approx(VOCABULARY, rel=1e-6)
 
 
 def test_a_model_that_knows_what_comes_next_is_not_perplexed():
@@ -90,15 +91,53 @@ def test_a_model_that_knows_what_comes_next_is_not_perplexed():
         model.lm_head.weight.zero_()[1:129].fill_diagonal_(10.0)
     windows = torch.arange(6 * 8).view(6, 8)
 
-    assert perplexity.perplexity(model, windows, 4, silent()) == pytest.approx(1.0, abs=1e-6)
-    assert perplexity.perplexity(model, windows.flip(1), 4, silent()) > 1e9
+    assert perplexity.perplexity(model, windows, 4, silent())[0] == pytest.approx(1.0, abs=1e-6)
+    assert perplexity.perplexity(model, windows.flip(1), 4, silent())[0] > 1e9
 
 
 def test_perplexity_does_not_depend_on_how_many_windows_go_at_a_time(plan):
     windows = perplexity.windows(plan())[:7]
-    one, three = (perplexity.perplexity(llama(), windows, size, silent()) for size in (1, 3))
+    one, three = (perplexity.perplexity(llama(), windows, size, silent())[0] for size in (1, 3))
 
     assert one == pytest.approx(three, rel=1e-5)
+
+
+def test_the_divergence_from_another_model_is_that_of_its_definition():
+    """Σ p·(ln p − ln q) of each token but the first of a window, from all logits at once and by torch's own function."""
+    loaded, other = llama(), llama()
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    windows = torch.randint(VOCABULARY, (5, 8))
+    with torch.inference_mode():
+        p, q = (model(windows).logits[:, :-1].reshape(-1, VOCABULARY).double().softmax(-1) for model in (other, loaded))
+        reference = torch.nn.functional.kl_div(q.log(), p, reduction="batchmean")
+
+        _, found = perplexity.perplexity(loaded, windows, 2, silent(), lambda batch: other(batch).logits)
+        _, none = perplexity.perplexity(other, windows, 2, silent(), lambda batch: other(batch).logits)
+
+    assert found == pytest.approx(float(reference), rel=1e-4)
+    assert found == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+    assert found > 0.001
+    assert none == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("host_memory_bytes", [0, 10**12], ids=["a layer at a time", "whole"])
+def test_the_model_in_16_bits_is_the_checkpoint_whatever_the_run_quantizes(plan, checkpoint, host_memory_bytes):
+    quantized, device = plan("quant=int4"), torch.device("cpu")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    tokens = torch.arange(2 * WINDOW).view(2, WINDOW)
+
+    with perplexity.sixteen_bit(quantized, HFSession(model, device), device, host_memory_bytes) as logits:
+        found = logits(tokens)
+
+    assert found.dtype is torch.bfloat16
+    with torch.inference_mode():
+        assert found.equal(model(tokens).logits)
+
+
+def test_without_a_model_in_16_bits_there_is_no_divergence():
+    assert perplexity.perplexity(llama(), torch.arange(16).view(2, 8), 2, silent())[1] is None
 
 
 def test_windows_are_the_text_in_order_without_its_end(plan, checkpoint):
@@ -135,7 +174,7 @@ def test_each_window_begins_as_the_tokenizer_begins_a_sequence(plan, tmp_path, c
     text = AutoTokenizer.from_pretrained(copy)(TEXT.read_text(encoding="utf-8")).input_ids
     first = torch.tensor(text[:WINDOW])
     assert windows[0].equal(first)
-    found = perplexity.perplexity(model, windows[:1], 1, silent())
+    found, _ = perplexity.perplexity(model, windows[:1], 1, silent())
     with torch.inference_mode():
         assert found == pytest.approx(exp(model(first[None], labels=first[None]).loss), rel=1e-3)
 
@@ -182,7 +221,6 @@ def test_a_sweep_shows_what_quantization_costs(tmp_path, checkpoint, plan):
     cli = Cli(tmp_path)
     (tmp_path / "my.txt").write_text(TEXT.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
     done = cli.run(
-        "-m",
         "experiment=quality",
         "model=local",
         f"model.path={checkpoint}",
@@ -202,10 +240,14 @@ def test_a_sweep_shows_what_quantization_costs(tmp_path, checkpoint, plan):
     assert found["fp16"] < VOCABULARY / 4
     assert abs(log(found["int8-g32"] / found["fp16"])) < 0.0005
     assert 0.001 < log(found["int4-g128"] / found["fp16"]) < 0.05
-    table = done.stdout[done.stdout.index("3 runs") :]
+    apart = {quant: result["metrics"]["kl_divergence"] for quant, result in results.items()}
+    assert 0 <= apart["fp16"] < apart["int8-g32"] < apart["int4-g128"] < 0.1
+    table = done.stdout[done.stdout.index("What does quantization cost in quality?") :]
     assert "perplexity" in table
     for quant, value in found.items():
-        assert re.search(rf"quant={quant} .*{value:.4f}", table)
+        assert re.search(rf"│ {quant} +│ +{value:.6g} │ +{value / found['fp16']:.2f} │ +{apart[quant]:.6g} │", table), (
+            table
+        )
 
 
 def plain_perplexity(folder, windows):

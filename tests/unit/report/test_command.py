@@ -131,7 +131,10 @@ def test_a_broken_record_is_one_line_and_the_others_are_reported(folder, capsys)
 
 def test_no_runs_are_one_line_and_code_1(tmp_path, capsys):
     assert report(tmp_path) == 1
-    assert capsys.readouterr().err == f"refused: no runs in {tmp_path}: name a folder that has a result.json\n"
+    assert (
+        capsys.readouterr().err
+        == f"refused: no runs in {tmp_path}: name a folder that has a result.json or a plan.json\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

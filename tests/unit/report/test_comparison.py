@@ -189,4 +189,7 @@ def test_markup_in_names_is_text(tmp_path, console):
 
 def test_nothing_to_compare_is_one_line(tmp_path, capsys):
     assert compare(tmp_path, tmp_path) == 1
-    assert capsys.readouterr().err == f"refused: no runs in {tmp_path}: name a folder that has a result.json\n"
+    assert (
+        capsys.readouterr().err
+        == f"refused: no runs in {tmp_path}: name a folder that has a result.json or a plan.json\n"
+    )

@@ -52,6 +52,27 @@ function barLayout(rows, horizontal, traces) {
 }
 
 const kinds = {
+  answer({ y: [name], bars }, numbers) {
+    const chosen = new Set(numbers);
+    const there = bars.filter(({ run }) => run === null || (chosen.has(run) && value(name, run) !== null));
+    const trace = (label, index, wanted) => {
+      const places = there.map((_, i) => i).filter((i) => wanted(there[i].run));
+      const x = places.map((i) => there[i].value ?? value(name, there[i].run));
+      return {
+        type: "bar", orientation: "h", width: 0.75, name: label, y: places, x, marker: { color: color(index) },
+        text: x.map((each) => written(each, columns.get(name).unit)), textposition: "outside", cliponaxis: false,
+        hovertext: places.map((i) => (there[i].run === null ? safe(there[i].name) : hover(there[i].run))), hovertemplate: "%{hovertext}<br>%{text}<extra></extra>",
+      };
+    };
+    const traces = [
+      trace("measured", 0, (run) => run !== null && !isPlanned(run)),
+      trace("planned", 2, (run) => run !== null && isPlanned(run)),
+      trace("published", 1, (run) => run === null),
+    ].filter((each) => each.y.length);
+    const layout = barLayout(there.map((bar) => bar.name), axis(name), [{ x: traces.flatMap((each) => each.x) }]);
+    return { traces: there.some(({ run }) => run !== null) ? traces : [], layout: { ...layout, barmode: "overlay", showlegend: traces.length > 1 } };
+  },
+
   fastest({ y: [name], by }, numbers) {
     const measured = numbers.filter(has(name));
     const several = new Set(measured.map((run) => value("model", run))).size > 1;
@@ -141,7 +162,7 @@ const kinds = {
 
   failures(_, numbers) {
     const kind = (run) => [value("status", run), value("error_type", run)].filter(Boolean).join(": ");
-    const groups = grouped(numbers.filter((run) => value("status", run) !== "ok"), kind);
+    const groups = grouped(numbers.filter(isFailed), kind);
     const rows = [...groups.keys()].sort();
     const counts = rows.map((row) => groups.get(row).length);
     const traces = rows.length ? [{ type: "bar", orientation: "h", y: rows.map((_, i) => i), x: counts, text: counts.map(String), textposition: "outside", marker: { color: css("bad") }, hoverinfo: "x" }] : [];
@@ -209,7 +230,8 @@ function drawSeen() {
   for (const [figure, state] of figures) {
     if (!state.isSeen || state.isDrawn) continue;
     state.isDrawn = true;
-    draw(figure, state.chart, drawnRuns);
+    const measured = drawnRuns.filter((run) => !isPlanned(run));
+    draw(figure, state.chart, state.chart.kind === "answer" || !measured.length ? drawnRuns : measured);
   }
 }
 

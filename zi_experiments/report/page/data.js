@@ -34,6 +34,10 @@ function written(given, unit) {
 
 const shown = (name, run) => written(value(name, run), columns.get(name).unit);
 
+/** Plans, whose figures are not measured, and runs that have none. */
+const isPlanned = (run) => ["predicted", "bound"].includes(value("status", run));
+const isFailed = (run) => value("status", run) !== "ok" && !isPlanned(run);
+
 /** An element with attributes and children; text stays text. */
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);

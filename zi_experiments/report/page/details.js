@@ -4,11 +4,12 @@
 const MOST_FAILURES = 200;
 
 function planned(run) {
-  const load = ["load", ABSENT, shown("predicted_load_s", run), shown("load_s", run), ABSENT, ABSENT, ABSENT, ABSENT];
-  const prefill = ["prefill", shown("bound_prefill_s", run), shown("predicted_prefill_s", run), shown("ttft_s", run),
+  const found = (name) => (isPlanned(run) ? ABSENT : shown(name, run));
+  const load = ["load", ABSENT, shown("predicted_load_s", run), found("load_s"), ABSENT, ABSENT, ABSENT, ABSENT];
+  const prefill = ["prefill", shown("bound_prefill_s", run), shown("predicted_prefill_s", run), found("ttft_s"),
     shown("prefill_prediction_error", run), shown("prefill_fraction_of_bound", run),
     shown("bound_prefill_limited_by", run), shown("predicted_prefill_limited_by", run)];
-  const decode = ["decode step", shown("bound_decode_step_s", run), shown("predicted_decode_step_s", run), shown("tpot_p50_s", run),
+  const decode = ["decode step", shown("bound_decode_step_s", run), shown("predicted_decode_step_s", run), found("tpot_p50_s"),
     shown("decode_prediction_error", run), shown("fraction_of_bound", run), shown("bound_limited_by", run), shown("predicted_limited_by", run)];
   return tableOf(["", "at least", "predicted", "measured", "predicted / measured − 1", "of bound", "limited by", "mostly spent on"], [load, prefill, decode]);
 }
@@ -61,7 +62,7 @@ function fill(details, run) {
 /** A section for each of these runs, which is filled when it is opened. */
 function showEach(numbers) {
   document.getElementById("each").replaceChildren(...numbers.map((run) => {
-    const decode = value("decode_tok_per_s", run) === null ? shown("status", run) : `${shown("decode_tok_per_s", run)} tok/s`;
+    const decode = value("decode_tok_per_s", run) === null ? shown("status", run) : `${shown("decode_tok_per_s", run)} tok/s${isPlanned(run) ? `, ${shown("status", run)}` : ""}`;
     const details = make("details", { id: `run-${run}` }, make("summary", {}, `${data.labels[run]}: ${decode}`));
     details.addEventListener("toggle", () => details.open && fill(details, run));
     return details;
@@ -78,7 +79,7 @@ function openLinked() {
 addEventListener("hashchange", openLinked);
 
 function showFailures(numbers) {
-  const failed = numbers.filter((run) => value("status", run) !== "ok");
+  const failed = numbers.filter(isFailed);
   const rows = failed.slice(0, MOST_FAILURES).map((run) => [data.labels[run], ...["status", "error_type", "error", "hint"].map((name) => shown(name, run))]);
   const note = failed.length > rows.length ? `The first ${rows.length} of ${failed.length}.` : "";
   document.getElementById("failed").replaceChildren(

@@ -76,6 +76,8 @@ class ConsoleSink:
                 table.add_row(f"predicted {label} time", f"{100 * (1 + error):.0f} % of actual")
         if metrics.perplexity is not None:
             table.add_row("perplexity", f"{metrics.perplexity:.4f}")
+        if metrics.kl_divergence is not None:
+            table.add_row("KL divergence", f"{metrics.kl_divergence:.3g} nats/token")
         for label, peak in (
             ("GPU peak", metrics.gpu_peak_bytes),
             ("host peak", metrics.host_peak_bytes),
@@ -164,6 +166,7 @@ def show_sweep(jobs: list[tuple[list[str], dict[str, Any]]]) -> None:
             ("decode tok/s", "decode_tok_per_s", "{:,.2f}"),
             ("of bound", "fraction_of_bound", "{:.0%}"),
             ("perplexity", "perplexity", "{:.4f}"),
+            ("KL divergence", "kl_divergence", "{:.3g}"),
         )
     }
     known = {label: cells for label, cells in figures.items() if any(cells)}

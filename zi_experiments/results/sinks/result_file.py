@@ -8,6 +8,7 @@ from zi_experiments.config import folders
 from zi_experiments.results.record import Record
 
 NAME = "result.json"
+PLAN_NAME = "plan.json"  # the record of a plan alone
 
 
 class ResultFile:
