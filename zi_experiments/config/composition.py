@@ -44,7 +44,7 @@ def from_choices(choices: dict[str, str], settings: dict[str, Any]) -> Run:
         if group in {field.name for field in fields(Run)}
     }
     root = {key: main[key] for key in ("name", "search", "launch", "verify", "trust_remote_code", "plan_only", "force")}
-    cfg = OmegaConf.merge(OmegaConf.structured(Run), root, parts)
+    cfg = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(conf_dir() / "optional.yaml"), root, parts)
     assert isinstance(cfg, DictConfig)
     for key, value in settings.items():
         OmegaConf.update(cfg, key, value)

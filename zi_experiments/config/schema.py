@@ -151,6 +151,7 @@ class Hardware:
     memory_gib: float | None  # GPU memory a run may use; null: all of it
     host_memory_gib: float | None  # host memory a run may use; null: what is available
     dtypes: list[str] | None  # 16-bit types it computes in, best first; null: detect them
+    price_per_hour: float | None  # of the whole machine, in any currency; null: no cost is computed
     ceilings: Ceilings
     calibration: Calibration | None  # null: measured on this machine with hardware=auto, else unknown
 

@@ -10,7 +10,7 @@ from zi_experiments.report.intervals import ENOUGH_PASSES
 
 # what more of a figure is: better, worse, or neither
 _BETTER_UP = ("tok_per_s", "fraction_of_bound")
-_BETTER_DOWN = ("ttft_s", "tpot_p50_s", "tpot_p90_s", "tpot_p99_s")
+_BETTER_DOWN = ("ttft_s", "tpot_p50_s", "tpot_p90_s", "tpot_p99_s", "cost_per_million_tokens")
 _TITLES = ("settings that differ", "environment that differs")
 
 

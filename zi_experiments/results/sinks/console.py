@@ -14,7 +14,7 @@ from zi_experiments.measurement.generated import Generated
 from zi_experiments.results import explanation
 from zi_experiments.results.explanation import LIMITS
 from zi_experiments.results.record import Record
-from zi_experiments.units import gigabytes, scaled, seconds
+from zi_experiments.units import gigabytes, joules, scaled, seconds
 
 
 class ConsoleSink:
@@ -71,6 +71,12 @@ class ConsoleSink:
                 table.add_row(f"predicted {label} time", f"{100 * (1 + error):.0f} % of actual")
         if metrics.perplexity is not None:
             table.add_row("perplexity", f"{metrics.perplexity:.4f}")
+        spent = {"GPU": metrics.gpu_joules_per_token, "CPU": metrics.cpu_joules_per_token}
+        for label, value in (spent | {"memory": metrics.dram_joules_per_token}).items():
+            if value is not None:
+                table.add_row(f"{label} energy per token", joules(value))
+        if metrics.cost_per_million_tokens is not None:
+            table.add_row("cost per million tokens", f"{metrics.cost_per_million_tokens:,.2f}")
         for label, peak in (
             ("GPU peak", metrics.gpu_peak_bytes),
             ("host peak", metrics.host_peak_bytes),

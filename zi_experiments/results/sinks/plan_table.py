@@ -81,6 +81,8 @@ def _times(plan: Plan, predicted: Prediction) -> Table:
     if predicted.decode_step_s and predicted.total_tok_per_s:
         table.add_row("decode", "", "", f"{work.sequences / predicted.decode_step_s:,.2f} tok/s", "")
         table.add_row("prefill and decode", "", "", f"{predicted.total_tok_per_s:,.2f} tok/s", "")
+    if predicted.cost_per_million_tokens:
+        table.add_row("cost per million tokens", "", "", f"{predicted.cost_per_million_tokens:,.2f}", "")
     return table
 
 
