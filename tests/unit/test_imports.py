@@ -78,6 +78,7 @@ def test_no_two_modules_need_each_other():
 
 ORDER = (
     ("units", "environment"),
+    ("lines",),
     ("config",),
     ("system",),
     ("runtime",),

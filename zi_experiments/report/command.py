@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from zi_experiments import lines
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.report import reading
 from zi_experiments.report.comparison import Comparison
@@ -92,12 +93,12 @@ def _judge(compared: Comparison, least: float) -> int:
 def _read(paths: list[Path]) -> list[Run]:
     found = reading.read(paths)
     for line in found.skipped:
-        print(line, file=sys.stderr)
+        print(lines.fit(line, sys.stderr), file=sys.stderr)
     if not found.runs:
         raise ConfigError(f"no runs in {' '.join(map(str, paths))}: name a folder that has a {reading.NAME}")
     return found.runs
 
 
 def _refuse(text: str) -> int:
-    print(f"refused: {text}", file=sys.stderr)
+    print(lines.fit(f"refused: {text}", sys.stderr), file=sys.stderr)
     return 1

@@ -59,8 +59,8 @@ def test_a_table_has_the_errors_of_the_prediction_and_a_sentence_after_it(make_p
     ConsoleSink(console).write(whole)
 
     text = console.file.getvalue()
-    assert re.search(r"predicted prefill time +│ +50 % of actual", text)
-    assert re.search(r"predicted decode time +│ +110 % of actual", text)
+    assert re.search(r"time to first token .*\n.*  predicted +│ +\S+ m?s \(50 % too low\)", text)
+    assert re.search(r"time per token, .*\n.*  predicted +│ +\S+ m?s \(10 % too high\)", text)
     assert text.splitlines()[-1] == explanation.sentence(plan, predict(plan), figures)
 
 
