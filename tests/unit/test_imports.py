@@ -30,7 +30,7 @@ LAUNCHER = (
     "execution.launcher",
     "run",
 )
-REPORT = ("report.command", "report.page", "report.tables", "report.comparison_tables")
+REPORT = ("report.command", "report.page", "report.tables", "report.exchange", "report.comparison_tables")
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "wandb"}
 
 

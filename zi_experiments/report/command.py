@@ -14,7 +14,7 @@ from zi_experiments.report import reading
 from zi_experiments.report.comparison import Comparison
 from zi_experiments.report.runs import Run, labels
 
-_INSTALL = "pip install polars plotly jinja2 numpy PyYAML"  # the extra `report`
+_INSTALL = "pip install polars plotly jinja2 orjson numpy PyYAML"  # the extra `report`
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,7 +28,8 @@ def main(arguments: Sequence[str]) -> int:
         package = (error.name or "").partition(".")[0]
         if package == "zi_experiments":
             raise
-        return _refuse(f"{package} is not installed: {_INSTALL}")
+        print(f"refused: {package} is not installed: {_INSTALL}", file=sys.stderr)  # a command, in one line
+        return 1
     except OSError as error:
         return _refuse(f"{error.filename} cannot be written ({error.strerror}): pass --output /another/folder")
 
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str]) -> int:
 def _report(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m zi_experiments.report",
-        description="A page and tables of finished runs: report.html, report.csv, report.md, report.parquet.",
+        description="A page and tables of finished runs: report.html, report.csv, report.md, report.parquet, "
+        "and their times in the forms of llama-bench and optimum-benchmark.",
         epilog="python -m zi_experiments.report compare A B: two runs or sweeps against each other",
     )
     parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="folder with runs, or a result file")
@@ -46,12 +48,13 @@ def _report(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     runs = _read(asked.paths)
 
-    from zi_experiments.report import page, tables
+    from zi_experiments.report import exchange, page, tables
 
     asked.output.mkdir(parents=True, exist_ok=True)
     names = labels(runs)
-    for path in (page.write(runs, names, asked.output), *tables.write(runs, names, asked.output)):
-        print(path)
+    print(page.write(runs, names, asked.output))
+    for write in (tables.write, exchange.write):
+        print(*write(runs, names, asked.output), sep="\n")
     return 0
 
 
