@@ -30,7 +30,14 @@ LAUNCHER = (
     "execution.launcher",
     "run",
 )
-REPORT = ("report.command", "report.page", "report.tables", "report.exchange", "report.comparison_tables")
+REPORT = (
+    "report.command",
+    "report.page",
+    "report.tables",
+    "report.exchange",
+    "report.picture",
+    "report.comparison_tables",
+)
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "wandb"}
 
 

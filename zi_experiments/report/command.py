@@ -48,13 +48,13 @@ def _report(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     runs = _read(asked.paths)
 
-    from zi_experiments.report import exchange, page, tables
+    from zi_experiments.report import exchange, page, picture, tables
 
     asked.output.mkdir(parents=True, exist_ok=True)
     names = labels(runs)
-    print(page.write(runs, names, asked.output))
-    for write in (tables.write, exchange.write):
-        print(*write(runs, names, asked.output), sep="\n")
+    paths = [page.write(runs, names, asked.output), *picture.write(runs, asked.output)]
+    paths += [*tables.write(runs, names, asked.output), *exchange.write(runs, names, asked.output)]
+    print(*paths, sep="\n")
     return 0
 
 

@@ -47,7 +47,7 @@ def column(data, name):
 def test_the_files_are_written_and_named(folder, capsys):
     assert report(folder) == 0
 
-    names = [*(f"report.{kind}" for kind in ("html", "csv", "parquet", "md"))]
+    names = [f"report.{kind}" for kind in ("html", "svg", "csv", "parquet", "md")]
     names += ["llama-bench.md", "llama-bench.jsonl", "optimum-benchmark.json"]
     assert capsys.readouterr().out.split() == [str(folder / "out" / name) for name in names]
     assert sorted(names) == sorted(path.name for path in (folder / "out").iterdir())
