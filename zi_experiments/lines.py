@@ -41,9 +41,11 @@ def fit(text: str, stream: IO[str], indent: int = 2) -> str:
 
 def _width(stream: IO[str]) -> int | None:
     """Return the columns that lines may take; None for a file."""
-    if (typed := environment.variable("COLUMNS")) and typed.isdigit():
-        return int(typed)
     try:
-        return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else None
+        terminal = os.get_terminal_size(stream.fileno()).columns if stream.isatty() else None
     except (OSError, ValueError):  # closed, or no file at all
-        return None
+        terminal = None
+    typed = environment.variable("COLUMNS") or ""
+    # readline exports both variables from whatever program has loaded it, such as pytest, also without a terminal
+    is_meant = typed.isdigit() and (terminal is not None or environment.variable("LINES") is None)
+    return int(typed) if is_meant else terminal

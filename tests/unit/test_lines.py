@@ -10,7 +10,8 @@ FOX = "the quick brown fox jumps over the lazy dog and goes home"
 
 @pytest.fixture
 def columns(monkeypatch):
-    """`columns(40)`: the width of the console, as a shell exports it."""
+    """`columns(40)`: the width of the console, as somebody types it before a command."""
+    monkeypatch.delenv("LINES", raising=False)
     return lambda count: monkeypatch.setenv("COLUMNS", str(count))
 
 
@@ -33,6 +34,13 @@ def test_a_file_has_whole_lines(columns):
     columns("")
 
     assert fit(FOX * 9, io.StringIO()) == FOX * 9
+
+
+def test_what_readline_exports_is_not_the_width_of_a_file(columns, monkeypatch):
+    columns(40)
+    monkeypatch.setenv("LINES", "24")
+
+    assert fit(FOX, io.StringIO()) == FOX
 
 
 def test_several_lines_are_wrapped_one_by_one(columns):
