@@ -24,6 +24,7 @@ from zi_experiments.models import contents
 from zi_experiments.planner import planning
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test needs the network
+os.environ.pop("COLUMNS", None)  # a message is one line where no width is known
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny models threads only wait for one another
 
 gc.set_threshold(10_000)  # as a run does

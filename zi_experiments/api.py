@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from zi_experiments import environment
+from zi_experiments import environment, lines
 from zi_experiments.config.composition import from_choices
 from zi_experiments.config.schema import ConfigError, Run, conf_dir
 from zi_experiments.engines import base
@@ -85,7 +85,7 @@ def get_ds_model(
 def _load(run: Run) -> Any:
     console = Console(stderr=True)
     if (line := caches.settle()) and not distributed.launched_rank():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        lines.say(line, console)
     scratch.check_base("offload_dir", run.offload.path)
     path = scratch.for_weights(run, Path.cwd(), uuid.uuid4().hex[:12])
     if path is not None:

@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from zi_experiments import environment
+from zi_experiments import environment, lines
 from zi_experiments.config import errors, schema
 from zi_experiments.execution import sweep
 from zi_experiments.runtime import signals, stdio
@@ -27,14 +27,17 @@ def main() -> None:
     stdio.install()
     if processes := environment.launched_processes():
         sys.exit(
-            f"refused: a launcher has started {processes} processes of this command, and it starts its own: "
-            f"type {environment.command()} hardware.num_gpus={processes}"
+            lines.fit(
+                f"refused: a launcher has started {processes} processes of this command, and it starts its own: "
+                f"type {environment.command()} hardware.num_gpus={processes}",
+                sys.stderr,
+            )
         )
     schema.register()
     signals.install(before=sweep.stop_jobs)
     environment.set_variables({"HYDRA_FULL_ERROR": "1"})  # it raises what it cannot compose, and prints no traceback
     if problem := errors.of_flags(sys.argv[1:]):
-        sys.exit(f"refused: {problem}")
+        sys.exit(lines.fit(f"refused: {problem}", sys.stderr))
     composed = list[DictConfig]()
 
     def run(cfg: DictConfig) -> None:
@@ -51,7 +54,7 @@ def main() -> None:
         is_under_way = bool(composed or sweep.told())
         if is_under_way and not isinstance(error, CompactHydraException | OmegaConfBaseException):
             raise
-        sys.exit(f"refused: {errors.of_error(error, sys.argv[1:])}")
+        sys.exit(lines.fit(f"refused: {errors.of_error(error, sys.argv[1:])}", sys.stderr))
     finally:
         if jobs := sweep.told():
             _report(jobs)

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from zi_experiments import environment
+from zi_experiments import environment, lines
 from zi_experiments.runtime import caches, stdio
 from zi_experiments.system import toolchain
 from zi_experiments.system.toolchain import Finding
@@ -26,6 +24,7 @@ from zi_experiments.units import gigabytes
 AIO_OF_A_RANK = 1152  # what engine=deepspeed offload=nvme takes by default
 _SHARED_BYTES = 1 << 30  # Docker gives 64 MiB, where the back ends of several ranks fail or end with SIGBUS
 _MOSTLY_FREE = 0.9
+_WIDTHS = (10, 20)  # of state and name
 _STYLES = {"ok": "green", "missing": "bold red", "optional": "yellow"}
 
 # name, function, and what needs it; None: runs with default settings need it
@@ -33,7 +32,9 @@ Check = tuple[str, Callable[[], Finding], str | None]
 
 
 def main() -> int:
-    """Print the table of all checks. Return 1 if something is missing that runs with default settings need, else 0.
+    """Print a line for each check, and how to fix what is not ok.
+
+    Return 1 if something is missing that runs with default settings need, else 0.
 
     A `--path` that is not a folder ends the process with a line that says so.
     """
@@ -44,20 +45,20 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.path.expanduser().resolve()
     if not folder.is_dir():
-        sys.exit(f"refused: --path {folder} is no folder: mkdir -p {folder}, or pass --path /another/folder")
+        text = f"refused: --path {folder} is no folder: mkdir -p {folder}, or pass --path /another/folder"
+        sys.exit(lines.fit(text, sys.stderr))
     # torch warns about the same problems that the table shows
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    table = Table(title=f"zi_experiments on {platform.node()}")
-    for header in ("check", "state", "found", "how to fix"):
-        table.add_column(header, overflow="fold")
-    states = set()
+    console, states = Console(), set()
     for name, check, needed_by in checks(folder):
         finding = _finding(check)
         state = "ok" if finding.fix is None else "missing" if needed_by is None else "optional"
-        fix = ": ".join(part for part in (needed_by, finding.fix) if part and finding.fix)
-        table.add_row(name, f"[{_STYLES[state]}]{state}", escape(finding.found), escape(fix))
+        head = f"{state:<{_WIDTHS[0]}}{name:<{_WIDTHS[1]}}"
+        lines.say(finding.found, console, head=head, style=_STYLES[state], indent=len(head))
+        if finding.fix is not None:
+            fix = ": ".join(part for part in (needed_by, finding.fix) if part)
+            lines.say(f"{'':<{len(head)}}→ {fix}", console, indent=len(head) + 2)
         states.add(state)
-    Console().print(table)
     if arguments.compile and "missing" not in states:
         compile_operators()
     return 1 if "missing" in states else 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from zi_experiments import lines
 from zi_experiments.calibration import child, export, suite
 from zi_experiments.config.composition import from_choices
 from zi_experiments.config.schema import ConfigError, conf_dir
@@ -30,7 +31,7 @@ def main() -> int:
     try:
         return _measure(arguments.path, arguments.name, arguments.output)
     except ConfigError as error:
-        sys.exit(f"refused: {error}")
+        sys.exit(lines.fit(f"refused: {error}", sys.stderr))
     except KeyboardInterrupt:
         signals.acknowledge()
         return 130
@@ -61,7 +62,7 @@ def _measure(folder: Path | None, name: str | None, output: Path | None) -> int:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(lines.fit(line, sys.stderr), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from zi_experiments import environment, plan_only
+from zi_experiments import environment, lines, plan_only
 from zi_experiments.calibration import this_machine
 from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import Run, TrackingMode
@@ -27,7 +27,8 @@ from zi_experiments.execution.preparation import load_architecture, prepare
 from zi_experiments.measurement import text
 from zi_experiments.models import architecture, checkpoint, hashes
 from zi_experiments.models.architecture import Architecture
-from zi_experiments.results import fingerprints, initial, metrics
+from zi_experiments.planner import search
+from zi_experiments.results import explanation, fingerprints, initial, metrics
 from zi_experiments.results.record import Failure, Status
 from zi_experiments.results.sinks.base import Guarded, Sink
 from zi_experiments.results.sinks.console import ConsoleSink, display_path
@@ -245,6 +246,14 @@ class _Job:
             figures = metrics.without_passed(derived(replace(plan, machine=machine)))
             self._update(plan=replace(plan, machine=machine), metrics=figures, bound_passed=beyond)
 
+    def _advise(self) -> None:
+        plan = self.record.plan
+        if self.record.status != "ok" or plan is None:
+            return
+        now, better = search.paced(plan), search.faster(plan)
+        if now and better:
+            _say(self._console, f"predicted to be {explanation.gain(better, now)}")
+
     def _track(self, run: Run) -> None:
         self._is_tracked = True
         if run.tracking.mode is not TrackingMode.disabled:
@@ -274,11 +283,12 @@ class _Job:
             self._track(self._begun)  # its other runs are there too
         for sink in self._sinks:
             sink.write(self.record)
+        self._advise()
         if self.is_stored:
             _say(self._console, f"record: {display_path(path)}")
         else:
             _say(self._console, f"{display_path(path)} cannot be written ({reason}), so the record follows")
-            _say(self._console, to_json(self.record))
+            self._console.print(to_json(self.record), markup=False, highlight=False, soft_wrap=True)
         for sink in self._sinks:
             sink.close()
 
@@ -295,7 +305,7 @@ def _settle_caches(console: Console) -> None:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    lines.say(text, console)
 
 
 def _wandb(run: Run, console: Console) -> Sink:

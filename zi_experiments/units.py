@@ -6,6 +6,11 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
 
 
+def joules(value: float) -> str:
+    """Return an energy as text: in joules, or in millijoules below one joule."""
+    return f"{value:,.2f} J" if value >= 1 else f"{1000 * value:.1f} mJ"
+
+
 def gigabytes(amount: float, digits: int = 2) -> str:
     """Return bytes as text: in gigabytes (10⁹) with `digits` decimals, or in megabytes below 0.1 GB."""
     return f"{amount / 1e9:.{digits}f} GB" if amount >= 1e8 else f"{amount / 1e6:.1f} MB"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from torch.utils.file_baton import FileBaton
+from widths import COLUMNS, too_wide
 
 from zi_experiments import doctor
 
@@ -12,12 +13,12 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Seen:
-    """The doctor's table as a user gets it: each check's state, what was found, and how to fix it."""
+    """The doctor's lines as a user gets them: each check's state, what was found, and how to fix it."""
 
     def __init__(self, folder: Path, *arguments: str, **variables: str) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
         kept = {name: value for name, value in kept.items() if name not in LAUNCHER}
-        home = {"COLUMNS": "500", "NETRC": str(folder / "netrc"), "PYTHONPATH": ""}
+        home = {"COLUMNS": str(COLUMNS), "NETRC": str(folder / "netrc"), "PYTHONPATH": ""}
         self.done = subprocess.run(
             [sys.executable, "-m", "zi_experiments.doctor", *arguments],
             cwd=folder,
@@ -25,8 +26,16 @@ class Seen:
             capture_output=True,
             text=True,
         )
-        rows = [line.split("│")[1:-1] for line in self.done.stdout.splitlines() if line.startswith("│")]
-        self.rows = {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows}
+        assert too_wide(self.done.stdout) == []
+        self.rows = {}
+        for line in self.done.stdout.splitlines():
+            state, name, text = (line[start:end].strip() for start, end in ((0, 10), (10, 30), (30, None)))
+            if state:
+                self.rows[name] = found = [state, text, ""]
+            elif found[2] or text.startswith("→ "):
+                found[2] = f"{found[2]} {text.removeprefix('→ ')}".strip()
+            else:
+                found[1] = f"{found[1]} {text}".strip()
 
 
 def test_this_machine_has_what_runs_with_default_settings_need(tmp_path):

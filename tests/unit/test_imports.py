@@ -30,7 +30,15 @@ LAUNCHER = (
     "execution.launcher",
     "run",
 )
-REPORT = ("dashboard.command", "report.command", "report.page", "report.tables", "report.comparison_tables")
+REPORT = (
+    "dashboard.command",
+    "report.command",
+    "report.page",
+    "report.tables",
+    "report.exchange",
+    "report.picture",
+    "report.comparison_tables",
+)
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "wandb"}
 
 
@@ -78,6 +86,7 @@ def test_no_two_modules_need_each_other():
 
 ORDER = (
     ("units", "environment"),
+    ("lines",),
     ("config",),
     ("system",),
     ("runtime",),

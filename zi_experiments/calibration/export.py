@@ -107,6 +107,7 @@ def text(machine: Machine, name: str) -> str:
         memory_gib=memory * 10 // GIB / 10 if memory else None,
         host_memory_gib=None,
         dtypes=list(machine.dtypes),
+        price_per_hour=None,
         ceilings=replace(machine.ceilings, **_rounded(vars(machine.ceilings))),
         calibration=replace(machine.calibration, **_rounded(vars(machine.calibration))),
     )

@@ -44,7 +44,7 @@ def from_choices(choices: dict[str, str], settings: dict[str, Any]) -> Run:
         if choice is not None and group in {field.name for field in fields(Run)}
     }
     root = {field.name: main[field.name] for field in fields(Run) if field.name in main}
-    cfg = OmegaConf.merge(OmegaConf.structured(Run), root, parts)
+    cfg = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.load(conf_dir() / "optional.yaml"), root, parts)
     assert isinstance(cfg, DictConfig)
     for key, value in settings.items():
         OmegaConf.update(cfg, key, value)

@@ -8,6 +8,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from zi_experiments import lines
+
 _PROBE_BYTES = 1 << 16  # more than Hydra writes there, so that a full disk is noticed
 
 
@@ -26,4 +28,5 @@ def _try(key: str, folder: str) -> None:
             probe.write(b"x" * _PROBE_BYTES)
     except OSError as error:
         # Hydra turns any other exception into a warning
-        sys.exit(f"refused {key}={folder}: {error.strerror}: pass {key}=/a/writable/folder")
+        text = f"refused {key}={folder}: {error.strerror}: pass {key}=/a/writable/folder"
+        sys.exit(lines.fit(text, sys.stderr))

@@ -9,11 +9,12 @@ from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zi_experiments import environment
+from zi_experiments import environment, lines
 from zi_experiments.config import folders
 from zi_experiments.config.published import Published, Question
 
@@ -152,6 +153,7 @@ class Hardware:
     memory_gib: float | None  # GPU memory a run may use; null: all of it
     host_memory_gib: float | None  # host memory a run may use; null: what is available
     dtypes: list[str] | None  # 16-bit types it computes in, best first; null: detect them
+    price_per_hour: float | None  # of the whole machine, in any currency; null: no cost is computed
     ceilings: Ceilings
     calibration: Calibration | None  # null: measured on this machine with hardware=auto, else unknown
 
@@ -239,7 +241,16 @@ def register() -> None:
     OmegaConf.register_new_resolver("zi.sweep", lambda: folders.sweep_name(typed(sys.argv[1:]).overrides), replace=True)
     OmegaConf.register_new_resolver("zi.env", _variable, replace=True)
     OmegaConf.register_new_resolver("zi.wandb_mode", lambda: environment.wandb_mode() or "auto", replace=True)
+    OmegaConf.register_new_resolver("zi.choices", _choices, replace=True)
     OmegaConf.register_new_resolver("zi.data", lambda name: str(PACKAGE / "data" / name), replace=True)
+
+
+def _choices() -> str:
+    """Return a line for each group with its choices, those of --config-dir too."""
+    loader = GlobalHydra.instance().config_loader()
+    groups = (group for group in sorted(loader.list_groups("")) if group != "hydra")
+    shown = (f"{group}: {', '.join(sorted(loader.get_group_options(group)))}" for group in groups)
+    return "\n".join(lines.fit(line, sys.stdout) for line in shown)
 
 
 def _variable(name: str, default: Any) -> Any:

@@ -155,6 +155,11 @@ def _hardware(run: Run) -> str | None:
         value = getattr(hardware, key)
         if value is not None and not 0 < value * 2**30 < inf:
             return f"hardware.{key} must be positive and finite, not {value}: pass hardware.{key}=null for no cap"
+    if hardware.price_per_hour is not None and not 0 < hardware.price_per_hour < inf:
+        return (
+            f"hardware.price_per_hour must be positive and finite, not {hardware.price_per_hour}: "
+            "pass hardware.price_per_hour=null for no cost"
+        )
     for key, value in _settings(hardware):
         least = 1 if key.endswith(("_per_s", "flops")) else 0
         if "." in key and isinstance(value, float) and not least <= value < inf:

@@ -32,6 +32,7 @@ class Prediction:
     prefill_limited_by: str | None
     limited_by: str | None  # largest part of a decode step: "link", "disk", "hbm", "gemm" or "launch"
     total_tok_per_s: float | None  # generated tokens over prefill and decode
+    cost_per_million_tokens: float | None  # generated at that rate, at hardware.price_per_hour
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +53,15 @@ def predict(plan: Plan) -> Prediction:
     # the KV cache grows by a token in each step: take the middle one
     prefill_s, prefill_limited_by = _timed(plan, _Pass(tokens=work.prompt_len, cached=0))
     step_s, limited_by = _timed(plan, _Pass(tokens=1, cached=work.prompt_len + work.gen_len // 2))
+    tok_per_s = total_tok_per_s(plan, prefill_s, step_s)
     return Prediction(
         load_s=_load_s(plan),
         prefill_s=prefill_s,
         decode_step_s=step_s,
         prefill_limited_by=prefill_limited_by,
         limited_by=limited_by,
-        total_tok_per_s=total_tok_per_s(plan, prefill_s, step_s),
+        total_tok_per_s=tok_per_s,
+        cost_per_million_tokens=cost_per_million_tokens(plan, tok_per_s),
     )
 
 
@@ -68,6 +71,12 @@ def total_tok_per_s(plan: Plan, prefill_s: float | None, decode_step_s: float | 
     if prefill_s is None or decode_step_s is None:
         return None
     return work.sequences * work.gen_len / (prefill_s + (work.gen_len - 1) * decode_step_s)
+
+
+def cost_per_million_tokens(plan: Plan, tok_per_s: float | None) -> float | None:
+    """Return what the machine costs while it generates a million tokens, in the currency of its price; None if unknown."""
+    price = plan.run.hardware.price_per_hour
+    return price / 3600 * 1e6 / tok_per_s if price is not None and tok_per_s else None
 
 
 def _timed(plan: Plan, one: _Pass) -> tuple[float, str] | tuple[None, None]:

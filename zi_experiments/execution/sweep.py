@@ -17,7 +17,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from zi_experiments import environment
+from zi_experiments import environment, lines
 from zi_experiments.config.schema import register
 from zi_experiments.runtime import scratch, signals
 from zi_experiments.runtime.locks import FolderLock
@@ -43,7 +43,8 @@ class Sweep(Callback):
         except OSError:
             is_ours = True  # a filesystem without locks
         if not is_ours:
-            sys.exit("refused: another process runs this sweep: wait for it, or pass hydra.sweep.dir=/another/folder")
+            text = "refused: another process runs this sweep: wait for it, or pass hydra.sweep.dir=/another/folder"
+            sys.exit(lines.fit(text, sys.stderr))
         folder = scratch.for_temporary_files(uuid.uuid4().hex[:12])
         atexit.register(scratch.Scratch(folder).close)
         environment.set_sweep(folder)

@@ -6,6 +6,7 @@ import logging
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from zi_experiments.measurement import generated, perplexity, prompts
 from zi_experiments.measurement.generated import Generated
 from zi_experiments.measurement.timing import Samples, measure_passes
 from zi_experiments.measurement.verification import Verification, verify
-from zi_experiments.runtime import distributed
+from zi_experiments.runtime import distributed, energy
 from zi_experiments.runtime.progress import Progress, silent
 from zi_experiments.system.machines import host_memory_available
 
@@ -106,18 +107,20 @@ def _measure(
     ids = prompts.of_run(plan, distributed.rank(), plan.run.hardware.num_gpus)
     perplexity_of_text, kl_divergence = _perplexity(plan, session, progress)
     tokens: list[Any] = []
-    run = partial(
-        measure_passes,
-        session,
-        ids,
-        work.gen_len,
-        progress=progress,
-        before_each=distributed.barrier,
-        keep=tokens.append,
-    )
-    warmup = run(count=work.warmup, phase="warm-up")
-    _reset_gpu_peak(plan)
-    measured = run(count=work.repeats, phase="measure")
+    with ExitStack() as held:
+        run = partial(
+            measure_passes,
+            session,
+            ids,
+            work.gen_len,
+            progress=progress,
+            before_each=distributed.barrier,
+            joules=_joules(plan, held),
+            keep=tokens.append,
+        )
+        warmup = run(count=work.warmup, phase="warm-up")
+        _reset_gpu_peak(plan)
+        measured = run(count=work.repeats, phase="measure")
     samples = Samples(load_s=load_s, warmup=warmup, measured=measured)
     gpu_peak_bytes = _gpu_peak(plan)
     return Measurement(
@@ -129,6 +132,15 @@ def _measure(
         generated=generated.describe(plan, ids, tokens),
         gpu_peak_bytes=gpu_peak_bytes,
     )
+
+
+def _joules(plan: Plan, held: ExitStack) -> Callable[[], energy.Reading]:
+    """Return what reads the energy counters. The first rank reads those of the whole run, the others none."""
+    if distributed.rank() != 0:
+        return dict
+    on_gpus = plan.machine.device == "cuda"
+    gpus = energy.visible_gpus(plan.run.hardware.num_gpus) if on_gpus else []
+    return held.enter_context(energy.Meter(gpus)).read
 
 
 def _perplexity(plan: Plan, session: base.Session, progress: Progress) -> tuple[float | None, float | None]:

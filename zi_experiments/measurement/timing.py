@@ -2,27 +2,30 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 from zi_experiments.engines.base import Routed, Session
+from zi_experiments.runtime.energy import Reading
 from zi_experiments.runtime.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pass:
-    """Times of one `generate` call, in seconds on the host clock."""
+    """Times of one `generate` call, in seconds on the host clock, and the energy around it."""
 
     ttft_s: float  # from the call to the first token being known on the host
     total_s: float  # from the call to the last token being known on the host
     step_s: list[float]  # from one token to the next: G − 1 values
     routed: Routed | None = None  # what the decode steps did, if they bring routed experts only
+    # by counter: readings before the ranks wait for each other, and after the last token; None: it cannot be read
+    joules: dict[str, tuple[float, float] | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
-    """All times measured in one run."""
+    """All times and energies measured in one run."""
 
     load_s: float
     warmup: list[Pass]
@@ -35,6 +38,7 @@ class Samples:
             "total_s": [one.total_s for one in self.measured],
             "step_s": [one.step_s for one in self.measured],
             "routed": [asdict(one.routed) if one.routed else None for one in self.measured],
+            "joules": [one.joules for one in self.measured],
             "warmup": [asdict(one) for one in self.warmup],
         }
 
@@ -106,15 +110,27 @@ def measure_passes(
     phase: str,
     progress: Progress,
     before_each: Callable[[], None],
+    joules: Callable[[], Reading],
     keep: Callable[[Any], None],
 ) -> list[Pass]:
-    """Return the times of `count` passes; call `before_each` (a barrier) before each, and `keep` with its tokens."""
+    """Return the times of `count` passes; call `before_each` (a barrier) before each, and `keep` with its tokens.
+
+    The counters of `joules` are read before that barrier, and after the last token.
+    """
     if not count:
         return []
     progress.begin(phase, count * gen_len, "tokens")
     passes = []
     for _ in range(count):
+        before = joules()
         before_each()
-        passes.append(measure_pass(session, input_ids, gen_len, progress, keep))
+        one = measure_pass(session, input_ids, gen_len, progress, keep)
+        passes.append(replace(one, joules=_around(before, joules())))
     progress.end()
     return passes
+
+
+def _around(before: Reading, after: Reading) -> dict[str, tuple[float, float] | None]:
+    """Return both readings of each counter; None for one that could not be read."""
+    pairs = {name: (before[name], value) for name, value in after.items()}
+    return {name: None if low is None or high is None else (low, high) for name, (low, high) in pairs.items()}

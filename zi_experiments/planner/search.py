@@ -24,6 +24,7 @@ SETTINGS: tuple[tuple[str, Any], ...] = (
 )
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 NOTICEABLE = 1.03  # a smaller gain is within the scatter of predictions and measurements
+MUCH = 1.1  # gain of a change that a run is told about
 HOST_SHARE = 0.9  # share of the available host memory that candidates may use
 MOST_TIMES = 16  # limit of an advised batch, as a multiple of the run's: latency grows with the batch
 NEIGHBOURS = 4  # other batch sizes that a search measures before other choices
@@ -79,6 +80,16 @@ def improvements(plan: Plan) -> list[Candidate]:
     return sorted(
         (each for each in found if each.tok_per_s > NOTICEABLE * now.tok_per_s), key=lambda one: -one.tok_per_s
     )
+
+
+def faster(plan: Plan) -> Candidate | None:
+    """Return the best single change that keeps the workload, if it is predicted to gain much; else None.
+
+    A larger batch is another workload: it has more tokens per second, and each sequence waits longer for its own.
+    """
+    now, same = paced(plan), (each for each in improvements(plan) if each.run.workload == plan.run.workload)
+    best = next(same, None)
+    return best if now and best and now.is_predicted and best.tok_per_s >= MUCH * now.tok_per_s else None
 
 
 def _larger_batches(run: Run, arch: Architecture, machine: Machine) -> list[Candidate]:

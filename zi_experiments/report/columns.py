@@ -12,7 +12,7 @@ Path = tuple[str | int, ...]  # of keys into the JSON of a record, from the outs
 class Column:
     name: str
     label: str
-    unit: str = ""  # s, B, B/s, tok/s; share: of 1; count; empty: text
+    unit: str = ""  # s, B, B/s, tok/s, J; share: of 1; count; empty: text
     places: tuple[Path, ...] = ()  # the first that has a value counts; none: the column is derived
     is_shown: bool = False  # in the table of the page
 
@@ -81,6 +81,10 @@ _NAMED: tuple[Column, ...] = (
     _metric("link_bytes_per_s", "host to device", "B/s", is_shown=True),
     _metric("perplexity", "perplexity", "count", is_shown=True),
     _metric("kl_divergence", "KL divergence, nats", "count", is_shown=True),
+    _metric("gpu_joules_per_token", "GPU energy per token", "J", is_shown=True),
+    _metric("cpu_joules_per_token", "CPU energy per token", "J", is_shown=True),
+    _metric("dram_joules_per_token", "memory energy per token", "J", is_shown=True),
+    _metric("cost_per_million_tokens", "cost per million tokens", "count", is_shown=True),
     _metric("load_s", "loaded in", "s", is_shown=True),
     _metric("gpu_peak_bytes", "GPU peak", "B", is_shown=True),
     _metric("host_peak_bytes", "host peak", "B", is_shown=True),
@@ -115,6 +119,12 @@ _NAMED: tuple[Column, ...] = (
     _text("predicted_prefill_limited_by", "prefill, mostly spent on", "plan.prediction.prefill_limited_by"),
     _number("predicted_decode_step_s", "decode step, predicted", "s", "plan.prediction.decode_step_s"),
     _text("predicted_limited_by", "decode, mostly spent on", "plan.prediction.limited_by"),
+    _number(
+        "predicted_cost_per_million_tokens",
+        "cost per million tokens, predicted",
+        "count",
+        "plan.prediction.cost_per_million_tokens",
+    ),
     _text("rates_source", "source of the rates", "plan.bound.source"),
     _text("machine", "machine", is_shown=True),
     _text("started_at", "started", "run.started_at", is_shown=True),

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from zi_experiments import lines
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.report import reading
 from zi_experiments.report.comparison import Comparison
 from zi_experiments.report.runs import Run, labels
 
-_INSTALL = "pip install polars plotly jinja2 numpy PyYAML"  # the extra `report`
+_INSTALL = "pip install polars plotly jinja2 orjson numpy PyYAML"  # the extra `report`
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,7 +28,8 @@ def main(arguments: Sequence[str]) -> int:
         package = (error.name or "").partition(".")[0]
         if package == "zi_experiments":
             raise
-        return _refuse(f"{package} is not installed: {_INSTALL}")
+        print(f"refused: {package} is not installed: {_INSTALL}", file=sys.stderr)  # a command, in one line
+        return 1
     except OSError as error:
         return _refuse(f"{error.filename} cannot be written ({error.strerror}): pass --output /another/folder")
 
@@ -35,7 +37,8 @@ def main(arguments: Sequence[str]) -> int:
 def _report(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m zi_experiments.report",
-        description="A page and tables of finished runs: report.html, report.csv, report.md, report.parquet.",
+        description="A page and tables of finished runs: report.html, report.csv, report.md, report.parquet, "
+        "and their times in the forms of llama-bench and optimum-benchmark.",
         epilog="python -m zi_experiments.report compare A B: two runs or sweeps against each other",
     )
     parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="folder with runs, or a result file")
@@ -45,12 +48,13 @@ def _report(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     runs = _read(asked.paths)
 
-    from zi_experiments.report import page, tables
+    from zi_experiments.report import exchange, page, picture, tables
 
     asked.output.mkdir(parents=True, exist_ok=True)
     names = labels(runs)
-    for path in (page.write(runs, names, asked.output), *tables.write(runs, names, asked.output)):
-        print(path)
+    paths = [page.write(runs, names, asked.output), *picture.write(runs, asked.output)]
+    paths += [*tables.write(runs, names, asked.output), *exchange.write(runs, names, asked.output)]
+    print(*paths, sep="\n")
     return 0
 
 
@@ -92,7 +96,7 @@ def _judge(compared: Comparison, least: float) -> int:
 def _read(paths: list[Path]) -> list[Run]:
     found = reading.read(paths)
     for line in found.skipped:
-        print(line, file=sys.stderr)
+        print(lines.fit(line, sys.stderr), file=sys.stderr)
     if not found.runs:
         raise ConfigError(
             f"no runs in {' '.join(map(str, paths))}: name a folder that has a {reading.NAME} or a plan.json"
@@ -101,5 +105,5 @@ def _read(paths: list[Path]) -> list[Run]:
 
 
 def _refuse(text: str) -> int:
-    print(f"refused: {text}", file=sys.stderr)
+    print(lines.fit(f"refused: {text}", sys.stderr), file=sys.stderr)
     return 1

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from zi_experiments import lines
 from zi_experiments.report import formats
 from zi_experiments.report.comparison import Comparison, Differences, Figure, Pair, shared
 from zi_experiments.report.intervals import ENOUGH_PASSES
@@ -11,7 +12,7 @@ from zi_experiments.report.runs import PLANNED
 
 # what more of a figure is: better, worse, or neither
 _BETTER_UP = ("tok_per_s", "tok_per_s_per_user", "fraction_of_bound")
-_BETTER_DOWN = ("ttft_s", "tpot_p50_s", "tpot_p90_s", "tpot_p99_s")
+_BETTER_DOWN = ("ttft_s", "tpot_p50_s", "tpot_p90_s", "tpot_p99_s", "cost_per_million_tokens")
 _PLANNED = {"predicted": "predicted", "bound": "limits, since not all rates are measured"}
 _TITLES = ("settings that differ", "environment that differs")
 
@@ -21,7 +22,7 @@ def show(comparison: Comparison, console: Console) -> None:
     pairs = comparison.pairs
     if len(pairs) == 1:
         for name, run in (("A", pairs[0].before), ("B", pairs[0].after)):
-            _say(f"{name}: {run.row['name']} ({run.source})", console)
+            lines.say(f"{name}: {run.row['name']} ({run.source})", console)
     same = [shared(pair.settings for pair in pairs), shared(pair.environment for pair in pairs)]
     for title, differences in zip(_TITLES, same, strict=True):
         _show_differences(title + (" in every pair" if len(pairs) > 1 else ""), differences, console)
@@ -36,9 +37,11 @@ def show(comparison: Comparison, console: Console) -> None:
         console.print(_summary(pairs))
     for name, runs in (("A", comparison.only_before), ("B", comparison.only_after)):
         for run in runs:
-            _say(f"only in {name}: {run.row['name']} ({run.source})", console)
+            lines.say(f"only in {name}: {run.row['name']} ({run.source})", console)
     if any(_is_without_verdict(figure) for pair in pairs for figure in pair.figures):
-        _say(f"a range is that of the passes: with fewer than {ENOUGH_PASSES} of them there is no verdict", console)
+        lines.say(
+            f"a range is that of the passes: with fewer than {ENOUGH_PASSES} of them there is no verdict", console
+        )
 
 
 def _figures(pair: Pair) -> Table:
@@ -98,14 +101,14 @@ def _is_without_verdict(figure: Figure) -> bool:
 def _say_failures(pair: Pair, console: Console) -> None:
     for name, run in (("A", pair.before), ("B", pair.after)):
         if run.row["status"] in PLANNED:
-            _say(f"{name} is a plan: its figures are {_PLANNED[str(run.row['status'])]}", console)
+            lines.say(f"{name} is a plan: its figures are {_PLANNED[str(run.row['status'])]}", console)
         elif run.row["status"] != "ok":
-            _say(f"{name} is {run.row['status']}: {run.row['error'] or 'no reason is known'}", console)
+            lines.say(f"{name} is {run.row['status']}: {run.row['error'] or 'no reason is known'}", console)
 
 
 def _show_differences(title: str, differences: Differences, console: Console) -> None:
     if not differences:
-        _say(f"no {title}", console)
+        lines.say(f"no {title}", console)
         return
     table = Table(title=title, title_justify="left", width=80)
     for header in ("", "A", "B"):
@@ -113,7 +116,3 @@ def _show_differences(title: str, differences: Differences, console: Console) ->
     for key, values in differences.items():
         table.add_row(escape(key), *(escape(formats.absent(value)) for value in values))
     console.print(table)
-
-
-def _say(text: str, console: Console) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

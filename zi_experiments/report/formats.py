@@ -1,17 +1,19 @@
 """Values as people read them, on the console and in Markdown."""
 
 from zi_experiments.report.columns import Scalar
-from zi_experiments.units import gigabytes, scaled, seconds
+from zi_experiments.units import gigabytes, joules, scaled, seconds
 
 ABSENT = "–"
 
 
 def text(value: Scalar, unit: str) -> str:
-    """A value with its unit: `s`, `B`, `B/s`, `tok/s`, `share`, `count`, or none for text; absent as a dash."""
+    """A value with its unit: `s`, `B`, `B/s`, `J`, `tok/s`, `share`, `count`, or none for text; absent as a dash."""
     if value is None or isinstance(value, str | bool) or not unit:
         return absent(value)
     if unit == "s":
         return seconds(value)
+    if unit == "J":
+        return joules(value)
     if unit == "B":
         return gigabytes(value) if value else "0"
     if unit == "B/s":

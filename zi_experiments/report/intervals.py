@@ -61,6 +61,7 @@ _STATISTICS = {
     "prefill_fraction_of_bound": _Statistic(times=_ttft, is_rate=True),
     "decode_prediction_error": _Statistic(times=_steps, is_rate=True),
     "prefill_prediction_error": _Statistic(times=_ttft, is_rate=True),
+    "cost_per_million_tokens": _Statistic(times=_total),
 }
 
 

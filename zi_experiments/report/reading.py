@@ -4,9 +4,9 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.report import committed, runs
@@ -14,7 +14,6 @@ from zi_experiments.report.runs import Run
 
 NAME = "result.json"
 _NAMES = (NAME, "plan.json")  # of a folder that has both, what was measured counts
-_AT_ONCE = 500  # files that one process reads; fewer are read before another process has begun
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,23 +27,10 @@ def read(paths: list[Path]) -> Found:
 
     Raises ConfigError for a path that is not there.
     """
-    files = list(dict.fromkeys(file for each in paths for file in _files(each)))
-    parts = [files[start : start + _AT_ONCE] for start in range(0, len(files), _AT_ONCE)]
-    if len(parts) < 2:
-        return _read(files)
-    with ProcessPoolExecutor(min(len(parts), os.cpu_count() or 1)) as pool:
-        found = list(pool.map(_read, parts))
-    return Found(
-        runs=[run for each in found for run in each.runs], skipped=[line for each in found for line in each.skipped]
-    )
-
-
-def _read(files: list[Path]) -> Found:
     found, skipped = list[Run](), list[str]()
-    for path in files:
+    for path in dict.fromkeys(file for each in paths for file in _files(each)):
         try:
-            # JSON of the standard library takes whatever encoding of Unicode a file has
-            content = json.loads(path.read_bytes())
+            content = _content(path)
             found += [runs.from_record(record, str(path)) for record in committed.records(content)]
         except committed.NotReadableError as error:
             skipped.append(f"skipped {path}: {error}")
@@ -53,6 +39,16 @@ def _read(files: list[Path]) -> Found:
         except OSError as error:
             skipped.append(f"skipped {path}: {error.strerror}")
     return Found(runs=found, skipped=skipped)
+
+
+def _content(path: Path) -> Any:
+    import orjson  # here, where a package that is not installed is said in a line
+
+    raw = path.read_bytes()
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return json.loads(raw)  # slower, and takes NaN and every encoding of Unicode
 
 
 def _files(path: Path) -> Iterator[Path]:

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from zi_experiments.config import folders, published
 from zi_experiments.config.folders import ASIDE
-from zi_experiments.report.columns import COLUMNS, Column, Scalar
+from zi_experiments.report.columns import COLUMNS, Column, Path, Scalar
 
 GROUPS = ("model", "engine", "offload", "quant", "kv_cache", "weights", "workload", "hardware", "experiment")
 PLANNED = ("predicted", "bound")  # statuses of plans, whose figures are not measured
@@ -59,7 +60,7 @@ def from_record(record: dict[str, Any], source: str) -> Run:
         step_s=[_numbers(steps) for steps in _list(samples.get("step_s"))],
     )
     content = record | {"settings": settings}
-    row = {column.name: _value(column, content) for column in COLUMNS}
+    row = _row(content)
     row |= _derived(row, settings, environment, passes) | _planned_totals(record) | {"source": source}
     if row["status"] in PLANNED:
         row |= _planned_figures(row, "predicted" if row["status"] == "predicted" else "bound")
@@ -101,10 +102,10 @@ def flat(nested: dict[str, Any]) -> dict[str, Scalar]:
 
 def _flatten(nested: dict[str, Any], prefix: str, values: dict[str, Scalar]) -> None:
     for key, value in nested.items():
-        if isinstance(value, dict):
+        if type(value) is dict:
             _flatten(value, f"{prefix}{key}.", values)
         else:
-            values[prefix + key] = _scalar(value)
+            values[prefix + key] = value if value is None or type(value) is int else _scalar(value)
 
 
 def by_column(runs: list[Run]) -> dict[str, tuple[Scalar, ...]]:
@@ -160,18 +161,40 @@ def _text(key: str, value: Scalar) -> str:
     return f"{key}={value}" if isinstance(value, int | float) else str(value)
 
 
-def _value(column: Column, content: dict[str, Any]) -> Scalar:
-    for path in column.places:
-        found: Any = content
-        try:
-            for key in path:
-                found = found[key]
-        except (KeyError, IndexError, TypeError):
+def _row(content: dict[str, Any]) -> dict[str, Scalar]:
+    """The value of each column: that of the first of its places that has one."""
+    row: dict[str, Scalar] = dict.fromkeys(column.name for column in COLUMNS)
+    for path, wanted in _places():
+        parent = _at(content, path)
+        if parent is None:
             continue
-        value = _scalar(found)
-        if value is not None and (column.is_text or not isinstance(value, str | bool)):
-            return value
-    return None
+        for key, column in wanted:
+            if row[column.name] is None:
+                row[column.name] = _value(parent, key, column)
+    return row
+
+
+@cache
+def _places() -> list[tuple[Path, list[tuple[str | int, Column]]]]:
+    """The columns by where their values lie, so that each part of a record is looked for once; first places come first."""
+    found: dict[tuple[int, Path], list[tuple[str | int, Column]]] = {}
+    for column in COLUMNS:
+        for rank, path in enumerate(column.places):
+            found.setdefault((rank, path[:-1]), []).append((path[-1], column))
+    return [(path, wanted) for (_, path), wanted in sorted(found.items(), key=lambda item: item[0][0])]
+
+
+def _at(content: dict[str, Any], path: Path) -> dict[Any, Any] | None:
+    """What lies there, if it has keys; a list has its positions."""
+    found: Any = content
+    for key in path:
+        found = found.get(key) if isinstance(found, dict) else None
+    return dict(enumerate(found)) if isinstance(found, list) else found if isinstance(found, dict) else None
+
+
+def _value(parent: dict[Any, Any], key: str | int, column: Column) -> Scalar:
+    value = _scalar(parent.get(key))
+    return None if isinstance(value, str | bool) and column.unit else value
 
 
 def _derived(
@@ -243,9 +266,10 @@ def _numbers(values: Any) -> list[float]:
 
 
 def _scalar(value: Any) -> Scalar:
-    if value is None or isinstance(value, int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    kind = type(value)
+    if kind is float:
+        return float(value) if math.isfinite(value) else None
+    if value is None or kind is int or kind is bool:
+        return value  # type: ignore[no-any-return]
     text = str(value)
     return text if text.isascii() else text.encode(errors="replace").decode()  # half of a surrogate pair is no text

@@ -4,6 +4,7 @@ from zi_experiments.calibration.suite import MEASURED
 from zi_experiments.cost_model.bound import is_published, lower_bound, rate
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction
+from zi_experiments.planner.search import Candidate, Pace
 from zi_experiments.results.metrics import Metrics, Passed
 from zi_experiments.units import scaled, seconds
 
@@ -39,6 +40,25 @@ def unknown(plan: Plan) -> str | None:
 def least(plan: Plan, value_s: float, limit: str | None) -> str:
     """Return a bound as text, marked if it is from a data sheet."""
     return seconds(value_s) + (VENDORS if is_published(plan, limit) else "")
+
+
+def predicted(time_s: float | None, error: float) -> str:
+    """Return a predicted time as text, with its error: predicted / measured − 1."""
+    assert time_s is not None
+    if error >= 1:
+        return f"{seconds(time_s)} ({1 + error:.1f} × too high)"
+    percent = round(100 * abs(error))
+    return seconds(time_s) + (f" ({percent} % too {'high' if error > 0 else 'low'})" if percent else "")
+
+
+def gain(better: Candidate, now: Pace) -> str:
+    """Return what a change gains, and what it costs in latency, as text."""
+    by = "" if better.pace.is_predicted else " (by the lower bounds)"
+    return (
+        f"faster{by}: {better.text}, {better.tok_per_s / now.tok_per_s:.2f} × the tokens per second; "
+        f"first token after {seconds(now.ttft_s)} → {seconds(better.pace.ttft_s)}, "
+        f"then one each {seconds(now.tpot_s)} → {seconds(better.pace.tpot_s)}"
+    )
 
 
 def passed(beyond: Passed, plan: Plan, metrics: Metrics) -> str:

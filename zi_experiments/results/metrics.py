@@ -8,9 +8,9 @@ from zi_experiments.config import errors
 from zi_experiments.config.schema import ConfigError, Run
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.cost_model.prediction import Prediction, predict
+from zi_experiments.cost_model.prediction import Prediction, cost_per_million_tokens, predict
 from zi_experiments.engines.base import Routed
-from zi_experiments.measurement.timing import Samples
+from zi_experiments.measurement.timing import Pass, Samples
 
 NOISE = 1.03  # a fraction of a bound below this is within the noise of measurements
 Passed = dict[str, float]  # by "prefill" and "decode": the fraction of a bound that was wrong
@@ -40,9 +40,12 @@ class Metrics:
     prefill_prediction_error: float | None  # predicted / measured − 1, of ttft_s
     decode_prediction_error: float | None  # predicted / measured − 1, of the median decode step
     perplexity: float | None  # of the weights on workload.text; None without a text
-    kl_divergence: (
-        float | None
-    )  # from the weights in 16 bits: nats for each token of workload.text; None without a text
+    kl_divergence: float | None  # from 16 bits, in nats for each token of workload.text; None without a text
+    # energy of all measured passes / their generated tokens; None where a counter cannot be read, or did not move
+    gpu_joules_per_token: float | None  # of all GPUs of the run
+    cpu_joules_per_token: float | None  # of all processors of the host
+    dram_joules_per_token: float | None  # of the memory of these processors
+    cost_per_million_tokens: float | None  # price_per_hour / 3600 · 10⁶ / total_tok_per_s; None without a price
     spread: dict[str, tuple[float, float]]  # of each rate: its smallest and its largest pass
 
 
@@ -105,6 +108,10 @@ def derive(
         decode_prediction_error=prediction.decode_step_s / step - 1 if step and prediction.decode_step_s else None,
         perplexity=perplexity,
         kl_divergence=kl_divergence,
+        gpu_joules_per_token=_joules_per_token("gpu", passes, batch * work.gen_len),
+        cpu_joules_per_token=_joules_per_token("cpu", passes, batch * work.gen_len),
+        dram_joules_per_token=_joules_per_token("dram", passes, batch * work.gen_len),
+        cost_per_million_tokens=cost_per_million_tokens(plan, median(total)),
         spread={name: (min(values), max(values)) for name, values in rates.items() if values},
     )
 
@@ -143,6 +150,15 @@ def without_passed(figures: Metrics) -> Metrics:
         fraction_of_bound=None if "decode" in beyond else figures.fraction_of_bound,
         prefill_fraction_of_bound=None if "prefill" in beyond else figures.prefill_fraction_of_bound,
     )
+
+
+def _joules_per_token(kind: str, passes: list[Pass], tokens: int) -> float | None:
+    """Return the energy of all counters of a kind; None if there is none, or one of them is unknown."""
+    found = [ends for one in passes for name, ends in one.joules.items() if name.startswith(f"{kind}:")]
+    known = [after - before for before, after in filter(None, found)]
+    if len(known) < len(found):
+        return None
+    return sum(known) / (tokens * len(passes)) or None
 
 
 def _percentile(values: list[float], percent: int) -> float | None:

@@ -11,11 +11,9 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
-    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.progress import Progress as Bars
 
@@ -126,25 +124,27 @@ class _Bars:
         self._console = console
         self._bars: Bars | None = None
         self._phase = ""
+        self._began = 0.0
 
     def event(self, event: Event) -> None:
         if event.phase != self._phase or self._bars is None:
             self.close()
             self._phase = event.phase
-            amount: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn(event.unit)]
-            if event.unit == "bytes":
-                amount = [DownloadColumn(), TransferSpeedColumn()]
+            self._began = time.monotonic()
+            amount = DownloadColumn() if event.unit == "bytes" else MofNCompleteColumn()
             self._bars = Bars(
-                TextColumn("{task.description:<12}"),
-                BarColumn(),
-                *amount,
+                TextColumn("{task.description:<8}"),
+                BarColumn(bar_width=20),
+                amount,
+                TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._bars.add_task(event.phase, total=event.total)
+            self._bars.add_task(event.phase, total=event.total, rate="")
             self._bars.start()
-        self._bars.update(self._bars.task_ids[0], completed=event.completed)
+        rate = _rate(event, time.monotonic() - self._began)
+        self._bars.update(self._bars.task_ids[0], completed=event.completed, rate=rate)
         if event.ended:
             self.close()
 
@@ -171,16 +171,27 @@ class _Lines:
             self._console.print(f"{event.phase}: done in {elapsed:.1f} s", highlight=False)
         elif now - self._printed > _LINE_INTERVAL_S:
             self._printed = now
-            if event.total == 1:  # no rate to estimate the remaining time from
-                self._console.print(f"{event.phase}: {elapsed:.0f} s so far", highlight=False)
-                return
-            left = elapsed * (event.total - event.completed) / max(1, event.completed)
-            rate = _amount(round(event.completed / elapsed), event.unit)
-            done = f"{100 * event.completed / event.total:.0f} %"
-            self._console.print(f"{event.phase}: {done}, {rate}/s, {left:.0f} s left", highlight=False)
+            state = f"{elapsed:.0f} s so far"  # no rate to estimate the remaining time from
+            if event.completed:
+                left = elapsed * (event.total - event.completed) / event.completed
+                done = f"{100 * event.completed / event.total:.0f} %"
+                state = f"{done}, {_rate(event, elapsed)}, {left:.0f} s left"
+            self._console.print(f"{event.phase}: {state}", highlight=False)
 
     def close(self) -> None:
         pass
+
+
+def _rate(event: Event, elapsed: float) -> str:
+    """Return how fast a phase goes, in what changes from look to look: a rate, or seconds of each; at first its unit."""
+    if not event.completed or event.total == 1:
+        return "" if event.unit == "bytes" else event.unit
+    rate = event.completed / max(elapsed, 1e-9)
+    if event.unit == "bytes":
+        return f"{gigabytes(rate)}/s"
+    if rate < 1:
+        return f"{1 / rate:.1f} s per {event.unit.removesuffix('s')}"
+    return f"{rate:.{0 if rate >= 10 else 1}f} {event.unit}/s"
 
 
 def _amount(amount: int, unit: str) -> str:

@@ -201,6 +201,8 @@ RULES = [
     (["workload.warmup=-1"], "workload.warmup", "workload.warmup=0"),
     (["workload.repeats=0"], "workload.repeats", "workload.repeats=1"),
     (["hardware.num_gpus=0"], "hardware.num_gpus", "hardware.num_gpus=1"),
+    (["hardware.price_per_hour=0"], "hardware.price_per_hour", "hardware.price_per_hour=null"),
+    (["hardware.price_per_hour=inf"], "hardware.price_per_hour", "hardware.price_per_hour=null"),
     (["hardware.num_gpus=2", "workload.batch_size=5"], "workload.batch_size", "workload.batch_size=4"),
     (["hardware.num_gpus=4", "workload.batch_size=1"], "workload.batch_size", "workload.batch_size=4"),
     (["quant=fp16", "quant.group_size=64"], "quant.group_size", "quant=int4"),

@@ -356,6 +356,13 @@ def test_generated_tokens_over_prefill_and_decode(make_plan, machine):
     assert got.prefill_s > got.decode_step_s
 
 
+def test_a_price_makes_a_cost_of_the_predicted_time(make_plan, machine):
+    plan = make_plan("model=opt-13b", "hardware.price_per_hour=7.2", on=machine("measured"))
+    got = predict(plan)
+
+    assert got.cost_per_million_tokens == near(7.2 / 3600 * 1e6 / got.total_tok_per_s)
+
+
 def test_micro_batches_are_generated_tokens_too(make_plan, machine):
     plan = make_plan(
         *("model=opt-13b", "engine=stream", "workload.batch_size=4", "workload.micro_batches=3", "workload.gen_len=1"),

@@ -89,7 +89,7 @@ def test_the_settings_that_help_are_named(better):
 
 
 def test_a_larger_batch_is_named_once_and_no_larger_than_it_has_to_be(better):
-    plan, found = better("offload=cpu")
+    plan, found = better("quant=int4", gpus_visible=1, gpu_memory_bytes=8_000_000_000)
     [size] = [int(text.partition("=")[2]) for text in texts(found) if text.startswith("workload.batch_size=")]
 
     def rate(batch_size):
@@ -370,3 +370,27 @@ def test_auto_where_not_one_sequence_fits_is_refused_with_what_does(refusal, mac
 
     assert message.startswith(f"{model} needs ")
     assert "batch_size" not in message.partition(": pass ")[2]
+
+
+def test_a_run_is_told_of_the_best_change_that_keeps_its_workload(better):
+    plan, found = better("offload=cpu", gpus_visible=1)
+    told = search.faster(plan)
+    same = [each for each in found if each.run.workload == plan.run.workload]
+
+    assert told == max(same, key=lambda each: each.tok_per_s)
+    assert told.tok_per_s >= search.MUCH * search.paced(plan).tok_per_s
+
+
+def test_a_run_is_told_nothing_of_a_larger_batch(better):
+    few = ("engine=stream", "offload=none", "workload.batch_size=1")
+    plan, found = better(*few, gpus_visible=1)
+
+    assert "workload.batch_size" in found[0].text
+    assert search.faster(plan) is None
+
+
+def test_a_run_is_told_nothing_by_bounds(make_plan, machine):
+    slow = make_plan(*WORK, "offload=cpu", on=machine("h200"))
+
+    assert search.improvements(slow)
+    assert search.faster(slow) is None

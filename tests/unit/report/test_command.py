@@ -44,13 +44,13 @@ def column(data, name):
     return [coded["values"][code] for code in coded.get("codes", range(count))]
 
 
-def test_four_files_are_written_and_named(folder, capsys):
+def test_the_files_are_written_and_named(folder, capsys):
     assert report(folder) == 0
 
-    assert capsys.readouterr().out.split() == [
-        str(folder / "out" / f"report.{kind}") for kind in ("html", "csv", "parquet", "md")
-    ]
-    assert len(list((folder / "out").iterdir())) == 4
+    names = [f"report.{kind}" for kind in ("html", "svg", "csv", "parquet", "md")]
+    names += ["llama-bench.md", "llama-bench.jsonl", "optimum-benchmark.json"]
+    assert capsys.readouterr().out.split() == [str(folder / "out" / name) for name in names]
+    assert sorted(names) == sorted(path.name for path in (folder / "out").iterdir())
 
 
 def test_tables_have_every_digit_and_nothing_for_what_is_absent(folder):
@@ -146,7 +146,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(folder, capsys):
     assert "pass --output /another/folder" in line
 
 
-@pytest.mark.parametrize("missing", ["polars", "plotly", "jinja2"])
+@pytest.mark.parametrize("missing", ["polars", "plotly", "jinja2", "orjson"])
 def test_a_missing_package_is_one_line_that_says_what_to_install(folder, missing):
     code = f"import sys; sys.modules[{missing!r}] = None\nfrom zi_experiments.report.command import main\n"
     done = subprocess.run(

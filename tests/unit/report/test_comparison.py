@@ -125,7 +125,7 @@ def test_the_table_of_a_pair(tmp_path, console):
     shown = console()
 
     assert code == 0
-    assert f"B: opt-125m-cpu-fp16 ({after / 'result.json'})" in shown
+    assert f"B: opt-125m-cpu-fp16 ({after / 'result.json'})" in " ".join(shown.split())
     assert max(len(line) for line in shown.splitlines() if line[:2] not in ("A:", "B:")) == 80  # paths may be longer
     (decode,) = [line for line in shown.splitlines() if line.startswith("│ decode tok/s  ")]
     assert decode.split("│")[4].strip().startswith(("1.9", "2.0"))

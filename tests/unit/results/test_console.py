@@ -45,9 +45,11 @@ def test_a_skipped_run_of_a_sweep_is_no_failure(capsys):
 
 
 def test_a_table_has_the_errors_of_the_prediction_and_a_sentence_after_it(make_plan, machine):
-    plan = make_plan("model=opt-13b", "quant=fp16", "workload.gen_len=2", on=machine("measured"))
+    price = "hardware.price_per_hour=3.6"
+    plan = make_plan("model=opt-13b", "quant=fp16", "workload.gen_len=2", price, on=machine("measured"))
     predicted = predict(plan)
-    one = Pass(ttft_s=predicted.prefill_s * 2, total_s=9.0, step_s=[predicted.decode_step_s / 1.1])
+    counted = {"gpu:a": (1.0, 33.0), "cpu:package-0": None}
+    one = Pass(ttft_s=predicted.prefill_s * 2, total_s=9.0, step_s=[predicted.decode_step_s / 1.1], joules=counted)
     samples = Samples(load_s=1.0, warmup=[], measured=[one])
     peaks = {"gpu_peak_bytes": 0, "host_peak_bytes": 0, "disk_peak_bytes": 0}
     figures = metrics.derive(samples, plan, predict(plan), perplexity=None, **peaks)
@@ -59,8 +61,11 @@ def test_a_table_has_the_errors_of_the_prediction_and_a_sentence_after_it(make_p
     ConsoleSink(console).write(whole)
 
     text = console.file.getvalue()
-    assert re.search(r"predicted prefill time +│ +50 % of actual", text)
-    assert re.search(r"predicted decode time +│ +110 % of actual", text)
+    assert re.search(r"time to first token .*\n.*  predicted +│ +\S+ m?s \(50 % too low\)", text)
+    assert re.search(r"GPU energy per token +│ +4.00 J ", text), "32 J for 8 tokens"
+    assert "CPU energy" not in text
+    assert re.search(r"cost per million tokens +│ +1,125.00 ", text), "8 tokens in 9 s"
+    assert re.search(r"time per token, .*\n.*  predicted +│ +\S+ m?s \(10 % too high\)", text)
     assert text.splitlines()[-1] == explanation.sentence(plan, predict(plan), figures)
 
 

@@ -124,3 +124,16 @@ def test_a_bound_is_said_to_be_unknown_with_what_to_type(make_plan, machine):
 
 def test_nothing_is_said_of_a_run_without_decode(said):
     assert said(1.0, "offload=cpu", "workload.gen_len=1", link_bytes_per_s=50e9) is None
+
+
+@pytest.mark.parametrize(
+    ("measured_s", "text"),
+    [
+        (0.150, "93.0 ms (38 % too low)"),
+        (0.080, "93.0 ms (16 % too high)"),
+        (0.031, "93.0 ms (3.0 × too high)"),
+        (0.093, "93.0 ms"),
+    ],
+)
+def test_a_predicted_time_has_its_error(measured_s, text):
+    assert explanation.predicted(0.093, 0.093 / measured_s - 1) == text

@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -38,6 +38,44 @@ def test_one_pass_by_hand(plan):
     assert got.tpot_p50_s == 1.0
     assert got.tok_per_s_per_user == 1.0
     assert got.load_s == 12.5
+
+
+def with_energy(*joules):
+    """Samples of passes with these readings."""
+    made = measured(*[(1.0, 0.5, 0.5)] * len(joules))
+    return replace(made, measured=[replace(one, joules=each) for one, each in zip(made.measured, joules, strict=True)])
+
+
+def test_energy_is_that_of_all_passes_and_all_counters_of_a_kind(plan):
+    """24 tokens a pass: two GPUs take 48 J in the first pass and 96 J in the second, the processor 12 J in both."""
+    got = figures(
+        with_energy(
+            {"gpu:a": (0.0, 24.0), "gpu:b": (100.0, 124.0), "cpu:package-0": (1.0, 6.0)},
+            {"gpu:a": (30.0, 78.0), "gpu:b": (130.0, 178.0), "cpu:package-0": (6.0, 13.0)},
+        ),
+        plan,
+    )
+
+    assert got.gpu_joules_per_token == (48 + 96) / (2 * 24)
+    assert got.cpu_joules_per_token == 12 / (2 * 24)
+    assert got.dram_joules_per_token is None
+
+
+@pytest.mark.parametrize("joules", [{"gpu:a": (0.0, 24.0), "gpu:b": None}, {"gpu:a": (5.0, 5.0)}, {}])
+def test_energy_that_was_not_counted_is_unknown_and_not_zero(plan, joules):
+    assert figures(with_energy(joules), plan).gpu_joules_per_token is None
+
+
+def test_cost_is_that_of_the_time_for_a_million_tokens(make_plan):
+    """24 tokens in 2 s are a million in 83333 s, or 23.1 hours."""
+    plan = make_plan("workload.batch_size=8", "workload.gen_len=3", "hardware.price_per_hour=3.6")
+    got = figures(measured((1.0, 0.5, 0.5)), plan)
+
+    assert got.cost_per_million_tokens == pytest.approx(1e6 / 12 / 3600 * 3.6)
+
+
+def test_without_a_price_there_is_no_cost(plan):
+    assert figures(measured((1.0, 0.5, 0.5)), plan).cost_per_million_tokens is None
 
 
 def test_figures_are_medians_over_passes(plan):
@@ -192,8 +230,9 @@ def test_rates_are_over_all_ranks(make_plan):
 
 
 def test_every_figure_is_set(make_plan, machine):
-    plan = make_plan("model=opt-13b", "workload.gen_len=3", on=machine("measured"))
-    got = figures(measured((2.0, 0.5, 1.5)), plan)
+    plan = make_plan("model=opt-13b", "workload.gen_len=3", "hardware.price_per_hour=2", on=machine("measured"))
+    counted = dict.fromkeys(("gpu:a", "cpu:package-0", "dram:package-0"), (1.0, 2.0))
+    got = figures(with_energy(counted), plan)
 
     unset = [field.name for field in fields(got) if getattr(got, field.name) is None]
     assert unset == ["experts_per_layer", "expert_hit_rate"], "which no experts are routed for"

@@ -88,7 +88,7 @@ def begun(compose, tmp_path):
 @pytest.fixture
 def done(begun, make_plan):
     plan = make_plan(*OVERRIDES)
-    one = Pass(ttft_s=2.0, total_s=3.0, step_s=[0.4, 0.6])
+    one = Pass(ttft_s=2.0, total_s=3.0, step_s=[0.4, 0.6], joules={"gpu:a": (1.0, 2.5)})
     samples = Samples(load_s=30.0, warmup=[one], measured=[one, one])
     return replace(
         begun,
@@ -164,7 +164,10 @@ def test_samples_are_those_of_the_measured_passes_with_warm_up_apart(done):
         "total_s": [3.0, 3.0],
         "step_s": [[0.4, 0.6], [0.4, 0.6]],
         "routed": [None, None],
-        "warmup": [{"ttft_s": 2.0, "total_s": 3.0, "step_s": [0.4, 0.6], "routed": None}],
+        "joules": [{"gpu:a": [1.0, 2.5]}, {"gpu:a": [1.0, 2.5]}],
+        "warmup": [
+            {"ttft_s": 2.0, "total_s": 3.0, "step_s": [0.4, 0.6], "routed": None, "joules": {"gpu:a": [1.0, 2.5]}}
+        ],
     }
 
 

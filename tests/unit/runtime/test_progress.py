@@ -148,9 +148,30 @@ def test_a_long_phase_says_how_far_it_is_every_15_seconds(clock):
 
     assert lines.splitlines() == [
         "measure: 96 tokens",
-        "measure: 25 %, 2 tokens/s, 48 s left",
-        "measure: 50 %, 2 tokens/s, 32 s left",
+        "measure: 25 %, 1.5 tokens/s, 48 s left",
+        "measure: 50 %, 1.5 tokens/s, 32 s left",
     ]
+
+
+@pytest.mark.parametrize(
+    ("completed", "unit", "rate"),
+    [
+        (2, "windows", "8.0 s per window"),
+        (80, "tokens", "5.0 tokens/s"),
+        (800, "tokens", "50 tokens/s"),
+        (3_200_000_000, "bytes", "0.20 GB/s"),
+    ],
+)
+def test_a_rate_is_in_what_moves(clock, completed, unit, rate):
+    lines = shown(clock, (0, Event("do", 0, 10**11, unit)), (16, Event("do", completed, 10**11, unit)))
+
+    assert lines.splitlines()[1].split(", ")[1] == rate
+
+
+def test_before_the_first_step_there_is_no_rate(clock):
+    lines = shown(clock, (0, Event("perplexity", 0, 9, "windows")), (16, Event("perplexity", 0, 9, "windows")))
+
+    assert lines.splitlines()[1:] == ["perplexity: 16 s so far"]
 
 
 def test_a_phase_of_one_step_says_how_long_it_has_taken(clock):

@@ -26,7 +26,7 @@ function written(given, unit) {
   if (given === null || given === undefined) return ABSENT;
   if (typeof given === "boolean") return given ? "yes" : "no";
   if (typeof given !== "number") return given;
-  if (unit === "s") return given >= 1 || given <= 0 ? `${plain(given, 4)} s` : `${plain(1000 * given, 3)} ms`;
+  if (unit === "s" || unit === "J") return given >= 1 || given <= 0 ? `${plain(given, 4)} ${unit}` : `${plain(1000 * given, 3)} m${unit}`;
   if (unit === "B" || unit === "B/s") return scaled(given, unit);
   if (unit === "share") return `${plain(100 * given, 3)} %`;
   return Number.isInteger(given) ? given.toLocaleString("en") : plain(given, 4);

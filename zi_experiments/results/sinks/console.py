@@ -1,5 +1,6 @@
 """Console output: the plan before a run, and a table after it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from zi_experiments import lines
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction
 from zi_experiments.measurement.generated import Generated
 from zi_experiments.results import explanation
 from zi_experiments.results.explanation import LIMITS
-from zi_experiments.results.metrics import as_routed
+from zi_experiments.results.metrics import Metrics, as_routed
 from zi_experiments.results.record import Record
 from zi_experiments.runtime.progress import Event
-from zi_experiments.units import gigabytes, scaled, seconds
+from zi_experiments.units import gigabytes, joules, scaled, seconds
 
 
 class ConsoleSink:
@@ -35,15 +37,13 @@ class ConsoleSink:
         if record.status == "ok":
             self._table(record)
         elif record.error is not None:
-            self._console.print(f"[bold red]{record.status}[/]", end=" ")
-            self._console.print(
-                f"{record.run.name}: {record.error.message}", markup=False, highlight=False, soft_wrap=True
-            )
+            text = f" {record.run.name}: {record.error.message}"
+            lines.say(text, self._console, head=record.status, style="bold red")
             if record.error.traceback and record.status == "error":
                 trace = record.error.traceback.rstrip()
                 self._console.print(trace, style="dim", markup=False, highlight=False, soft_wrap=True)
             if record.error.hint:
-                self._console.print(record.error.hint, markup=False, highlight=False, soft_wrap=True)
+                lines.say(record.error.hint, self._console)
 
     def close(self) -> None:
         pass
@@ -59,54 +59,64 @@ class ConsoleSink:
         table = Table(title=f"{escape(record.run.name)}: {shape}, {plan.dtype} on {plan.machine.gpu_name or 'CPU'}")
         table.add_column("")
         table.add_column("value", justify="right")
-        table.add_column("smallest to largest pass", justify="right")
-        for label, name in (("prefill", "prefill_tok_per_s"), ("decode", "decode_tok_per_s")):
-            value = getattr(metrics, name)
-            if value is not None:
-                low, high = metrics.spread[name]
-                table.add_row(label, f"{value:,.2f} tok/s", f"{low:,.2f} to {high:,.2f}" if low < high else "")
-        table.add_row("time to first token", seconds(metrics.ttft_s))
-        if metrics.tpot_p50_s is not None and metrics.tpot_p99_s is not None:
-            table.add_row("time per token, p50 / p99", f"{seconds(metrics.tpot_p50_s)} / {seconds(metrics.tpot_p99_s)}")
-        if metrics.link_bytes_per_s:
-            table.add_row("host to device", scaled(metrics.link_bytes_per_s, "B/s"))
-        for label, name in (("prefill", "prefill_prediction_error"), ("decode", "decode_prediction_error")):
-            error = getattr(metrics, name)
-            if error is not None:
-                table.add_row(f"predicted {label} time", f"{100 * (1 + error):.0f} % of actual")
-        if metrics.perplexity is not None:
-            table.add_row("perplexity", f"{metrics.perplexity:.4f}")
-        if metrics.kl_divergence is not None:
-            table.add_row("KL divergence", f"{metrics.kl_divergence:.3g} nats/token")
-        for label, peak in (
-            ("GPU peak", metrics.gpu_peak_bytes),
-            ("host peak", metrics.host_peak_bytes),
-            ("disk peak", metrics.disk_peak_bytes),
-        ):
-            if peak:
-                table.add_row(label, gigabytes(peak))
-        table.add_row("loaded in", seconds(metrics.load_s))
+        table.add_column("range of passes", justify="right")
+        for row in (*_speed(metrics, prediction), *_price(metrics), *_peaks(metrics)):
+            table.add_row(*row)
         checked = record.verification
         table.add_row("verified in", seconds(checked.verify_s) if checked else "not verified")
         self._console.print(table)
         if record.generated is not None:
             self._generated(record.generated)
         if record.bound_passed:
-            self._console.print(explanation.passed(record.bound_passed, plan, metrics), highlight=False, soft_wrap=True)
+            lines.say(explanation.passed(record.bound_passed, plan, metrics), self._console)
         assert record.samples is not None
         if why := explanation.sentence(as_routed(plan, record.samples), prediction, metrics):
-            self._console.print(why, highlight=False, soft_wrap=True)
+            lines.say(why, self._console)
 
     def _generated(self, generated: Generated) -> None:
         if generated.first_text is not None:
-            text = f"the first sequence goes on: {generated.first_text}"
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            lines.say(f"the first sequence goes on: {generated.first_text}", self._console)
         if not generated.passes_equal:
-            self._console.print(
-                "[yellow]warning: passes gave different tokens[/]: kernels that add in no fixed order can do that",
-                highlight=False,
-                soft_wrap=True,
-            )
+            warning, why = "warning: passes gave different tokens", ": kernels that add in no fixed order can do that"
+            lines.say(why, self._console, head=warning, style="yellow")
+
+
+def _speed(metrics: Metrics, prediction: Prediction) -> Iterator[tuple[str, ...]]:
+    for label, name in (("prefill", "prefill_tok_per_s"), ("decode", "decode_tok_per_s")):
+        value = getattr(metrics, name)
+        if value is not None:
+            low, high = metrics.spread[name]
+            yield label, f"{value:,.2f} tok/s", f"{low:,.2f} to {high:,.2f}" if low < high else ""
+    yield "time to first token", seconds(metrics.ttft_s)
+    if (error := metrics.prefill_prediction_error) is not None:
+        yield "  predicted", explanation.predicted(prediction.prefill_s, error)
+    if metrics.tpot_p50_s is not None and metrics.tpot_p99_s is not None:
+        yield "time per token, p50/p99", f"{seconds(metrics.tpot_p50_s)} / {seconds(metrics.tpot_p99_s)}"
+    if metrics.tpot_p50_s is not None and (error := metrics.decode_prediction_error) is not None:
+        # given the experts that tokens were routed to, it is another one than before the run
+        yield "  predicted", explanation.predicted((1 + error) * metrics.tpot_p50_s, error)
+    if metrics.link_bytes_per_s:
+        yield "host to device", scaled(metrics.link_bytes_per_s, "B/s")
+    if metrics.perplexity is not None:
+        yield "perplexity", f"{metrics.perplexity:.4f}"
+    if metrics.kl_divergence is not None:
+        yield "KL divergence", f"{metrics.kl_divergence:.3g} nats/token"
+
+
+def _price(metrics: Metrics) -> Iterator[tuple[str, ...]]:
+    spent = {"GPU": metrics.gpu_joules_per_token, "CPU": metrics.cpu_joules_per_token}
+    for label, value in (spent | {"memory": metrics.dram_joules_per_token}).items():
+        if value is not None:
+            yield f"{label} energy per token", joules(value)
+    if metrics.cost_per_million_tokens is not None:
+        yield "cost per million tokens", f"{metrics.cost_per_million_tokens:,.2f}"
+
+
+def _peaks(metrics: Metrics) -> Iterator[tuple[str, ...]]:
+    for label in ("GPU", "host", "disk"):
+        if peak := getattr(metrics, f"{label.lower()}_peak_bytes"):
+            yield f"{label} peak", gigabytes(peak)
+    yield "loaded in", seconds(metrics.load_s)
 
 
 def show_plan(name: str, plan: Plan, prediction: Prediction, console: Console) -> None:
@@ -116,24 +126,28 @@ def show_plan(name: str, plan: Plan, prediction: Prediction, console: Console) -
     where = [("GPU", place.gpu_bytes), (host, place.cpu_bytes), ("disk", place.nvme_bytes)]
     split = ", ".join(f"{gigabytes(amount)} {label}" for label, amount in where if amount)
     layers = " and ".join(one.rpartition(".")[2] for one in arch.layer_classes)
-    lines = [
-        f"[bold]{escape(name)}[/]: {_count(arch.num_parameters)} parameters, {arch.num_layers} layers of "
-        f"{layers}, {plan.dtype} on {plan.machine.gpu_name or plan.machine.device}",
-        f"weights {gigabytes(plan.weight_bytes)} ({split}){_copies(plan)}, KV cache {gigabytes(plan.kv_cache_bytes)}",
-    ]
+    lines.say(
+        f": {_count(arch.num_parameters)} parameters, {arch.num_layers} layers of {layers}, {plan.dtype} on "
+        f"{plan.machine.gpu_name or plan.machine.device}",
+        console,
+        head=name,
+    )
+    cache = gigabytes(plan.kv_cache_bytes)
+    lines.say(f"weights {gigabytes(plan.weight_bytes)} ({split}){_copies(plan)}, KV cache {cache}", console)
     if plan.run.quant.bits < 16:
-        lines.append(_quantized(plan))
+        text = _quantized(plan)
+        few = f"warning: only {text}" if plan.quantized_fraction < 0.9 else ""
+        lines.say("" if few else text, console, head=few, style="yellow")
     bound = lower_bound(plan)
     if bound.decode_step_s and bound.limited_by:
         least = explanation.least(plan, bound.decode_step_s, bound.limited_by)
         step_s = prediction.decode_step_s
         predicted = f"; predicted {seconds(step_s)}" if step_s else ""
-        lines.append(f"a decode step takes at least {least}, limited by {LIMITS[bound.limited_by]}{predicted}")
+        lines.say(f"a decode step takes at least {least}, limited by {LIMITS[bound.limited_by]}{predicted}", console)
     elif why := explanation.unknown(plan):
-        lines.append(why)
-    lines += [f"[yellow]note: {escape(note)}[/]" for note in arch.notes]
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        lines.say(why, console)
+    for note in arch.notes:
+        lines.say("", console, head=f"note: {note}", style="yellow")
 
 
 def _copies(plan: Plan) -> str:
@@ -152,8 +166,7 @@ def _quantized(plan: Plan) -> str:
         share += (
             f"; engine={plan.run.engine.name} keeps {100 * kept:.0f} % (embeddings and head) dequantized in 16 bits"
         )
-    text = f"{share}; {plan.bits_per_weight:.2f} bits per parameter as stored"
-    return f"[yellow]warning: only {text}[/]" if plan.quantized_fraction < 0.9 else text
+    return f"{share}; {plan.bits_per_weight:.2f} bits per parameter as stored"
 
 
 def show_sweep(jobs: list[tuple[list[str], dict[str, Any]]]) -> None:

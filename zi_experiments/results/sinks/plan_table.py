@@ -3,11 +3,12 @@
 from rich.console import Console
 from rich.table import Table
 
+from zi_experiments import lines
 from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction
-from zi_experiments.planner.search import Candidate, Pace, paced
+from zi_experiments.planner.search import Candidate, paced
 from zi_experiments.results import explanation
 from zi_experiments.results.explanation import LIMITS
 from zi_experiments.units import gigabytes, seconds
@@ -32,17 +33,7 @@ def show(plan: Plan, prediction: Prediction, better: list[Candidate], console: C
         return  # the missing rates are named above the tables
     console.print(_times(plan, prediction))
     for each in better[:_MOST_SHOWN]:
-        console.print(_gain(each, now), highlight=False, soft_wrap=True)
-
-
-def _gain(better: Candidate, now: Pace) -> str:
-    """Return what a change gains, and what it costs in latency, as text."""
-    by = "" if better.pace.is_predicted else " (by the lower bounds)"
-    return (
-        f"faster{by}: {better.text}, {better.tok_per_s / now.tok_per_s:.2f} × the tokens per second; "
-        f"first token after {seconds(now.ttft_s)} → {seconds(better.pace.ttft_s)}, "
-        f"then one each {seconds(now.tpot_s)} → {seconds(better.pace.tpot_s)}"
-    )
+        lines.say(explanation.gain(each, now), console)
 
 
 def _memory(plan: Plan) -> Table:
@@ -81,6 +72,8 @@ def _times(plan: Plan, predicted: Prediction) -> Table:
     if predicted.decode_step_s and predicted.total_tok_per_s:
         table.add_row("decode", "", "", f"{work.sequences / predicted.decode_step_s:,.2f} tok/s", "")
         table.add_row("prefill and decode", "", "", f"{predicted.total_tok_per_s:,.2f} tok/s", "")
+    if predicted.cost_per_million_tokens:
+        table.add_row("cost per million tokens", "", "", f"{predicted.cost_per_million_tokens:,.2f}", "")
     return table
 
 

@@ -10,7 +10,7 @@ import psutil
 import wandb
 from rich.console import Console
 
-from zi_experiments import environment
+from zi_experiments import environment, lines
 from zi_experiments.config.schema import Tracking
 from zi_experiments.measurement.timing import Pass
 from zi_experiments.models.architecture import reason
@@ -101,7 +101,7 @@ class WandbSink:
         return display_path(Path(self._run.dir).parent)
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        lines.say(text, self._console)
 
     def write(self, record: Record) -> None:
         if record.error is not None and record.error.type == "Interrupted":
