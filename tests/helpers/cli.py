@@ -1,11 +1,12 @@
 """The command line as a user has it, in a process of its own, with a tiny model added by --config-dir.
 
-Most commands are forked from a server that has imported torch, transformers and DeepSpeed, since that takes longer than
-the commands themselves: processes with signals, limits, variables and output of their own all the same. `execute`, and a
-`preexec_fn`, take the true command line.
+Most commands, and the scripts among these helpers, are forked from a server that has imported torch, transformers and
+DeepSpeed, since that takes longer than the commands themselves: processes with signals, limits, variables and output of
+their own all the same. `execute`, and a `preexec_fn`, take the true command line.
 """
 
 import atexit
+import gc
 import json
 import multiprocessing
 import os
@@ -71,12 +72,12 @@ class Cli:
         return kept | {"NETRC": str(self.folder / "netrc"), "DS_ACCELERATOR": "cpu"} | variables
 
     def command(self, *arguments: str) -> list[str]:
-        return [*COMMAND, *self.arguments(*arguments)]
+        return [sys.executable, "-m", "zi_experiments", *self.arguments(*arguments)]
 
     def run(self, *arguments: str, preexec_fn=None, **variables: str) -> subprocess.CompletedProcess:
         if preexec_fn is not None:
             return self.execute(*arguments, preexec_fn=preexec_fn, **variables)
-        return run(self.arguments(*arguments), self.folder, self.environment(**variables))
+        return run(["-m", "zi_experiments", *self.arguments(*arguments)], self.folder, self.environment(**variables))
 
     def execute(self, *arguments: str, preexec_fn=None, **variables: str) -> subprocess.CompletedProcess:
         """Run the true command line."""
@@ -93,9 +94,8 @@ class Cli:
     def start(self, *arguments: str, start_new_session=False, **variables: str) -> "Forked":
         """A command under way, whose stderr is its stdout."""
         reader, writer = os.pipe()
-        forked = Forked(
-            self.arguments(*arguments), self.folder, self.environment(**variables), writer, writer, start_new_session
-        )
+        words = ["-m", "zi_experiments", *self.arguments(*arguments)]
+        forked = Forked(words, self.folder, self.environment(**variables), writer, writer, start_new_session)
         os.close(writer)
         forked.stdout = os.fdopen(reader, encoding="utf-8")
         return forked
@@ -122,28 +122,34 @@ class Cli:
         return [json.loads(path.read_text()) | {"folder": path.parent} for path in paths]
 
 
-COMMAND = [sys.executable, "-m", "zi_experiments"]
-
-
-def run(arguments: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
-    """A command, forked, and what it has written once it has ended."""
+def run(words: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """What follows `python` on a command line, forked, and what it has written once it has ended."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        code = Forked(arguments, folder, environment, out.fileno(), err.fileno()).wait()
+        code = Forked(words, folder, environment, out.fileno(), err.fileno()).wait()
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode())
-    return subprocess.CompletedProcess([*COMMAND, *arguments], code, *texts)
+    return subprocess.CompletedProcess(["python", *words], code, *texts)
+
+
+def run_script(name: str, *arguments: object) -> list:
+    """What a script of this folder writes: the values of its lines in JSON."""
+    script = Path(__file__).with_name(name)
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = run([str(script), *map(str, arguments)], script.parent, environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", '["'))]
 
 
 class Forked:
-    """A command in a process that is forked; what a test asks of a `subprocess.Popen`."""
+    """A process that is forked; what a test asks of a `subprocess.Popen`."""
 
     stdout: IO[str] | None = None
 
     def __init__(
         self,
-        arguments: list[str],
+        words: list[str],
         folder: Path,
         environment: dict[str, str],
         out: int,
@@ -154,7 +160,7 @@ class Forked:
         context.set_forkserver_preload(IMPORTED)
         streams = _Streams(out, err)
         self._process = context.Process(
-            target=_enter, args=(arguments, str(folder), environment, streams, start_new_session)
+            target=_enter, args=(words, str(folder), environment, streams, start_new_session)
         )
         self._process.start()
         self.pid = self._process.pid
@@ -215,9 +221,9 @@ class _Streams:
 
 
 def _enter(
-    arguments: list[str], folder: str, environment: dict[str, str], streams: _Streams, start_new_session: bool
+    words: list[str], folder: str, environment: dict[str, str], streams: _Streams, start_new_session: bool
 ) -> None:
-    """Be `python -m zi_experiments`, from its start to the end of the process."""
+    """Be `python WORDS`, from its start to the end of the process."""
     if start_new_session:
         os.setsid()
     os.chdir(folder)
@@ -225,10 +231,10 @@ def _enter(
     os.environ.update(environment)
     tempfile.tempdir = None
     streams.take_the_place_of_mine()
-    sys.argv = ["-m", *arguments]
+    gc.freeze()
     code = 1
     try:
-        runpy.run_module("zi_experiments", run_name="__main__", alter_sys=True)
+        _execute(words)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -242,6 +248,19 @@ def _enter(
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)
+
+
+def _execute(words: list[str]) -> None:
+    if words[0] == "-m":
+        sys.argv = ["-m", *words[2:]]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(words[1], {"__name__": "__main__"})
+    else:
+        sys.argv = list(words)
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def wait_for(process: subprocess.Popen | Forked, text: str) -> None:

@@ -1,8 +1,8 @@
 """Tiny models of every family, and what plain transformers computes with them.
 
-As a script, the cells that standard input has, in one process, a line of JSON for each:
+As a script, the cells that a file lists in JSON, in one process, a line of JSON for each:
 
-python families.py FOLDER < cells
+python families.py FOLDER CELLS
 """
 
 import json
@@ -259,7 +259,7 @@ def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", engine: 
 
 
 def main() -> None:
-    folder, wanted = Path(sys.argv[1]), [Cell(**json.loads(line)) for line in sys.stdin]
+    folder, wanted = Path(sys.argv[1]), [Cell(**cell) for cell in json.loads(Path(sys.argv[2]).read_text())]
     # all of plain transformers' before any model is under ZeRO-3: from then on transformers puts all models under it
     made = {cell: made_for(folder, cell) for cell in wanted}
     # streamed ones first, in a process that knows nothing of ZeRO-3 yet, as in a run

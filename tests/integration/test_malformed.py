@@ -166,7 +166,7 @@ def run(folder: Path, arguments: list[str], yaml: str | bytes | None = None, in_
         (cli.folder / "choices" / "model" / "bad.yaml").write_bytes(yaml.encode() if isinstance(yaml, str) else yaml)
     arguments = [argument.replace("AROUND", str(folder / "around")) for argument in arguments]
     typed = [*cli.arguments(), *arguments] if in_order else cli.arguments(*arguments)
-    done = command_line.run(typed, cli.folder, cli.environment())
+    done = command_line.run(["-m", "zi_experiments", *typed], cli.folder, cli.environment())
     return Outcome(cli, done.returncode, done.stdout + done.stderr)
 
 

@@ -1,14 +1,11 @@
 """What becomes of checkpoints that people have trouble with: docs/checkpoints.md says it, for two engines."""
 
-import json
-import os
-import subprocess
-import sys
 from itertools import product
 
 import pytest
 from checkpoints import CASES, ENGINES
-from places import DOCS, HELPERS
+from cli import run_script
+from places import DOCS
 
 PAGE = DOCS / "checkpoints.md"
 pytestmark = pytest.mark.timeout(1800)  # the first one waits for all of them, and for operators to be compiled
@@ -31,11 +28,7 @@ expanded by code of the tests' own, and that the verification of every run agree
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """What `checkpoints.py` found, by (checkpoint, engine)."""
-    script, folder = HELPERS / "checkpoints.py", tmp_path_factory.mktemp("checkpoints")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([sys.executable, script, folder], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = run_script("checkpoints.py", tmp_path_factory.mktemp("checkpoints"))
     return {(each["case"], each["engine"]): each["outcome"] for each in found}
 
 

@@ -1,17 +1,22 @@
 """get_ds_model computes what plain transformers computes, whatever the checkpoint's dtype and layout."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cli
 import pytest
 import torch
 from families import IDS, plain, save_checkpoint, tiny_config
 from places import HELPERS
 
 
-def deepspeed_result(tmp_path: Path, *, offload: str = "cpu", ranks: int = 1, **arguments) -> dict:
+def deepspeed_result(tmp_path: Path, started=cli.run, *, offload: str = "cpu", **arguments) -> dict:
+    """What logits.py writes, as one process or as `started(words, folder, environment)`."""
     arguments = {
         "cpu_offload": offload == "cpu",
         "disk_offload": offload == "nvme",
@@ -22,15 +27,27 @@ def deepspeed_result(tmp_path: Path, *, offload: str = "cpu", ranks: int = 1, **
     }
     (tmp_path / "disk").mkdir(exist_ok=True)
     out = tmp_path / "out.pt"
-    script = HELPERS / "logits.py"
-    several = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", f"--log-dir={tmp_path}/logs"]
-    launcher = several if ranks > 1 else []
-    command = [sys.executable, *launcher, str(script), str(out), json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = started([str(HELPERS / "logits.py"), str(out), json.dumps(arguments)], tmp_path, dict(os.environ))
     if done.returncode:
         raise RuntimeError(done.stderr)
     assert not list((tmp_path / "disk").glob("*")), "the offload folder outlives the process"
     return torch.load(out)
+
+
+def by_torchrun(words, folder, environment):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", f"--log-dir={folder}/logs"]
+    return subprocess.run([sys.executable, *launcher, *words], env=environment, capture_output=True, text=True)
+
+
+def as_torchrun_does(words, folder, environment):
+    """Two forked processes that find each other as torchrun's do, which import nothing any more."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    with ThreadPoolExecutor() as both:
+        ranks = [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        return max(both.map(lambda each: cli.run(words, folder, each), ranks), key=lambda done: abs(done.returncode))
 
 
 def test_logits_equal_plain_transformers(tmp_path):
@@ -47,14 +64,14 @@ def test_logits_equal_plain_transformers(tmp_path):
     assert result["on_disk"] > 0
 
 
-@pytest.mark.parametrize(("bits", "offload"), [(4, "cpu"), (16, "nvme")])
-def test_two_ranks_compute_what_one_does(tmp_path, bits, offload):
+@pytest.mark.parametrize(("started", "bits", "offload"), [(by_torchrun, 4, "cpu"), (as_torchrun_does, 16, "nvme")])
+def test_two_ranks_compute_what_one_does(tmp_path, started, bits, offload):
     checkpoint = tmp_path / "checkpoint"
     save_checkpoint(checkpoint, "opt", torch.float32)
     arguments = {"model_name": str(checkpoint), "bits": bits, "offload": offload}
 
     one = deepspeed_result(tmp_path, **arguments)
-    two = deepspeed_result(tmp_path, **arguments, ranks=2, batch_size=2)
+    two = deepspeed_result(tmp_path, started, **arguments, batch_size=2)
 
     assert torch.equal(one["logits"], two["logits"])
     assert torch.equal(one["tokens"], two["tokens"])

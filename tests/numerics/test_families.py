@@ -1,15 +1,14 @@
 """Every family, quantization and offload computes what plain transformers does, bit for bit, as docs/families.md says."""
 
 import json
-import os
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from itertools import product
 
 import pytest
+from cli import run_script
 from families import ALL, FAMILIES, OFFLOADS, QUANTS, STREAMED, Cell, by_deepspeed, by_stream, chosen
-from places import DOCS, HELPERS
+from places import DOCS
 
 PAGE = DOCS / "families.md"
 CHOSEN = chosen()  # what `make test` computes
@@ -45,26 +44,15 @@ STREAM_HEADER = """
 def results(tmp_path_factory, every_test):
     """What `families.py` found of each cell; two processes share the families."""
     folder = tmp_path_factory.mktemp("families")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     wanted, names = ALL if every_test else CHOSEN, list(FAMILIES)
-    processes = []
-    for start in (0, 1):
-        share = [json.dumps(asdict(cell)) for cell in wanted if names.index(cell.family) % 2 == start]
-        (folder / f"cells{start}").write_text("\n".join(share))
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(HELPERS / "families.py"), str(folder)],
-                env=environment,
-                text=True,
-                stdin=(folder / f"cells{start}").open(),
-                stdout=subprocess.PIPE,
-                stderr=(folder / f"log{start}").open("w"),
-            )
-        )
-    lines = [line for process in processes for line in process.communicate()[0].splitlines()]
-    for start, process in enumerate(processes):
-        assert process.returncode == 0, (folder / f"log{start}").read_text()[-3000:]
-    found = [json.loads(line) for line in lines if line.startswith("{")]
+
+    def share(number):
+        cells = folder / f"cells{number}"
+        cells.write_text(json.dumps([asdict(cell) for cell in wanted if names.index(cell.family) % 2 == number]))
+        return run_script("families.py", folder, cells)
+
+    with ThreadPoolExecutor() as both:
+        found = [result for results in both.map(share, (0, 1)) for result in results]
     return {Cell(**{field.name: result[field.name] for field in fields(Cell)}): result for result in found}
 
 

@@ -1,9 +1,6 @@
 """A model that computes something else is found out, by the name of the part that is wrong."""
 
-import json
 import re
-import subprocess
-import sys
 import weakref
 
 import faults
@@ -11,9 +8,8 @@ import pytest
 import tiny
 import torch
 from checkpoints import rewrite, write
-from cli import Cli, wait_for
+from cli import Cli, run_script, wait_for
 from families import IDS, group_quantize, load, plain, save_checkpoint
-from places import HELPERS
 
 from zi_experiments.config.schema import Quant
 from zi_experiments.measurement import reference as references
@@ -25,12 +21,7 @@ from zi_experiments.runtime import progress
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     """What verification said, by (engine, family, fault)."""
-    script = HELPERS / "faults.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path_factory.mktemp("faults"))], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
+    found = run_script("faults.py", tmp_path_factory.mktemp("faults"))
     return {(engine, family, fault): problem for engine, family, fault, problem in found}
 
 

@@ -79,6 +79,7 @@ class Whole:
     def __init__(self, plan: Plan, device: Any) -> None:
         from accelerate import cpu_offload
 
+        gc.freeze()  # `close` need not look through what is there already: all that was imported
         self._model = _plain(plan)
         if plan.run.quant.bits < 16:
             _quantize(self._model, plan.run.quant, device)
@@ -103,6 +104,7 @@ class Whole:
     def close(self) -> None:
         vars(self).clear()
         gc.collect()  # modules and their replaced forwards refer to each other, and would keep all weights
+        gc.unfreeze()
 
 
 def _plain(plan: Plan) -> Any:
