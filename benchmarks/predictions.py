@@ -8,16 +8,16 @@ import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from published import LIMITS, compose
+from published import LIMITS, compose, described
 
 from zi_experiments.config.schema import Calibration, Ceilings
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction, predict
-from zi_experiments.models import architecture
 from zi_experiments.planner import planning
 from zi_experiments.system.machines import Machine
 
@@ -51,7 +51,7 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Measured:
     """A run, and the machine that it was planned for."""
 
@@ -128,11 +128,12 @@ def machine_of(case: dict[str, Any]) -> Machine:
     )
 
 
+@cache
 def compare(measured: Measured) -> Compared:
     """The plan that the code makes of the command today, and its prediction."""
     typed = [each for each in shlex.split(measured.command)[3:] if not each.startswith(ELSEWHERE)]
     run = compose(tuple(typed))
-    plan = planning.build(run, architecture.load(run), measured.machine)
+    plan = planning.build(run, described(run), measured.machine)
     return Compared(measured=measured, plan=plan, prediction=predict(plan))
 
 
@@ -192,6 +193,7 @@ def _mostly(name: str | None) -> str:
     return {**LIMITS, "launch": "launches", "hbm": "memory"}[name]
 
 
+@cache
 def load() -> list[Measured]:
     """All runs in docs/results that are compared."""
     return [each for path in RESULTS for each in runs(json.loads(path.read_text(encoding="utf-8")))]

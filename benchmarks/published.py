@@ -12,7 +12,7 @@ import hydra
 from omegaconf import OmegaConf
 
 from zi_experiments.config import published, schema
-from zi_experiments.config.composition import from_choices, to_run
+from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import Hardware, Run
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
@@ -52,6 +52,8 @@ COLUMNS = (
     "of the bound",
     "limited by",
 )
+
+_DESCRIBED: dict[str, Architecture] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,17 +122,21 @@ def compose(overrides: tuple[str, ...]) -> Run:
         return to_run(hydra.compose("config", overrides=list(overrides)))
 
 
+@cache
 def plan_of(row: Row) -> Plan:
     """The plan of a row on the machine of its hardware file, whatever machine this is."""
     run = compose(row.overrides)
-    plan = planning.build(run, _described(run.model.name), described_machine(run.hardware))
+    plan = planning.build(run, described(run), described_machine(run.hardware))
     assert plan.run.workload.sequences == row.sequences
     return plan
 
 
-@cache
-def _described(model: str) -> Architecture:
-    return architecture.load(from_choices({"model": model}, {}))
+def described(run: Run) -> Architecture:
+    """The architecture of a run; each model is built once."""
+    key = repr((run.model, run.weights))
+    if key not in _DESCRIBED:
+        _DESCRIBED[key] = architecture.load(run)
+    return _DESCRIBED[key]
 
 
 def described_machine(hardware: Hardware) -> Machine:

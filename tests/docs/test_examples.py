@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import cli
 import pytest
 from omegaconf import OmegaConf
 from places import ROOT
@@ -22,14 +23,11 @@ def run(tmp_path_factory):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
 
     def run(*words, code=0):
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=folder,
-            env=kept | {"NETRC": str(folder / "netrc"), "COLUMNS": "200", "DS_ACCELERATOR": "cpu"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+        around = kept | {"NETRC": str(folder / "netrc"), "COLUMNS": "200", "DS_ACCELERATOR": "cpu"}
+        if words[0] == "-m":
+            done = cli.run(list(words), folder, around)
+        else:
+            done = subprocess.run([sys.executable, *words], cwd=folder, env=around, capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
