@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import hydra
+import hypothesis
 import pytest
 import torch
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -38,12 +39,22 @@ for number in (signal.SIGINT, signal.SIGHUP):
 
 TESTS = Path(__file__).parent
 LEFT_OUT = "takes long: make test-all"
-SLOWEST = ("test_sweep.py", "test_families.py", "test_documentation.py", "test_reliability.py", "test_verify.py")
+SLOWEST = (
+    *("test_reliability.py", "test_sweep.py", "test_documentation.py", "test_calibration.py", "test_families.py"),
+    *("test_run.py", "test_correctness.py", "test_malformed.py", "test_checkpoints.py", "test_report_page.py"),
+)
+EXAMPLES = {False: 150, True: 600}  # of a property, without and with --all
 
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also the tests marked `release`")
     parser.addoption("--update-golden", action="store_true", help="write pages and golden files anew")
+
+
+def pytest_configure(config):
+    is_all = config.getoption("--all")
+    hypothesis.settings.register_profile("tier", max_examples=EXAMPLES[is_all])
+    hypothesis.settings.load_profile("tier")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -25,9 +25,7 @@ def test_nothing_published_passes_its_bound(row):
     bound = published.bound_of(row, plan)
 
     assert row.value > 0
-    assert (bound is None) == (lower_bound(plan).unknown == ("disk_bytes_per_s",)), (
-        "which not all have published"
-    )
+    assert (bound is None) == (lower_bound(plan).unknown == ("disk_bytes_per_s",)), "which not all have published"
     assert bound is None or row.value <= bound
 
 

@@ -2,7 +2,7 @@
 
 Most commands, and the scripts among these helpers, are forked from a server that has imported torch, transformers and
 DeepSpeed, since that takes longer than the commands themselves: processes with signals, limits, variables and output of
-their own all the same. `execute`, and a `preexec_fn`, take the true command line.
+their own all the same. `execute` takes the true command line.
 """
 
 import atexit
@@ -10,6 +10,7 @@ import gc
 import json
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -34,6 +35,7 @@ IMPORTED = [
     "transformers.models.opt.modeling_opt",
     "transformers.models.llama.modeling_llama",
     "deepspeed",
+    "wandb",
 ]
 
 TINY = """
@@ -74,10 +76,10 @@ class Cli:
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "zi_experiments", *self.arguments(*arguments)]
 
-    def run(self, *arguments: str, preexec_fn=None, **variables: str) -> subprocess.CompletedProcess:
-        if preexec_fn is not None:
-            return self.execute(*arguments, preexec_fn=preexec_fn, **variables)
-        return run(["-m", "zi_experiments", *self.arguments(*arguments)], self.folder, self.environment(**variables))
+    def run(self, *arguments: str, data_bytes: int | None = None, **variables: str) -> subprocess.CompletedProcess:
+        """Run a forked command, which may have so much memory of its own (`ulimit -d`)."""
+        words = ["-m", "zi_experiments", *self.arguments(*arguments)]
+        return run(words, self.folder, self.environment(**variables), data_bytes)
 
     def execute(self, *arguments: str, preexec_fn=None, **variables: str) -> subprocess.CompletedProcess:
         """Run the true command line."""
@@ -122,10 +124,12 @@ class Cli:
         return [json.loads(path.read_text()) | {"folder": path.parent} for path in paths]
 
 
-def run(words: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+def run(
+    words: list[str], folder: Path, environment: dict[str, str], data_bytes: int | None = None
+) -> subprocess.CompletedProcess:
     """What follows `python` on a command line, forked, and what it has written once it has ended."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        code = Forked(words, folder, environment, out.fileno(), err.fileno()).wait()
+        code = Forked(words, folder, environment, out.fileno(), err.fileno(), data_bytes=data_bytes).wait()
         texts = []
         for file in (out, err):
             file.seek(0)
@@ -155,12 +159,13 @@ class Forked:
         out: int,
         err: int,
         start_new_session: bool = False,
+        data_bytes: int | None = None,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
         streams = _Streams(out, err)
         self._process = context.Process(
-            target=_enter, args=(words, str(folder), environment, streams, start_new_session)
+            target=_enter, args=(words, str(folder), environment, streams, start_new_session, data_bytes)
         )
         self._process.start()
         self.pid = self._process.pid
@@ -221,11 +226,18 @@ class _Streams:
 
 
 def _enter(
-    words: list[str], folder: str, environment: dict[str, str], streams: _Streams, start_new_session: bool
+    words: list[str],
+    folder: str,
+    environment: dict[str, str],
+    streams: _Streams,
+    start_new_session: bool,
+    data_bytes: int | None,
 ) -> None:
     """Be `python WORDS`, from its start to the end of the process."""
     if start_new_session:
         os.setsid()
+    if data_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, data_bytes))
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

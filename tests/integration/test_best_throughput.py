@@ -3,9 +3,8 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 
+import cli as command_line
 import pytest
 from cli import Cli
 from rich.console import Console
@@ -111,8 +110,7 @@ def test_each_candidate_is_shown_with_its_command_the_best_first(cli, searched):
 
 
 def test_the_command_of_a_candidate_runs_it_alone(cli, searched):
-    command = [sys.executable, *command_of(searched, "2")[1:], "plan_only=true"]
-    done = subprocess.run(command, cwd=cli.folder, env=cli.environment(), capture_output=True, text=True)
+    done = command_line.run([*command_of(searched, "2")[1:], "plan_only=true"], cli.folder, cli.environment())
     second = min(records(cli), key=lambda result: result["metrics"]["total_tok_per_s"])
 
     assert done.returncode == 0, done.stdout + done.stderr

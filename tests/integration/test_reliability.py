@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -222,7 +221,7 @@ def wait_until(true, timeout_s=180):
 
 def test_a_worker_hangs(cli, conclude):
     """One rank stands still, so the other waits for it: where, is in the record."""
-    settings = ("model=deep", "quant=fp16", "workload.repeats=500", "hardware.num_gpus=2", "launch.timeout_s=30")
+    settings = ("model=deep", "quant=fp16", "workload.repeats=500", "hardware.num_gpus=2", "launch.timeout_s=15")
     process = cli.start(*settings, "tracking=none")
     wait_for(process, "measure:")
     wait_until(lambda: len(workers(process)) == 2)
@@ -278,10 +277,7 @@ def test_a_cpp_operator_aborts(cli, conclude):
 
 
 def test_a_limit_on_memory(cli, conclude):
-    def little_memory():
-        resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
-
-    done = cli.run("model=opt-1.3b", "quant=fp16", "tracking=none", preexec_fn=little_memory)
+    done = cli.run("model=opt-1.3b", "quant=fp16", "tracking=none", data_bytes=2 << 30)
 
     assert done.returncode == 1
     result = conclude("a limit on memory (`ulimit -d`)", done.stdout, left=cli.left())
@@ -316,7 +312,7 @@ def test_the_kernel_kills_a_worker_for_memory(cli, conclude, memory_cgroup):
         memory_cgroup.write_text(str(os.getpid()))
 
     # the plan is told of more than there is
-    done = cli.run("model=opt-1.3b", *STREAM, "tracking=none", "hardware.host_memory_gib=8", preexec_fn=join)
+    done = cli.execute("model=opt-1.3b", *STREAM, "tracking=none", "hardware.host_memory_gib=8", preexec_fn=join)
 
     assert done.returncode == 1, done.stdout + done.stderr
     result = conclude("out of memory: the kernel kills a worker", done.stdout, left=cli.left())

@@ -1,8 +1,9 @@
 """A sweep ends with the command that makes its report."""
 
+import os
 import shlex
-import subprocess
-import sys
+
+import cli
 
 
 def test_the_last_line_of_a_sweep_makes_its_report(tmp_path):
@@ -23,4 +24,4 @@ def test_the_last_line_of_a_sweep_makes_its_report(tmp_path):
 
 
 def run(folder, module, *arguments):
-    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=folder, capture_output=True, text=True)
+    return cli.run(["-m", module, *arguments], folder, dict(os.environ))

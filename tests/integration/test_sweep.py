@@ -69,7 +69,7 @@ FAULTS = {
     "groups": (1, {"quant": {"bits": 4, "group_size": 48, "group_dim": 1}}, None, None, "refused"),
     "sigkill": (3, LONG, "measure:", signalled(signal.SIGKILL), "killed"),
     "abort": (4, LONG, "measure:", signalled(signal.SIGABRT), "error"),
-    "hang": (6, LONG | {"launch": {"timeout_s": 30}}, "measure:", signalled(signal.SIGSTOP), "killed"),
+    "hang": (6, LONG | {"launch": {"timeout_s": 15}}, "measure:", signalled(signal.SIGSTOP), "killed"),
     "python": (8, LONG | {"offload": {"device": "nvme"}}, "measure:", cut_off, "error"),
     "memory": (
         10,
@@ -145,7 +145,7 @@ def test_sixteen_runs_with_eight_failures(cli, page, small_disk):
     )
 
     (small_disk / "somebody-else").unlink()
-    done = cli.run("-m", *QUICK, experiments, preexec_fn=limited)
+    done = cli.run("-m", *QUICK, experiments, data_bytes=3 << 30)
     assert done.returncode == 1
     again = by_number(cli)
     kept = [number for number in range(RUNS) if again[number]["run"]["id"] == results[number]["run"]["id"]]

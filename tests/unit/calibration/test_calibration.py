@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import harmonic_mean
 
+import cli
 import psutil
 import pytest
 import torch
-from cli import Cli, wait_for
 from places import HELPERS
 
 from zi_experiments.calibration import cache, export, launch_overhead, suite
@@ -139,7 +139,7 @@ def test_a_ceiling_is_the_best_of_several_moments(cached, auto, here):
 
 def test_a_bound_that_a_run_passes_is_measured_again(done, tmp_path):
     """The rates are those of a machine that was measured beside very much else."""
-    cli = Cli(tmp_path)
+    command_line = cli.Cli(tmp_path)
     folder = tmp_path / "cache" / "zi_experiments" / "hardware"
     shutil.copytree(done[0] / "cache", tmp_path / "cache")
     [path] = folder.iterdir()
@@ -148,7 +148,7 @@ def test_a_bound_that_a_run_passes_is_measured_again(done, tmp_path):
     launches = {"layer_s": 1e-4, "step_s": 1e-3}  # of which a busy machine has none
     changed(path, hbm_bytes_per_s=1e6, flops=1e6, gemm_flops=products, moments=slow, **launches)
 
-    ran = cli.run(
+    ran = command_line.run(
         "hardware=cpu",
         "engine=stream",
         "offload=cpu",
@@ -158,7 +158,7 @@ def test_a_bound_that_a_run_passes_is_measured_again(done, tmp_path):
     )
 
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    [record] = cli.results()
+    [record] = command_line.results()
     assert set(record["bound_passed"]) == {"prefill", "decode"}
     assert min(record["bound_passed"].values()) > 10
     assert "measuring this machine again" in ran.stdout
@@ -351,7 +351,7 @@ def test_two_at_once_measure_once(elsewhere, on_disk):
     code = ASK.format(tests=str(HELPERS), folder=str(on_disk.folder))
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for process in both:
-        wait_for(process, "another process measures this machine: waiting")
+        cli.wait_for(process, "another process measures this machine: waiting")
     lock.release()
     said = [process.communicate()[0].splitlines() for process in both]
 
@@ -427,7 +427,7 @@ def test_no_measurement_outlives_its_launcher(tmp_path):
 
 def plan(folder, name, *overrides):
     typed = ["--config-dir", str(folder), f"hardware={name}", "plan_only=true", *overrides]
-    return subprocess.run([sys.executable, "-m", "zi_experiments", *typed], capture_output=True, text=True)
+    return cli.run(["-m", "zi_experiments", *typed], folder, dict(os.environ))
 
 
 def test_what_the_command_writes_is_a_choice(done):
@@ -449,11 +449,8 @@ def test_a_gpu_s_file_plans_where_there_is_none(cached, auto, here, machine, tmp
 
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "float16 on cuda" in ran.stdout
-    shown = subprocess.run(
-        [sys.executable, "-m", "zi_experiments", "--config-dir", str(tmp_path), "hardware=big", "--cfg", "job"],
-        capture_output=True,
-        text=True,
-    ).stdout
+    typed = ["--config-dir", str(tmp_path), "hardware=big", "--cfg", "job"]
+    shown = cli.run(["-m", "zi_experiments", *typed], tmp_path, dict(os.environ)).stdout
     assert "gpu: NVIDIA H200" in shown
     assert "memory_gib: 139.6" in shown
     assert "link_back_bytes_per_s: 54320000000.0" in shown
@@ -494,10 +491,10 @@ def test_only_its_own_files_are_written_again(cached, auto, here, tmp_path):
         (["--name", "cpu"], "cpu.yaml exists already"),
     ],
 )
-def test_bad_arguments_get_one_line(arguments, said):
+def test_bad_arguments_get_one_line(arguments, said, tmp_path):
     typed, variables = command(*arguments)
 
-    ran = subprocess.run(typed, env=variables, capture_output=True, text=True)
+    ran = cli.run(typed[1:], tmp_path, variables)
 
     assert ran.returncode == 1
     assert ran.stderr.startswith("refused: ")

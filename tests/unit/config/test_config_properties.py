@@ -26,7 +26,7 @@ from zi_experiments.planner import planning
 from zi_experiments.results.record import describe_plan
 
 DEFAULTS = ("offload=nvme", "engine=stream")  # with which most settings have a meaning
-many = settings(max_examples=600, deadline=None, derandomize=True)
+many = settings(deadline=None, derandomize=True)  # as many as conftest.py says
 some = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -297,7 +297,7 @@ def machine_of(machine, name, changes):
     return machine(name, **changes)
 
 
-@settings(many, max_examples=500)
+@many
 @given(st.sampled_from(FAMILIES), plannable(), st.sampled_from(("h200", "cpu")), machines)
 def test_a_plan_adds_up_or_is_refused_in_one_line(choose, machine, family, wanted, device, changes):
     choices, overrides = wanted

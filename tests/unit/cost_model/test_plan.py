@@ -1,11 +1,11 @@
 import re
 from dataclasses import replace
-from itertools import product
 from math import ceil
 
 import pytest
 import tiny
 import torch
+from crossed import crossed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from zi_experiments.config.schema import Ceilings, ConfigError
@@ -124,9 +124,10 @@ def test_keys_and_values_at_full_length(make_plan):
 # --- where it is stored ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("offload", "quant", "profile"), list(product(OFFLOADS, QUANTS, PROFILES)))
-@pytest.mark.parametrize("model", ["opt-125m", "opt-13b", "bloom-176b", "mixtral-8x7b"])
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize(
+    ("model", "offload", "quant", "profile", "ranks"),
+    crossed(("opt-125m", "opt-13b", "bloom-176b", "mixtral-8x7b"), OFFLOADS, QUANTS, PROFILES, (1, 4)),
+)
 def test_placement_sums_to_the_weights(plan_of, machine, model, offload, quant, profile, ranks):
     plan = plan_of(model, offload, quant, profile, ranks=ranks, on=machine(**BIG))
     place = plan.placement
@@ -205,9 +206,10 @@ def test_a_tied_head_takes_no_room_on_disk(plan_of):
 # --- buffers and layers ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("quant", "profile"), list(product(QUANTS, PROFILES)))
-@pytest.mark.parametrize("model", ["opt-125m", "opt-175b", "bloom-176b", "qwen3-235b-a22b"])
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize(
+    ("model", "quant", "profile", "ranks"),
+    crossed(("opt-125m", "opt-175b", "bloom-176b", "qwen3-235b-a22b"), QUANTS, PROFILES, (1, 4)),
+)
 def test_every_partition_on_disk_fits_into_a_buffer(plan_of, machine, model, quant, profile, ranks):
     plan = plan_of(model, "nvme", quant, profile, ranks=ranks, on=machine(**BIG))
 

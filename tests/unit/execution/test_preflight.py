@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import cli
 import pytest
 from torch.utils import cpp_extension
 
@@ -228,7 +229,7 @@ def test_requests_are_those_that_deepspeed_takes_from_the_kernel(make_plan, mach
     # with another ninja in PATH everything would be compiled again
     variables = dict(os.environ) | environment.worker_environment(cuda=False)
 
-    done = subprocess.run([sys.executable, "-c", COUNT, configs], env=variables, capture_output=True, text=True)
+    done = cli.run(["-c", COUNT, configs], tmp_path, variables)
 
     assert done.returncode == 0, done.stderr
     counted = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("takes ")]

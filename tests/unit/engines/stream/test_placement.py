@@ -4,6 +4,7 @@ from itertools import pairwise, product
 from math import ceil
 
 import pytest
+from crossed import crossed
 
 from zi_experiments.config.schema import ConfigError, Quant, Verify
 from zi_experiments.cost_model import memory_fit
@@ -77,7 +78,7 @@ def units(plan, parameters):
     return list(sizes.values())
 
 
-@pytest.mark.parametrize(("model", "quant", "resident"), product(MODELS, QUANTS, SHARES))
+@pytest.mark.parametrize(("model", "quant", "resident"), crossed(MODELS, QUANTS, SHARES))
 def test_what_is_streamed_is_enough_and_even(plan_stream, model, quant, resident):
     plan = plan_stream(model, quant, resident=resident, batch_size=64)  # so many that all experts are needed
     layers, placed = layers_of(plan), placement.place(plan)
@@ -103,8 +104,9 @@ def test_what_is_streamed_is_enough_and_even(plan_stream, model, quant, resident
     assert (sent == total) == (resident == 0)
 
 
-@pytest.mark.parametrize(("model", "quant", "resident"), product(MODELS, ("fp16", "int4"), (0.5, "auto")))
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize(
+    ("model", "quant", "resident", "ranks"), crossed(MODELS, ("fp16", "int4"), (0.5, "auto"), (1, 4))
+)
 def test_every_parameter_is_in_one_slab_where_kernels_and_disks_want_it(plan_stream, model, quant, resident, ranks):
     gpu_gib = 24 if resident == "auto" else 1000
     plan = plan_stream(model, quant, resident=resident, ranks=ranks, gpu_gib=gpu_gib, batch_size=4, prompt_len=32)
@@ -181,7 +183,7 @@ def gpu_bytes(plan):
     return resident + slots + plan.storage.cached_bytes + 2 * expanded + 2 * outside + kv // plan.run.hardware.num_gpus
 
 
-@pytest.mark.parametrize(("model", "quant", "work"), product(MODELS, QUANTS, (SMALL, LARGE, SPLIT)), ids=str)
+@pytest.mark.parametrize(("model", "quant", "work"), crossed(MODELS, QUANTS, (SMALL, LARGE, SPLIT)), ids=str)
 def test_auto_fills_the_gpu_and_leaves_room_for_what_computes(plan_stream, model, quant, work):
     streamed = []
     for gpu_gib in CARDS_GIB:
