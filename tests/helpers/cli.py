@@ -35,7 +35,6 @@ IMPORTED = [
     "transformers.models.opt.modeling_opt",
     "transformers.models.llama.modeling_llama",
     "deepspeed",
-    "wandb",
 ]
 
 TINY = """

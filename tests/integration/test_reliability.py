@@ -26,6 +26,7 @@ from zi_experiments import environment
 
 STREAM = ("engine=stream", "quant=fp16")
 LONG = (*STREAM, "model=deep", "workload.repeats=500", "verify=off", "tracking=none")
+SIX_LAYERS = ("model=deep", "model.architecture.num_hidden_layers=6")
 MORE = {"verify": ["verify=on"], "warm-up": ["workload.warmup=500"]}  # that a phase takes some seconds
 
 
@@ -221,7 +222,7 @@ def wait_until(true, timeout_s=180):
 
 def test_a_worker_hangs(cli, conclude):
     """One rank stands still, so the other waits for it: where, is in the record."""
-    settings = ("model=deep", "quant=fp16", "workload.repeats=500", "hardware.num_gpus=2", "launch.timeout_s=15")
+    settings = (*SIX_LAYERS, "quant=fp16", "workload.repeats=1000", "hardware.num_gpus=2", "launch.timeout_s=15")
     process = cli.start(*settings, "tracking=none")
     wait_for(process, "measure:")
     wait_until(lambda: len(workers(process)) == 2)
@@ -261,7 +262,7 @@ def test_a_process_that_was_stopped_and_continued_does_not_hang():
 
 def test_a_cpp_operator_aborts(cli, conclude):
     """DeepSpeed's asynchronous I/O ends the process when a file is shorter than what it should read."""
-    process = cli.start("model=deep", "quant=fp16", "offload=nvme", "workload.repeats=500", "tracking=none")
+    process = cli.start(*SIX_LAYERS, "quant=fp16", "offload=nvme", "workload.repeats=1000", "tracking=none")
     wait_for(process, "measure:")
     for path in list(cli.folder.rglob("*.swp")):
         with suppress(FileNotFoundError):  # once the first has done it, the run removes the others
@@ -454,14 +455,14 @@ def test_a_port_is_taken(cli, page):
 def test_two_runs_at_once(cli, page):
     """On one disk path, with one home: neither notices."""
     settings = (
-        "model=deep",
+        *SIX_LAYERS,
         "quant=fp16",
         "offload=nvme",
         f"offload.path={cli.folder / 'disk'}",
         "verify=off",
         "tracking=none",
     )
-    first = cli.start(*settings, "workload.repeats=5")
+    first = cli.start(*settings, "workload.repeats=20")
     wait_for(first, "measure:")
     second = cli.run(*settings)
     output = end(first)

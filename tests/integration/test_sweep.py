@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import time
 from collections import Counter
@@ -31,7 +32,7 @@ architecture:
   max_position_embeddings: 128
 """
 QUICK = ("model=small", "engine=stream", "quant=fp16", "tracking=none", "verify=off")
-LONG = {"workload": {"repeats": 500}}  # some seconds, in which something may happen
+LONG = {"workload": {"repeats": 150}}  # a second or two, in which something may happen
 
 
 @pytest.fixture
@@ -122,6 +123,8 @@ def run_with_faults(cli, *arguments):
 
 @pytest.mark.timeout(1800)  # five minutes where nothing else runs
 def test_sixteen_runs_with_eight_failures(cli, page, small_disk):
+    with (small_disk / "ballast").open("wb") as file:  # so that the rest is filled before the run has come to write
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free - (16 << 20))
     experiments = write_experiments(cli)
     code, output = run_with_faults(cli, "-m", *QUICK, experiments)
 
