@@ -51,6 +51,11 @@ def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write pages and golden files anew")
 
 
+def pytest_xdist_auto_num_workers():
+    """One process more than there are cores: tests of whole commands wait for much of their time."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_configure(config):
     is_all = config.getoption("--all")
     hypothesis.settings.register_profile("tier", max_examples=EXAMPLES[is_all])

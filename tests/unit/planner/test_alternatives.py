@@ -37,18 +37,10 @@ def validated(make):
     return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def raw(compose):
-    """`raw(*overrides)` → the run, which may not go together; each composed once."""
-    known = {}
-
-    def raw(*overrides):
-        if overrides not in known:
-            cfg = compose(*overrides)
-            known[overrides] = OmegaConf.to_object(cfg)
-        return deepcopy(known[overrides])
-
-    return raw
+    """`raw(*overrides)` → the run, which may not go together."""
+    return lambda *overrides: OmegaConf.to_object(compose(*overrides))
 
 
 @pytest.mark.parametrize(("group", "before", "after", "settings"), CASES, ids=str)
