@@ -94,12 +94,8 @@ class Cli:
 
     def start(self, *arguments: str, start_new_session=False, **variables: str) -> "Forked":
         """A command under way, whose stderr is its stdout."""
-        reader, writer = os.pipe()
         words = ["-m", "zi_experiments", *self.arguments(*arguments)]
-        forked = Forked(words, self.folder, self.environment(**variables), writer, writer, start_new_session)
-        os.close(writer)
-        forked.stdout = os.fdopen(reader, encoding="utf-8")
-        return forked
+        return start(words, self.folder, self.environment(**variables), start_new_session)
 
     def start_executed(
         self, *arguments: str, preexec_fn=None, start_new_session=False, **variables: str
@@ -134,6 +130,15 @@ def run(
             file.seek(0)
             texts.append(file.read().decode())
     return subprocess.CompletedProcess(["python", *words], code, *texts)
+
+
+def start(words: list[str], folder: Path, environment: dict[str, str], start_new_session: bool = False) -> "Forked":
+    """The same under way, whose stderr is its stdout."""
+    reader, writer = os.pipe()
+    forked = Forked(words, folder, environment, writer, writer, start_new_session)
+    os.close(writer)
+    forked.stdout = os.fdopen(reader, encoding="utf-8")
+    return forked
 
 
 def run_script(name: str, *arguments: object) -> list:

@@ -349,7 +349,7 @@ def test_two_at_once_measure_once(elsewhere, on_disk):
     lock = FolderLock(cache.folder())
     assert lock.acquire()
     code = ASK.format(tests=str(HELPERS), folder=str(on_disk.folder))
-    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [cli.start(["-c", code], on_disk.folder, dict(os.environ)) for _ in range(2)]
     for process in both:
         cli.wait_for(process, "another process measures this machine: waiting")
     lock.release()
@@ -399,11 +399,11 @@ def interrupted(tmp_path, number):
     typed, variables = command(
         "--output", tmp_path / "hardware" / "x.yaml", XDG_CACHE_HOME=tmp_path / "cache", TMPDIR=tmp_path
     )
-    launcher = subprocess.Popen(typed, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    launcher = cli.start(typed[1:], tmp_path, variables)
     child = begun(launcher.pid)
     launcher.send_signal(number)
-    said = launcher.communicate()
-    return launcher.returncode, "".join(said), child
+    said, _ = launcher.communicate()
+    return launcher.returncode, said, child
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
