@@ -73,7 +73,7 @@ def test_a_limit_on_the_size_of_files_ends_the_run(cli):
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    done = cli.run(
+    done = cli.execute(
         "offload=nvme",
         f"offload.path={disk}",
         "quant=fp16",
@@ -116,7 +116,7 @@ def test_a_limit_on_the_size_of_files_ends_a_streamed_run(cli):
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (8 * MIB, 8 * MIB))
 
-    done = cli.run(
+    done = cli.execute(
         *("engine=stream", "offload=nvme", f"offload.path={disk}", "quant=fp16", "tracking=none"), preexec_fn=limited
     )
 
