@@ -96,20 +96,6 @@ def composed(compose):
     return compose(*DEFAULTS)
 
 
-@pytest.fixture(scope="module")
-def choose(compose):
-    """`choose({group: choice})` → the defaults with these choices, much faster than composed."""
-    defaults, node = compose(), cache(lambda group, choice: compose(f"{group}={choice}")[group])
-
-    def choose(choices):
-        cfg = deepcopy(defaults)
-        for group, choice in choices.items():
-            cfg[group] = node(group, choice)
-        return cfg
-
-    return choose
-
-
 def asked(composed, overrides):
     """A configuration with values laid over it; None where the schema itself refuses one, before the door."""
     cfg = deepcopy(composed)
@@ -299,9 +285,9 @@ def machine_of(machine, name, changes):
 
 @many
 @given(st.sampled_from(FAMILIES), plannable(), st.sampled_from(("h200", "cpu")), machines)
-def test_a_plan_adds_up_or_is_refused_in_one_line(choose, machine, family, wanted, device, changes):
+def test_a_plan_adds_up_or_is_refused_in_one_line(compose, machine, family, wanted, device, changes):
     choices, overrides = wanted
-    cfg = asked(choose(choices), overrides)
+    cfg = asked(compose(*map("=".join, choices.items())), overrides)
     try:
         run = to_run(cfg)
         plan = planning.build(run, describe_tiny(family), machine_of(machine, device, changes))

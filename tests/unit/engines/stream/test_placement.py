@@ -6,14 +6,13 @@ from math import ceil
 import pytest
 from crossed import crossed
 
-from zi_experiments.config.schema import ConfigError, Quant, Verify
+from zi_experiments.config.schema import ConfigError, Quant
 from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.spec import VERIFIED_SEQUENCES, VERIFIED_TOKENS
 from zi_experiments.engines.stream import placement
 from zi_experiments.engines.stream.slab import ALIGNMENT, PAGE, lay_out
 from zi_experiments.measurement.verification import GEN_LEN, PROMPT_LEN, SEQUENCES
 from zi_experiments.models.architecture import Parameter
-from zi_experiments.planner import planning
 
 GIB = 1 << 30
 MODELS = ("opt-125m", "opt-30b", "bloom-7b1", "mixtral-8x7b", "llama-3.1-70b", "qwen3-30b-a3b")
@@ -22,7 +21,7 @@ SHARES = (0, 0.3, 0.5, 0.75, 1)
 
 
 @pytest.fixture(scope="session")
-def plan_stream(compose_run, describe, machine):
+def plan_stream(make_plan, machine):
     """`plan_stream(model, quant, offload, resident, ranks, gpu_gib, **workload)` → the plan of engine=stream."""
 
     def plan_stream(
@@ -35,18 +34,15 @@ def plan_stream(compose_run, describe, machine):
         gpu_gib=1000,
         host_gib=4000,
         kv_cache="gpu",
-        verify="on",
-        **work,
+        **settings,
     ):
-        run = compose_run(f"model={model}", "workload=zero-inference", "engine=stream", f"hardware.num_gpus={ranks}")
-        run.offload = compose_run(f"offload={offload}").offload
-        run.quant = compose_run(f"quant={quant}").quant
-        run.kv_cache = compose_run(f"kv_cache={kv_cache}").kv_cache
-        run.offload.resident, run.verify = resident, Verify(verify)
-        for name, value in work.items():
-            setattr(run.workload, name, value)
+        choices = (f"model={model}", f"quant={quant}", f"offload={offload}", f"kv_cache={kv_cache}", "engine=stream")
+        settings = {"hardware.num_gpus": ranks, "offload.resident": resident} | {
+            name if name == "verify" else f"workload.{name}": value for name, value in settings.items()
+        }
         on = machine(gpu_memory_bytes=int(gpu_gib * GIB), host_memory_bytes=int(host_gib * GIB))
-        return planning.build(run, describe(run), on)
+        typed = (f"{name}={value}" for name, value in settings.items())
+        return make_plan("workload=zero-inference", *choices, *typed, on=on)
 
     return plan_stream
 
