@@ -86,7 +86,7 @@ def remove_abandoned(*bases: Path) -> list[Path]:
     """
     there = [path for base in bases if base.is_dir() for path in sorted(base.glob("zi-*"))]
     removed = []
-    for path in dict.fromkeys([*there, *(link.readlink() for link in _links().glob("*"))]):
+    for path in dict.fromkeys([*there, *_linked()]):
         if _NAME.fullmatch(path.name) and _is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
             removed.append(path)
@@ -103,6 +103,12 @@ def is_held(path: Path) -> bool:
 def _links() -> Path:
     # by host name: machines may share a home, but not their disks
     return environment.cache_folder() / "scratch" / platform.node()
+
+
+def _linked() -> Iterator[Path]:
+    for link in _links().glob("*"):
+        with suppress(OSError):  # another run has just removed it
+            yield link.readlink()
 
 
 def _link(path: Path) -> Path:
