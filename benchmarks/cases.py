@@ -189,7 +189,7 @@ CASES = (
         targets=PLACED_TARGETS,
     ),
     *(
-        case("experts", name, what, STREAM, *SHORT_PROMPT, *more, targets=targets)
+        case(f"experts-{name}", "stream", what, STREAM, *SHORT_PROMPT, *more, targets=targets)
         for name, what, more, targets in (
             ("mixtral-1", "mixtral-8x7b cpu int4", (ONE,), (of_routed(0.85), of_whole_layers(3.5), tok_per_s(7.4))),
             ("mixtral-8", "mixtral-8x7b cpu int4", ("workload.batch_size=8",), (of_whole_layers(0.97),)),
