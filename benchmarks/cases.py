@@ -209,15 +209,10 @@ CASES = (
     ),
     *(
         case(
-            "one-sequence",
-            name,
-            f"{name} none int4",
-            STREAM,
-            *SHORT_PROMPT,
-            ONE,
-            targets=(times("before", 2.0, BEFORE[name]),),
+            *(f"one-{name}", "stream", f"{name} none int4", STREAM, *SHORT_PROMPT, ONE),
+            targets=(times("before", 2.0, before),),
         )
-        for name in BEFORE
+        for name, before in BEFORE.items()
     ),
     # verification has made four passes before the first that is measured, so that nothing is left to warm up
     case("opt-6.7b-nvme", "stream", "opt-6.7b nvme fp16", STREAM, *workload(4, 2, 0), targets=(of_disk(0.95),)),
