@@ -95,9 +95,14 @@ def steps_in_place(spec: Spec, placed: Sequence[LayerPlacement]) -> bool:
     return is_routed(spec, placed) or not any(layer.streamed.nbytes for layer in placed)
 
 
-def _is_recorded(spec: Spec) -> bool:
-    """Return whether a decode step's operations are the same for every token, as far as the architecture tells."""
+def _is_recorded(spec: Spec, is_routed: bool) -> bool:
+    """Return whether a decode step's operations are the same for every token, as far as the architecture tells.
+
+    Those of experts may depend on the router's choice, unless this engine computes them itself.
+    """
     work, arch = spec.run.workload, spec.architecture
+    if arch.is_routed and not is_routed:
+        return False
     grows = (
         bool(arch.kv_layers) and all(layer.max_tokens is None for layer in arch.kv_layers) and not arch.has_own_cache
     )
@@ -137,7 +142,7 @@ def storage(spec: Spec) -> Storage:
         streamed_bytes_per_step=routing.copied_per_step(spec, streamed, expert_slots(spec, placed)) if routed else None,
         routes=is_routed(spec, placed),
         packed_tokens=PACKED_TOKENS if on_gpu and steps_in_place(spec, placed) and spec.run.quant.bits < 16 else 0,
-        recorded=on_gpu and steps_in_place(spec, placed) and _is_recorded(spec),
+        recorded=on_gpu and steps_in_place(spec, placed) and _is_recorded(spec, is_routed(spec, placed)),
         host_buffer_bytes=BUFFERS * largest + (0 if on_gpu else ranks * expanded),
         gpu_buffer_bytes=_buffer_bytes(spec, placed) if on_gpu else 0,
         cached_bytes=expert_slots(spec, placed) * routing.slot_bytes(streamed),

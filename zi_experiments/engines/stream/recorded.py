@@ -5,6 +5,7 @@ is launching. Its operations are the same for every token if the KV cache has a 
 What depends on the router's choice cannot be recorded: a graph ends at each module of routed experts.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -46,6 +47,7 @@ class RecordedSteps:
         self._forward = model.forward
         self._seen: tuple[int, ...] | None = None  # sequences and room of the last step
         self._step: _Step | None = None  # recorded for them
+        self._is_recordable = True
 
         @wraps(self._forward)  # `generate` looks at the signature
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +63,9 @@ class RecordedSteps:
         if key != self._seen:  # this step compiles kernels, and allocates what libraries keep
             self._seen, self._step = key, None
             return self._forward(**kwargs)
-        step = self._step = self._step or self._record(ids, "position_ids" in kwargs)
+        step = self._step = self._step or self._recorded(ids, "position_ids" in kwargs)
+        if step is None:
+            return self._forward(**kwargs)
         step.ids.copy_(ids)
         step.position.fill_(self._cache.get_seq_length())
         step.graphs.run()
@@ -70,10 +74,24 @@ class RecordedSteps:
 
     def _is_step(self, kwargs: dict[str, Any]) -> bool:
         ids = kwargs.get("input_ids")
-        if ids is None or ids.shape[1] != 1 or kwargs.get("past_key_values") is not self._cache:
+        if (
+            not self._is_recordable
+            or ids is None
+            or ids.shape[1] != 1
+            or kwargs.get("past_key_values") is not self._cache
+        ):
             return False
         used = {name for name, value in kwargs.items() if value is not None}
         return used <= GIVEN and self._cache.has_room()
+
+    def _recorded(self, ids: torch.Tensor, takes_positions: bool) -> "_Step | None":
+        """Return the recorded step; None for a model with operations that cannot be recorded: no step is from then on."""
+        try:
+            return self._record(ids, takes_positions)
+        except Exception as error:  # of any operation of any model
+            logging.getLogger(__name__).warning("decode steps are not recorded: %s", error)
+            self._is_recordable = False
+            return None
 
     def _record(self, ids: torch.Tensor, takes_positions: bool) -> "_Step":
         """Return a step with its own inputs and outputs, recorded without being computed."""

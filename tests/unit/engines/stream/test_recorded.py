@@ -65,6 +65,22 @@ def test_recorded_steps_give_the_tokens_of_usual_ones(family):
     assert OneByOne.recorded == before + 1, "once for all passes"
 
 
+class Refusing(OneByOne):
+    def record(self, forward):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_model_whose_steps_cannot_be_recorded_computes_as_usual(caplog):
+    model = tiny.model("llama")
+    cache = DeviceCache(model.config, 20, 3)
+    expected = generate(model, tiny.prompts(3, 9), None)[0]
+    RecordedSteps(model, cache, [], Refusing)
+    for _ in range(2):
+        cache.reset()
+        assert torch.equal(generate(model, tiny.prompts(3, 9), cache)[0], expected)
+    assert caplog.text.count("decode steps are not recorded: operation not permitted") == 1
+
+
 def test_other_sequences_are_another_step():
     model = tiny.model("llama")
     cache = DeviceCache(model.config, 20, 3)
