@@ -71,6 +71,7 @@ class Storage:
     pinnable: bool = True  # True if the engine can keep weights in pinned host memory
     pins_by_default: bool = True  # True if it pins them when `offload.pin_memory` is null
     locked_bytes: int = 0  # part of the host buffers that the process itself locks in memory
+    notes: tuple[str, ...] = ()  # on how the engine runs the model
     overlap: Overlap
 
 
@@ -85,6 +86,11 @@ class Plan(Spec):  # a subclass: everything known before the engine places the w
     def weight_bytes(self) -> int:
         """All weights as the engine stores them, each counted once."""
         return self.placement.total_bytes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is done differently from the model's configuration, and how the engine runs the model."""
+        return self.architecture.notes + self.storage.notes
 
     @property
     def placement(self) -> Placement:

@@ -104,7 +104,7 @@ def describe_plan(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "num_parameters": arch.num_parameters,
         "num_layers": arch.num_layers,
         "layer_class": ", ".join(arch.layer_classes),
-        "notes": list(arch.notes),
+        "notes": list(plan.notes),
         "quantized_fraction": plan.quantized_fraction,
         "packed_fraction": plan.packed_fraction,
         "bits_per_weight": plan.bits_per_weight,

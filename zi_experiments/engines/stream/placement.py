@@ -110,6 +110,18 @@ def _is_recorded(spec: Spec, is_routed: bool) -> bool:
     return grows and in_place and work.sequences * (work.prompt_len + work.gen_len) <= MOST_RECORDED
 
 
+def _notes(spec: Spec, placed: Sequence[LayerPlacement]) -> Iterator[str]:
+    """Yield what a decode step brings of a mixture of experts."""
+    if not spec.architecture.is_routed or spec.run.offload.device is OffloadDevice.none:
+        return
+    if is_routed(spec, placed):
+        needed = spec.distinct_experts(spec.run.workload.batch_size)
+        yield f"a decode step brings about {needed:.0f} of {spec.experts} experts of a layer: those that tokens are routed to"
+    else:
+        why = routing.obstacle(spec) or "the other weights do not fit on the GPU"
+        yield f"a decode step brings all experts of a layer: {why}"
+
+
 def expert_slots(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
     """Return how many experts have a place on the GPU, copied there when they are needed; 0: none is copied alone."""
     if spec.machine.device == "cpu" or not is_routed(spec, placed):
@@ -147,6 +159,7 @@ def storage(spec: Spec) -> Storage:
         gpu_buffer_bytes=_buffer_bytes(spec, placed) if on_gpu else 0,
         cached_bytes=expert_slots(spec, placed) * routing.slot_bytes(streamed),
         parked_bytes=_parked_bytes(spec, placed),
+        notes=tuple(_notes(spec, placed)),
         overlap=OVERLAP,
     )
 

@@ -11,12 +11,24 @@ COPIED_TOGETHER = 64 << 20  # bytes that are worth waiting for: fewer take less 
 WORTHWHILE = 0.85  # share of a layer's experts above which whole layers, copied ahead of the compute, are faster
 
 
-def pays(spec: Spec) -> bool:
-    """Return whether decode steps are faster if they bring routed experts only: these are few, and one process has them."""
+def obstacle(spec: Spec) -> str | None:
+    """Return why decode steps bring all experts, in words; None if they are faster with routed experts only."""
     run = spec.run
-    if run.hardware.num_gpus > 1 or run.offload.device is OffloadDevice.nvme or not spec.experts:
-        return False
-    return spec.distinct_experts(run.workload.batch_size) <= WORTHWHILE * spec.experts
+    if not spec.experts:
+        return "transformers computes this model's experts without its interface for them"
+    if run.hardware.num_gpus > 1:
+        return "experts are brought one by one with one GPU only"
+    if run.offload.device is OffloadDevice.nvme:
+        return "experts are brought one by one from host memory only"
+    needed = spec.distinct_experts(run.workload.batch_size)
+    if needed > WORTHWHILE * spec.experts:
+        return f"{run.workload.batch_size} sequences need about {needed:.0f} of {spec.experts}"
+    return None
+
+
+def pays(spec: Spec) -> bool:
+    """Return whether decode steps are faster if they bring routed experts only."""
+    return obstacle(spec) is None
 
 
 def most_tokens(spec: Spec) -> int:

@@ -146,7 +146,7 @@ def show_plan(name: str, plan: Plan, prediction: Prediction, console: Console) -
         lines.say(f"a decode step takes at least {least}, limited by {LIMITS[bound.limited_by]}{predicted}", console)
     elif why := explanation.unknown(plan):
         lines.say(why, console)
-    for note in arch.notes:
+    for note in plan.notes:
         lines.say("", console, head=f"note: {note}", style="yellow")
 
 

@@ -307,3 +307,25 @@ def test_a_setting_of_deepspeeds_disk_is_refused(make_plan, key):
     advice = rf"pass offload\.aio\.{key}=null, or engine=deepspeed$"
     with pytest.raises(ConfigError, match=rf"^offload\.aio\.{key}=.* only used with engine=deepspeed, .*: {advice}"):
         make_plan("engine=stream", "offload=nvme", f"offload.aio.{key}=1")
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"batch_size": 1}, "a decode step brings about 2 of 8 experts of a layer: those that tokens are routed to"),
+        ({"batch_size": 32}, "all experts of a layer: 32 sequences need about 8 of 8"),
+        ({"batch_size": 2, "ranks": 2}, "all experts of a layer: experts are brought one by one with one GPU only"),
+        ({"batch_size": 1, "offload": "nvme"}, "all experts of a layer: experts are brought one by one from host"),
+        ({"batch_size": 1, "gpu_gib": 7.5, "verify": "off"}, "all experts of a layer: the other weights do not fit on the GPU"),
+    ],
+    ids=str,
+)
+def test_the_plan_says_which_experts_a_step_brings(plan_stream, settings, note):
+    plan = plan_stream("mixtral-8x7b", "int4", prompt_len=32, **settings)
+
+    assert note in plan.notes[-1]
+    assert plan.storage.routes == ("routed to" in note)
+
+
+def test_dense_models_have_no_note(plan_stream):
+    assert plan_stream("opt-125m", "int4", batch_size=1).notes == ()
