@@ -47,5 +47,5 @@ def _width(stream: IO[str]) -> int | None:
         terminal = None
     typed = environment.variable("COLUMNS") or ""
     # readline exports both variables from whatever program has loaded it, such as pytest, also without a terminal
-    is_meant = typed.isdigit() and (terminal is not None or environment.variable("LINES") is None)
+    is_meant = typed.isdigit() and (terminal is not None or not environment.variable("LINES"))
     return int(typed) if is_meant else terminal

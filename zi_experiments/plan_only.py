@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
-from zi_experiments import environment
+from zi_experiments import environment, lines
 from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.cost_model.prediction import predict
@@ -38,7 +38,7 @@ def carry_out(
     record = initial.record(cfg)
     try:
         if line := caches.settle():
-            _say(console, line)
+            lines.say(line, console)
         with console.status(f"plan: {record.run.name}") if in_sweep else nullcontext():
             planned = _planned(cfg, record, shown)
         if planned is None and in_sweep:
@@ -52,7 +52,7 @@ def carry_out(
         status, failure = failures.explain(error)
         record = replace(record, status=status, error=failure)
         trace = f"\n{failure.traceback}" if failure.traceback else ""
-        _say(shown if status == "refused" else console, f"{status} {failure.message}{trace}")
+        lines.say(f"{status} {failure.message}{trace}", shown if status == "refused" else console)
     (Path(record.folder) / PLAN_NAME).write_text(to_json(record) + "\n")
     tell(record.to_dict() | ({"shown": text.getvalue()} if in_sweep else {}))
     return record.error
@@ -81,7 +81,3 @@ def _planned(cfg: DictConfig, record: Record, console: Console) -> Record | None
         plan=plan,
         prediction=prediction,
     )
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

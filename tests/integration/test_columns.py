@@ -21,7 +21,7 @@ ASKED = {
 
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
 def test_no_line_is_wider_than_the_console(cli, asked):
-    done = cli.run(*asked, COLUMNS=str(COLUMNS))
+    done = cli.run(*asked, COLUMNS=str(COLUMNS), LINES="")
     text = done.stdout + done.stderr
 
     assert "Traceback" not in text

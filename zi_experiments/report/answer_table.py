@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from zi_experiments import lines
 from zi_experiments.report import formats
 from zi_experiments.report.answers import Answer, Line, short, text_of
 
@@ -25,9 +26,9 @@ def show(answer: Answer, console: Console) -> None:
         table.add_row(*map(escape, line.varied.values()), *_figures(answer, line), *published)
     console.print(table)
     for row in (row for line in answer.lines for row in line.published):
-        console.print(f"published {row.value:g}: {text_of(row)}", markup=False, highlight=False, soft_wrap=True)
+        lines.say(f"published {row.value:g}: {text_of(row)}", console)
     if answer.source:
-        console.print(f"published in {answer.source}", markup=False, highlight=False, soft_wrap=True)
+        lines.say(f"published in {answer.source}", console)
 
 
 def _figures(answer: Answer, line: Line) -> list[str]:

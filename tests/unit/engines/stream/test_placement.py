@@ -316,7 +316,10 @@ def test_a_setting_of_deepspeeds_disk_is_refused(make_plan, key):
         ({"batch_size": 32}, "all experts of a layer: 32 sequences need about 8 of 8"),
         ({"batch_size": 2, "ranks": 2}, "all experts of a layer: experts are brought one by one with one GPU only"),
         ({"batch_size": 1, "offload": "nvme"}, "all experts of a layer: experts are brought one by one from host"),
-        ({"batch_size": 1, "gpu_gib": 7.5, "verify": "off"}, "all experts of a layer: the other weights do not fit on the GPU"),
+        (
+            {"batch_size": 1, "gpu_gib": 7.5, "verify": "off"},
+            "all experts of a layer: the other weights do not fit on the GPU",
+        ),
     ],
     ids=str,
 )

@@ -131,15 +131,9 @@ def products(by_columns, dtype, bits, group_size):
     x = torch.randn(2, inputs, generator=generator).to(dtype)
     tokens, experts, targets = torch.tensor([[0, 1, 1], [2, 0, 2], [3, 0, 1]])
     out = torch.full((5, outputs), torch.nan, dtype=dtype)
-    quantized.multiply_experts(
-        x,
-        (tokens, experts, targets),
-        experts_in(slab, layout),
-        layout.experts.each,
-        "routed.up",
-        "routed.bias",
-        by_columns,
-        out,
+    pairs, (experts_slab, each) = (tokens, experts, targets), (experts_in(slab, layout), layout.experts.each)
+    quantized.multiply_packed(
+        x, pairs, experts_slab, each, "routed.up", bias="routed.bias", transposed=by_columns, out=out
     )
     for token, expert, target in zip(tokens, experts, targets, strict=True):
         matrix = group_quantize(weights["routed.up"][expert], bits, group_size, 1).double()
