@@ -91,7 +91,9 @@ def _report(jobs: list[sweep.Job]) -> None:
             zip(told, carried_out, strict=True), key=lambda each: -(number(each[0], "total_tok_per_s") or 0)
         )
         show_commands([job for _, job in ranked], console)
-    print(f"report: python -m zi_experiments.report {shlex.quote(str(folder))}")
+    print(
+        f"report: python -m zi_experiments.report {shlex.quote(str(folder))} --output {shlex.quote(str(folder / 'report'))}"
+    )
 
 
 def _run(cfg: DictConfig) -> None:

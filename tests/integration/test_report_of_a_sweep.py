@@ -12,13 +12,13 @@ def test_the_last_line_of_a_sweep_makes_its_report(tmp_path):
     sweep = run(tmp_path, "zi_experiments", "-m", "model=opt-66b", "quant=int4,fp16", *small)
 
     said = sweep.stdout.splitlines()[-1]
-    assert said == "report: python -m zi_experiments.report 'out/two runs'"
+    assert said == "report: python -m zi_experiments.report 'out/two runs' --output 'out/two runs/report'"
     python, *words = shlex.split(said.partition(": ")[2])
     assert python == "python"
     report = run(tmp_path, *words[1:])
 
     assert report.returncode == 0, report.stderr
-    table = (tmp_path / "outputs" / "report" / "report.md").read_text()
+    table = (tmp_path / "out" / "two runs" / "report" / "report.md").read_text()
     assert "| opt-66b-cpu-int4 | refused |" in table
     assert "opt-66b-cpu-fp16: refused, opt-66b needs" in table
 

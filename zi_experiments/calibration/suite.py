@@ -12,18 +12,17 @@ from zi_experiments.calibration.cache import Entry, Subject
 from zi_experiments.config.schema import Calibration, Ceilings, Hardware
 from zi_experiments.runtime.locks import FolderLock
 from zi_experiments.system.disk import Disk
-from zi_experiments.system.machines import Machine
+from zi_experiments.system.machines import HERE, Machine
 
 Tell = Callable[[str], None]
 
-MEASURED = ("auto", "cpu")  # choices that mean this machine; the files of other choices have their own rates
 _PATIENCE_S = 300.0  # to wait for another process that measures; it may hang or be suspended
 _INTERVAL_S = 0.1
 
 
 def known(hardware: Hardware, machine: Machine, disk: Disk | None) -> Machine:
     """Return `machine` with cached rates, without measuring; unchanged if its `hardware` file has its own rates."""
-    if hardware.name not in MEASURED:
+    if hardware.name not in HERE:
         return machine
     return _laid_under(hardware, machine, {one.kind: cache.load(one) for one in _subjects(machine, disk)})
 
@@ -34,7 +33,7 @@ def ensure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) 
     `tell` gets a line before something that takes time, and a warning for rates that could not be measured: the run goes on
     without them. A `KeyboardInterrupt` passes through at once.
     """
-    if hardware.name not in MEASURED:
+    if hardware.name not in HERE:
         return machine
     subjects = _subjects(machine, disk)
     entries = {one.kind: cache.load(one) for one in subjects}
@@ -56,7 +55,7 @@ def measure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell)
 
 def again(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) -> Machine:
     """Return `machine` with all rates measured again, because a run beat its bound: the best of old and new counts."""
-    if hardware.name not in MEASURED:
+    if hardware.name not in HERE:
         return machine
     subjects = [one for one in _subjects(machine, disk) if _is_there(one, machine)]
     before = {one.kind: cache.load(one) for one in subjects}

@@ -14,6 +14,7 @@ class Use:
     where: str  # "GPU", "host" or "disk"
     weights: int
     buffers: int  # for weights that are copied or expanded
+    experts: int = 0  # pool of routed experts, copies of those in host memory
     kv_cache: int
     workspace: int  # activations and logits
     processes: int  # CUDA context and libraries on a GPU, worker processes on the host
@@ -21,7 +22,7 @@ class Use:
 
     @property
     def total(self) -> int:
-        return self.weights + self.buffers + self.kv_cache + self.workspace + self.processes
+        return self.weights + self.buffers + self.experts + self.kv_cache + self.workspace + self.processes
 
 
 def uses(plan: Plan) -> tuple[Use, ...]:
@@ -42,7 +43,8 @@ def _memory(plan: Plan) -> tuple[Use, ...]:
     gpu = Use(
         where="GPU",
         weights=(plan.placement.gpu_bytes + stored.copied_bytes) // ranks,
-        buffers=stored.gpu_buffer_bytes,
+        buffers=stored.gpu_buffer_bytes - stored.cached_bytes,
+        experts=stored.cached_bytes,
         kv_cache=(plan.kv_slot_bytes if in_host else plan.kv_cache_bytes) // ranks,
         workspace=plan.workspace_bytes,
         processes=plan.context_bytes,
@@ -71,10 +73,15 @@ def problem(plan: Plan) -> str | None:
     return _verification_problem(plan) if plan.run.verify is Verify.on else None
 
 
+def lacks_host_memory(plan: Plan) -> bool:
+    """Return whether host memory is too small for the plan, by itself."""
+    return any(use.where == "host" and use.total > use.available for use in uses(plan))
+
+
 def _verification_problem(plan: Plan) -> str | None:
     """Return what does not fit while the verification reference runs, which is before the measured passes."""
     use, parked = uses(plan)[0], plan.storage.parked_bytes
-    beside = use.weights - parked + use.buffers - plan.storage.cached_bytes + use.processes
+    beside = use.weights - parked + use.buffers + use.processes
     if beside + plan.reference_bytes > use.available:
         return (
             f"verification needs {gigabytes(plan.reference_bytes, 1)} for one layer, embeddings and head in 16 bits, beside "
@@ -94,6 +101,7 @@ def _described(use: Use) -> str:
     named = {
         "weights": use.weights,
         "buffers": use.buffers,
+        "pool of experts": use.experts,
         "KV cache": use.kv_cache,
         "activations": use.workspace,
         "CUDA" if use.where == "GPU" else "processes": use.processes,

@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 
 from zi_experiments.config.schema import CacheDevice, ConfigError, OffloadDevice, Run, Verify
 from zi_experiments.cost_model import memory_fit
@@ -13,7 +13,7 @@ from zi_experiments.engines import base
 from zi_experiments.models.architecture import Architecture, Parameter
 from zi_experiments.planner import alternatives
 from zi_experiments.planner.alternatives import Change
-from zi_experiments.system.machines import Machine
+from zi_experiments.system.machines import HERE, Machine
 
 MOST_WAYS = 3  # alternatives that a refusal names
 MOST_SEQUENCES = 1 << 20  # upper limit when searching for the largest batch
@@ -23,7 +23,7 @@ def build(run: Run, arch: Architecture, machine: Machine) -> Plan:
     """Return the plan of a run. Raises `ConfigError`, with numbers and what to type, when it cannot work or does not fit."""
     plan = _draft(run, arch, machine)
     if problem := memory_fit.problem(plan):
-        advice = list(islice(_fitting_changes(plan), MOST_WAYS))
+        advice = list(islice(chain(_of_another_machine(plan), _fitting_changes(plan)), MOST_WAYS))
         raise ConfigError(f"{problem}: pass {', or '.join(advice) or 'model=… of a smaller one'}")
     return plan
 
@@ -57,6 +57,13 @@ def attempt(run: Run, arch: Architecture, machine: Machine) -> Plan | None:
     except ConfigError:
         return None
     return plan if memory_fit.problem(plan) is None else None
+
+
+def _of_another_machine(plan: Plan) -> Iterator[str]:
+    """Yield what to type if the GPU of another machine is planned for, and the host memory of this one is too small."""
+    hardware = plan.run.hardware
+    if hardware.name not in HERE and hardware.host_memory_gib is None and memory_fit.lacks_host_memory(plan):
+        yield "hardware.host_memory_gib=… of the machine that you plan for"
 
 
 def _with_largest_batch(run: Run, arch: Architecture, machine: Machine) -> Run:

@@ -35,7 +35,8 @@ CHARTS: tuple[Chart, ...] = (
         by=("model", "engine", "offload", "quant"),
         definition="The fastest run of each group. decode_tok_per_s is B · (G − 1) / (total − ttft_s): B sequences of G "
         "generated tokens, without the first token; the median of the measured passes.",
-        drawn="The runs of a group have one model, engine, offload target and quantization.",
+        drawn="The runs of a group have one model, engine, offload target and quantization, whatever their sequences, prompts "
+        "and machines: filter to compare like with like.",
     ),
     Chart(
         id="bound",

@@ -1,11 +1,11 @@
 """Sentences that explain the speed of a run."""
 
-from zi_experiments.calibration.suite import MEASURED
 from zi_experiments.cost_model.bound import is_published, lower_bound, rate
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction
 from zi_experiments.planner.search import Candidate, Pace
 from zi_experiments.results.metrics import Metrics, Passed
+from zi_experiments.system.machines import HERE
 from zi_experiments.units import scaled, seconds
 
 _VERBS = {
@@ -66,7 +66,7 @@ def passed(beyond: Passed, plan: Plan, metrics: Metrics) -> str:
     chosen = plan.run.hardware.name
     now = {"prefill": metrics.prefill_fraction_of_bound, "decode": metrics.fraction_of_bound}
     fractions = " and ".join(f"{name} by {100 * (fraction - 1):.0f} %" for name, fraction in beyond.items())
-    then = "the machine was measured again" if chosen in MEASURED else f"the rates of hardware={chosen} are too low"
+    then = "the machine was measured again" if chosen in HERE else f"the rates of hardware={chosen} are too low"
     text = f"the run was faster than its lower bound ({fractions}), so the bound was wrong and {then}: "
     return text + " and ".join(
         f"{name} reaches {100 * fraction:.0f} % of the new one"

@@ -10,6 +10,7 @@ from zi_experiments import environment
 from zi_experiments.config.schema import Calibration, Ceilings, DeviceType, Hardware, conf_dir
 
 GIB = 1 << 30
+HERE = ("auto", "cpu")  # choices of `hardware` that mean this machine; the files of other choices have their own rates
 # of a group and all below it: limit, usage, and the part of the usage that is inactive file cache, which can be freed
 _CGROUP_FILES = {
     "cgroup2": ("memory.max", "memory.current", "inactive_file"),

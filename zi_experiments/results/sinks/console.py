@@ -143,7 +143,13 @@ def show_plan(name: str, plan: Plan, prediction: Prediction, console: Console) -
         least = explanation.least(plan, bound.decode_step_s, bound.limited_by)
         step_s = prediction.decode_step_s
         predicted = f"; predicted {seconds(step_s)}" if step_s else ""
-        lines.say(f"a decode step takes at least {least}, limited by {LIMITS[bound.limited_by]}{predicted}", console)
+        drawn = (
+            ", if the experts of each token are drawn evenly"
+            if plan.storage.streamed_bytes_per_step is not None
+            else ""
+        )
+        limit = f"limited by {LIMITS[bound.limited_by]}"
+        lines.say(f"a decode step takes at least {least}, {limit}{drawn}{predicted}", console)
     elif why := explanation.unknown(plan):
         lines.say(why, console)
     for note in plan.notes:
