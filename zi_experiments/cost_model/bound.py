@@ -28,8 +28,8 @@ class Bound:
 def lower_bound(plan: Plan) -> Bound:
     """Return the plan's lower bound on time. Source: the roofline model, extended by link (PCIe) and disk.
 
-    A pass takes at least streamed bytes / link, disk bytes / disk rate, (weights + KV cache) / HBM in a decode step, and
-    operations / arithmetic. Streamed are weights and, in a decode step, a KV cache in host memory: at least the prompt's.
+    A pass takes at least streamed bytes / link, disk bytes / disk rate, weights / HBM (in a decode step with the KV cache),
+    and operations / arithmetic. Streamed are weights and, in a decode step, a KV cache in host memory: at least the prompt's.
     Operations are 2 · parameters · tokens, plus 2 · B · P² · h · L for causal attention in prefill. Only weights that a
     token uses count: those of the decoder layers, and of experts those that one token is routed to.
     """
@@ -43,7 +43,10 @@ def lower_bound(plan: Plan) -> Bound:
         "gemm": flops_per_token * work.sequences,
     }
     attention = 2 * work.sequences * work.prompt_len**2 * arch.hidden_size * arch.num_layers
-    prefill = traffic | {"gemm": flops_per_token * work.sequences * work.prompt_len + attention}
+    prefill = traffic | {
+        "hbm": ELEMENT_BYTES * plan.active(plan.stored_numel),
+        "gemm": flops_per_token * work.sequences * work.prompt_len + attention,
+    }
     prefill_limited_by, prefill_s = _longest(plan, prefill)
     limited_by, decode_step_s = _longest(plan, decode)
     return Bound(

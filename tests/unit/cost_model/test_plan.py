@@ -397,15 +397,10 @@ def test_a_token_is_routed_to_as_many_experts_as_its_model_says(compose_run, mac
 
 
 @pytest.mark.parametrize(
-    ("offload", "missing", "prefill_too"),
-    [
-        ("cpu", "link_bytes_per_s", True),
-        ("nvme", "disk_bytes_per_s", True),
-        ("none", "hbm_bytes_per_s", False),
-        ("none", "flops", True),
-    ],
+    ("offload", "missing"),
+    [("cpu", "link_bytes_per_s"), ("nvme", "disk_bytes_per_s"), ("none", "hbm_bytes_per_s"), ("none", "flops")],
 )
-def test_an_unknown_rate_leaves_no_bound_to_what_depends_on_it(make_plan, machine, offload, missing, prefill_too):
+def test_an_unknown_rate_leaves_no_bound_to_what_depends_on_it(make_plan, machine, offload, missing):
     """All others being known, it would seem endless."""
     on = machine("measured")
     bound = lower_bound(
@@ -414,7 +409,14 @@ def test_an_unknown_rate_leaves_no_bound_to_what_depends_on_it(make_plan, machin
 
     assert bound.unknown == (missing,)
     assert (bound.decode_step_s, bound.limited_by) == (None, None)
-    assert (bound.prefill_s is None, bound.prefill_limited_by is None) == (prefill_too, prefill_too)
+    assert (bound.prefill_s, bound.prefill_limited_by) == (None, None)
+
+
+def test_a_prompt_of_few_tokens_takes_as_long_as_its_weights_are_read(make_plan):
+    plan = opt_13b(make_plan, "offload=none", "workload.batch_size=1", "workload.prompt_len=2")
+
+    assert lower_bound(plan).prefill_limited_by == "hbm"
+    assert lower_bound(plan).prefill_s == pytest.approx(lower_bound(plan).decode_step_s, rel=0.01)
 
 
 @pytest.mark.parametrize(("name", "offload"), [("measured", "none"), ("cpu", "cpu")])
