@@ -179,6 +179,12 @@ def cache_folder() -> Path:
     return (folder("XDG_CACHE_HOME") or Path.home() / ".cache") / "zi_experiments"
 
 
+def forget_no_width() -> None:
+    """Drop a COLUMNS of 0, which some terminals set: rich would print nothing."""
+    if os.environ.get("COLUMNS") == "0":
+        del os.environ["COLUMNS"]
+
+
 def variable(name: str) -> str | None:
     """Return the value of a variable; None if it is not set or blank."""
     return os.environ.get(name, "").strip() or None

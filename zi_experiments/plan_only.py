@@ -14,7 +14,7 @@ from zi_experiments import environment, lines
 from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.cost_model.prediction import predict
-from zi_experiments.execution import failures
+from zi_experiments.execution import failures, preflight
 from zi_experiments.execution.preparation import prepare
 from zi_experiments.measurement import text
 from zi_experiments.planner import search
@@ -69,6 +69,7 @@ def _planned(cfg: DictConfig, record: Record, console: Console) -> Record | None
     plan = prepare(run, scratch.base_for_weights(run, Path(record.folder) / "offload"))
     if plan is None:
         return None
+    preflight.check_texts(plan)
     prediction = predict(plan)
     show_plan(run.name, plan, prediction, console)
     plan_table.show(plan, prediction, search.improvements(plan), console)

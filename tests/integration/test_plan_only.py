@@ -122,7 +122,7 @@ def test_plans_of_a_sweep_are_one_table_and_are_left_for_a_report(cli):
     assert "refused: engine=accelerate keeps 16-bit weights" in " ".join(lines[3].replace("│", "").split())
     assert "memory" not in told
     assert len(told.splitlines()) < 20
-    folder = cli.folder / re.search("^report: .* (.*)$", told, re.MULTILINE)[1]
+    folder = cli.folder / re.search(r"^report: .* (\S+) --output", told, re.MULTILINE)[1]
     assert [run.row["status"] for run in reading.read([folder]).runs] == ["bound", "bound", "bound", "refused"]
 
 

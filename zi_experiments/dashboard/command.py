@@ -37,7 +37,12 @@ def main(arguments: Sequence[str]) -> int:
             raise
         return _refuse(f"wandb-workspaces is not installed: {_INSTALL}")
     except OSError as error:
-        return _refuse(f"{error.filename} cannot be written ({error.strerror}): pass --output /another/file")
+        return _refuse(f"{asked.output} cannot be written ({error.strerror}): pass --output /another/file")
+    except Exception as error:  # W&B raises errors of many kinds for variables and logins that it does not take
+        lines = str(error).split("\n")
+        return _refuse(
+            f"W&B says {' '.join(line.strip() for line in lines[:3])}: check the WANDB_… variables, or wandb login"
+        )
 
 
 def _tracking(project: str | None, entity: str | None) -> Tracking:

@@ -18,6 +18,11 @@ def check(plan: Plan, scratch: Path | None) -> None:
     """
     for problem in _problems(plan, scratch):
         raise ConfigError(problem)
+    check_texts(plan)
+
+
+def check_texts(plan: Plan) -> None:
+    """Raise `ConfigError` for texts that the checkpoint's tokenizer cannot read, or that are too short."""
     if plan.run.workload.text is not None:
         perplexity.windows(plan)
     if plan.run.workload.prompts is not None:

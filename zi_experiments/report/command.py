@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def _compare(arguments: Sequence[str]) -> int:
         parser.add_argument(name, type=Path, help="folder with a run or a sweep, or a result file")
     parser.add_argument(
         "--fail-below",
-        type=float,
+        type=_ratio,
         metavar="RATIO",
         help="exit with 1 if decode_tok_per_s of B is below this share of A in any pair",
     )
@@ -79,6 +80,16 @@ def _compare(arguments: Sequence[str]) -> int:
     compared = comparison.compare(before, after)
     comparison_tables.show(compared, Console())
     return 0 if asked.fail_below is None else _judge(compared, asked.fail_below)
+
+
+def _ratio(text: str) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = math.nan
+    if not 0 < ratio < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a ratio: pass a number above 0, such as 0.95")
+    return ratio
 
 
 def _judge(compared: Comparison, least: float) -> int:

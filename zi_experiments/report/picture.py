@@ -20,6 +20,7 @@ def write(runs: list[Run], folder: Path) -> list[Path]:
     """Write the picture into the folder and return its path; none if no run has a decode throughput."""
     drawn = draw(runs)
     if drawn is None:
+        (folder / NAME).unlink(missing_ok=True)  # of an earlier report
         return []
     (folder / NAME).write_text(drawn, encoding="utf-8")
     return [folder / NAME]

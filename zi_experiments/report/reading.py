@@ -61,7 +61,8 @@ def _files(path: Path) -> Iterator[Path]:
             for folder, _, names in os.walk(path)
             if not set(_NAMES).isdisjoint(names)
         ]
-        yield from map(Path, sorted(below or map(str, path.glob("*.json")), key=_numbered))
+        found = map(Path, sorted(below or map(str, path.glob("*.json")), key=_numbered))
+        yield from (each for each in found if each.is_file() or each.is_symlink())  # nobody may ever write to a pipe
     else:
         raise ConfigError(f"{path} is not there: name a folder with runs, such as outputs, or a {NAME}")
 

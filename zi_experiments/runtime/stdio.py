@@ -5,9 +5,12 @@ import os
 import sys
 from typing import TextIO
 
+from zi_experiments import environment
+
 
 def install() -> None:
     """Make writes to stdout and stderr safe: closed, on a full disk, without a reader, or with a limited encoding."""
+    environment.forget_no_width()
     for descriptor in range(3):
         _occupy(descriptor)
     sys.stdout, sys.stderr = _forgiving(1, sys.stdout), _forgiving(2, sys.stderr)

@@ -193,3 +193,11 @@ def test_nothing_to_compare_is_one_line(tmp_path, capsys):
         capsys.readouterr().err
         == f"refused: no runs in {tmp_path}: name a folder that has a result.json or a plan.json\n"
     )
+
+
+@pytest.mark.parametrize("typed", ["nan", "0", "-1", "inf", "much"])
+def test_a_gate_that_no_run_could_fail_is_refused(typed, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["compare", "a", "b", f"--fail-below={typed}"])
+
+    assert f"{typed} is not a ratio: pass a number above 0" in capsys.readouterr().err

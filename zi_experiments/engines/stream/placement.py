@@ -112,12 +112,12 @@ def _is_recorded(spec: Spec, is_routed: bool) -> bool:
 
 def _notes(spec: Spec, placed: Sequence[LayerPlacement]) -> Iterator[str]:
     """Yield what a decode step brings of a mixture of experts."""
-    if not spec.architecture.is_routed or spec.run.offload.device is OffloadDevice.none:
+    if not spec.architecture.is_routed or not any(layer.streamed.nbytes for layer in placed):
         return
     if is_routed(spec, placed):
         needed = spec.distinct_experts(spec.run.workload.batch_size)
         yield f"a decode step brings about {needed:.0f} of {spec.experts} experts of a layer: those that tokens are routed to"
-    else:
+    elif spec.machine.device == "cuda":
         why = routing.obstacle(spec) or "the other weights do not fit on the GPU"
         yield f"a decode step brings all experts of a layer: {why}"
 
