@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from zi_experiments import environment, lines
-from zi_experiments.config.composition import to_run
+from zi_experiments.config.composition import composed_run
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.execution import failures, preflight
@@ -63,7 +63,7 @@ def _planned(cfg: DictConfig, record: Record, console: Console) -> Record | None
 
     Returns None when its search has no candidate of that rank. Raises `ConfigError` for a run that would be refused.
     """
-    run = to_run(cfg)
+    run = composed_run(cfg)
     metrics.check(run)
     text.check(run.workload)
     plan = prepare(run, scratch.base_for_weights(run, Path(record.folder) / "offload"))

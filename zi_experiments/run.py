@@ -17,7 +17,7 @@ from rich.console import Console
 
 from zi_experiments import environment, lines, plan_only
 from zi_experiments.calibration import this_machine
-from zi_experiments.config.composition import to_run
+from zi_experiments.config.composition import composed_run
 from zi_experiments.config.schema import Run, TrackingMode
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import predict
@@ -106,7 +106,7 @@ class _Job:
         return None
 
     def _attempt(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
-        run = to_run(cfg)
+        run = composed_run(cfg)
         metrics.check(run)
         text.check(run.workload)
         _settle_caches(self._console)

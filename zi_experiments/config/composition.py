@@ -1,10 +1,11 @@
 """Build a typed, validated `Run`, from a Hydra configuration or from choices without Hydra."""
 
 from copy import deepcopy
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any, get_type_hints
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +30,12 @@ def to_run(cfg: DictConfig) -> Run:
         raise ConfigError(f"{key or 'configuration'}: {message}" + (f": pass {key}=…" if key else "")) from error
     validate(run)
     return run
+
+
+def composed_run(cfg: DictConfig) -> Run:
+    """Return the run that Hydra has composed for a command, with what was typed: a search does not vary that."""
+    run = to_run(cfg)
+    return replace(run, search=replace(run.search, typed=list(HydraConfig.get().overrides.task)))
 
 
 def from_choices(choices: dict[str, str], settings: dict[str, Any]) -> Run:

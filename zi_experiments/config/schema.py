@@ -193,6 +193,7 @@ class Workload:
 @dataclass
 class Search:
     rank: int | None  # index among the candidates for the best throughput, from 0; null: no search, the run itself
+    typed: list[str]  # overrides as typed: the search does not vary what they set
 
 
 @dataclass

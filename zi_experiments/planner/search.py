@@ -28,6 +28,7 @@ MUCH = 1.1  # gain of a change that a run is told about
 HOST_SHARE = 0.9  # share of the available host memory that candidates may use
 MOST_TIMES = 16  # limit of an advised batch, as a multiple of the run's: latency grows with the batch
 NEIGHBOURS = 4  # other batch sizes that a search measures before other choices
+VARIED = frozenset({"workload.batch_size", "workload.micro_batches", "kv_cache", "kv_cache.device", "offload.resident"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,11 +119,13 @@ def settle(run: Run, arch: Architecture, machine: Machine) -> Run | None:
 def candidates(run: Run, arch: Architecture, machine: Machine) -> list[Candidate]:
     """Return the candidates of a search, in the order in which it measures them.
 
-    They vary batch size, micro-batches, KV cache placement and the share of the weights kept on the GPU. First is the best
+    They vary batch size, micro-batches, KV cache placement and the share of the weights kept on the GPU, except what was
+    typed. First is the best
     by plan, then a few other batch sizes of it, for the curve, then the best of each other combination, then its remaining
     batch sizes. Raises `ConfigError` when none fits, or no rates are known.
     """
-    plain = replace(run, search=replace(run.search, rank=None))
+    fixed = sorted({text.lstrip("+").partition("=")[0] for text in run.search.typed} & VARIED)
+    plain = replace(run, search=replace(run.search, rank=None, typed=fixed))
     # a margin, because available memory changes from one run of a sweep to the next
     roomy = replace(machine, host_memory_bytes=int(HOST_SHARE * machine.host_memory_bytes))
     return _candidates(_Identity(run=plain, arch=arch, machine=roomy))
@@ -163,15 +166,14 @@ def _candidates(of: _Identity) -> list[Candidate]:
 
 def _kinds(run: Run, machine: Machine) -> Iterator[Change]:
     """Yield the run with every combination of the choices that a search varies, except the batch size."""
-    options = base.get(run.engine.name).OPTIONS
-    streams = "workload.micro_batches" in options
-    places = tuple(CacheDevice) if machine.device == "cuda" else (run.kv_cache.device,)
-    residents = (
-        ("auto", 0)
-        if "offload.resident" in options and run.offload.device is not OffloadDevice.none
-        else (run.offload.resident,)
-    )
-    for micro_batches, place, resident in product(MICRO_BATCHES if streams else (1,), places, residents):
+    options, fixed = base.get(run.engine.name).OPTIONS, set(run.search.typed)
+    streams = "workload.micro_batches" in options - fixed
+    moves = machine.device == "cuda" and not fixed & {"kv_cache", "kv_cache.device"}
+    keeps = "offload.resident" in options - fixed and run.offload.device is not OffloadDevice.none
+    places = tuple(CacheDevice) if moves else (run.kv_cache.device,)
+    residents = ("auto", 0) if keeps else (run.offload.resident,)
+    counts = MICRO_BATCHES if streams else (run.workload.micro_batches,)
+    for micro_batches, place, resident in product(counts, places, residents):
         copy = replace(
             run,
             workload=replace(run.workload, micro_batches=micro_batches),
@@ -186,7 +188,10 @@ def _kinds(run: Run, machine: Machine) -> Iterator[Change]:
 
 def _curve(kind: Change, arch: Architecture, machine: Machine) -> list[Candidate]:
     """Return candidates with the batch sizes that fit: powers of two per rank, and the largest."""
-    ranks, largest = kind.run.hardware.num_gpus, planning.largest_batch(kind.run, arch, machine)
+    ranks, size = kind.run.hardware.num_gpus, kind.run.workload.batch_size
+    if "workload.batch_size" in kind.run.search.typed and size != "auto":
+        return [each] if (each := _rated(_with_batch(kind, size), arch, machine)) else []
+    largest = planning.largest_batch(kind.run, arch, machine)
     doublings = takewhile(lambda size: size < largest, (ranks << n for n in count()))
     found = (_rated(_with_batch(kind, size), arch, machine) for size in (*doublings, largest) if largest)
     return [each for each in found if each is not None]

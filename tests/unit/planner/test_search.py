@@ -394,3 +394,13 @@ def test_a_run_is_told_nothing_by_bounds(make_plan, machine):
 
     assert search.improvements(slow)
     assert search.faster(slow) is None
+
+
+def test_what_is_typed_is_not_varied(ranked):
+    typed = ["workload.batch_size=2", "kv_cache=cpu", "workload.micro_batches=2", "offload.resident=0.5"]
+    few = ("engine=stream", "offload=cpu", *typed)
+    [only] = ranked(*few, f"search.typed=[{','.join(map(repr, typed))}]")
+
+    assert len(ranked(*few)) > 1
+    assert (only.run.workload.batch_size, only.run.workload.micro_batches) == (2, 2)
+    assert (only.run.kv_cache.device.value, only.run.offload.resident) == ("cpu", 0.5)
