@@ -44,8 +44,8 @@ help: ## list the targets
 run: $(STAMP) ## one run or a sweep: make run ARGS="model=opt-30b offload=nvme quant=int4"
 	@$(IN_VENV) python -m zi_experiments $(ARGS)
 
-test-fast: $(STAMP) ## the unit tests
-	@$(IN_VENV) python -m pytest tests/unit $(ARGS)
+test-fast: $(STAMP) ## the unit tests, but for those that start a run or measure the machine
+	@$(IN_VENV) python -m pytest tests/unit -m "not integration" $(ARGS)
 
 test: $(STAMP) ## the tests, as CI runs them: make test ARGS="-k packaging"
 	$(check_browser)

@@ -107,6 +107,7 @@ def test_what_a_layer_and_a_step_take_by_hand():
     assert steps.layer_and_step_s() == (pytest.approx(1.5e-3), pytest.approx(2.5e-3))
 
 
+@pytest.mark.integration
 def test_what_was_measured_is_possible(cached, auto, here):
     measured = suite.known(auto, here, None)
     rates, figures = measured.calibration.gemm_flops[here.dtypes[0]], measured.calibration
@@ -137,6 +138,7 @@ def test_a_ceiling_is_the_best_of_several_moments(cached, auto, here):
     assert measured.calibration.host_bytes_per_s == pytest.approx(harmonic_mean(moments["hbm_bytes_per_s"]))
 
 
+@pytest.mark.integration
 def test_a_bound_that_a_run_passes_is_measured_again(done, tmp_path):
     """The rates are those of a machine that was measured beside very much else."""
     command_line = cli.Cli(tmp_path)

@@ -217,6 +217,7 @@ def test_a_tokenizer_of_another_model_is_refused(plan, tmp_path, checkpoint):
         preflight.check(plan(f"model.path={tmp_path}"), None)
 
 
+@pytest.mark.integration
 def test_a_sweep_shows_what_quantization_costs(tmp_path, checkpoint, plan):
     cli = Cli(tmp_path)
     (tmp_path / "my.txt").write_text(TEXT.read_text(encoding="utf-8")[:20_000], encoding="utf-8")

@@ -219,6 +219,7 @@ def test_of_random_weights_a_quantized_model_s_shape_counts(compose_run, tmp_pat
     assert getattr(found.config, "quantization_config", None) is None
 
 
+@pytest.mark.integration
 def test_a_hub_name_is_held_as_far_as_the_cache_has_it(tmp_path):
     """Offline. Of its config.json alone nothing can be said before a worker looks for the weights, which is no error."""
     snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / ("0" * 40)

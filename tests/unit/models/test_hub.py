@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 CONFIG = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 128}
 CHILD = """
 import json, sys, threading
@@ -47,6 +49,7 @@ print(os.environ.get("HF_HUB_OFFLINE"))
 """
 
 
+@pytest.mark.integration
 def test_a_hub_that_answers_is_asked_and_one_that_does_not_is_left_alone(tmp_path):
     kept = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     done = subprocess.run(

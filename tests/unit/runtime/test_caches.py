@@ -77,6 +77,7 @@ def test_a_folder_that_is_not_this_user_s_alone_is_refused(temporary, tmp_path, 
         caches.settle()
 
 
+@pytest.mark.integration
 def test_a_user_whom_nobody_knows(tmp_path):
     """As with `docker run --user 12345`: no entry in passwd, no HOME. It reads everything, since Python may be root's."""
     if os.getuid() != 0 or shutil.which("setpriv") is None:

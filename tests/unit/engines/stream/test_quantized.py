@@ -179,6 +179,7 @@ def test_linear_layers_with_packed_weights_compute_as_expanded_ones_do():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.integration
 def test_products_with_packed_experts_are_those_with_expanded_ones():
     done = compare_kernel_interpreted(__file__, "compare_products")
 
