@@ -94,5 +94,20 @@ def model(family):
     return AutoModelForCausalLM.from_config(config(family)).eval()
 
 
+def generate(model, ids, steps, cache=None):
+    """Tokens and logits of greedy decoding: (batch, length + steps) and (steps, batch, vocabulary)."""
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        min_new_tokens=steps,
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences, torch.stack(out.logits)
+
+
 def prompts(batch, length, seed=0):
     return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -120,9 +120,8 @@ def candidates(run: Run, arch: Architecture, machine: Machine) -> list[Candidate
     """Return the candidates of a search, in the order in which it measures them.
 
     They vary batch size, micro-batches, KV cache placement and the share of the weights kept on the GPU, except what was
-    typed. First is the best
-    by plan, then a few other batch sizes of it, for the curve, then the best of each other combination, then its remaining
-    batch sizes. Raises `ConfigError` when none fits, or no rates are known.
+    typed. First is the best by plan, then a few other batch sizes of it, for the curve, then the best of each other
+    combination, then its remaining batch sizes. Raises `ConfigError` when none fits, or no rates are known.
     """
     fixed = sorted({text.lstrip("+").partition("=")[0] for text in run.search.typed} & VARIED)
     plain = replace(run, search=replace(run.search, rank=None, typed=fixed))

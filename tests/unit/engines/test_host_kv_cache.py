@@ -27,27 +27,12 @@ FAMILIES = [
 ]
 
 
-def generate(model, ids, steps, cache=None):
-    """Tokens and logits of greedy decoding: (batch, length + steps) and (steps, batch, vocabulary)."""
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        min_new_tokens=steps,
-        max_new_tokens=steps,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return out.sequences, torch.stack(out.logits)
-
-
 def assert_equal_to_the_default(model, cache, *passes):
     for number, (batch, length, steps) in enumerate(passes):
         ids = tiny.prompts(batch, length, seed=number)
-        tokens, logits = generate(model, ids, steps)
+        tokens, logits = tiny.generate(model, ids, steps)
         cache.reset()
-        cached_tokens, cached_logits = generate(model, ids, steps, cache)
+        cached_tokens, cached_logits = tiny.generate(model, ids, steps, cache)
         assert torch.equal(cached_tokens, tokens)
         assert torch.equal(cached_logits, logits)
 
@@ -78,12 +63,12 @@ def test_it_grows_when_a_pass_needs_more(family):
 def test_memory_is_allocated_once():
     model = tiny.model("gemma2")
     cache = HostCache(model.config, "cpu", sequences=2, capacity=40)
-    generate(model, tiny.prompts(2, 5), 30, cache)
+    tiny.generate(model, tiny.prompts(2, 5), 30, cache)
     before = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
 
     for batch, length in ((2, 10), (1, 38), (2, 3)):
         cache.reset()
-        generate(model, tiny.prompts(batch, length), 40 - length, cache)
+        tiny.generate(model, tiny.prompts(batch, length), 40 - length, cache)
 
     assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers] == before
 

@@ -35,17 +35,7 @@ class OneByOne:
 
 
 def generate(model, ids, cache):
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        min_new_tokens=STEPS,
-        max_new_tokens=STEPS,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return out.sequences, torch.stack(out.logits)
+    return tiny.generate(model, ids, STEPS, cache)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "qwen3", "gpt_neox", "mixtral", "qwen3_moe", "deepseek_v3"])
