@@ -167,14 +167,19 @@ class Spec:
         return ELEMENT_BYTES * self.run.workload.sequences * self.architecture.kv_elements(self.run.workload.prompt_len)
 
     @property
+    def routed_experts_key(self) -> str | None:
+        """The configuration's name for the number of experts that a token is routed to; None if it has none."""
+        text = self.architecture.config.get_text_config()
+        return next((key for key in ROUTED_KEYS if getattr(text, key, None)), None)
+
+    @property
     def routed_experts(self) -> int:
         """Number of experts per layer that one token is routed to; all if the configuration does not say.
 
         Where layers differ it is the smallest, since a bound follows from it.
         """
-        text = self.architecture.config.get_text_config()
-        found: int | list[int] | None = next(filter(None, (getattr(text, key, None) for key in ROUTED_KEYS)), None)
-        if found is not None:
+        if (key := self.routed_experts_key) is not None:
+            found: int | list[int] = getattr(self.architecture.config.get_text_config(), key)
             return min(found) if isinstance(found, list) else found
         return max((p.shape[0] for p in self.architecture.parameters if p.is_experts), default=0)
 

@@ -39,6 +39,7 @@ def _draft(run: Run, arch: Architecture, machine: Machine) -> Plan:
     if run.workload.batch_size == "auto":
         run = _with_largest_batch(run, arch, machine)
     spec = Spec(run=run, architecture=arch, machine=machine, dtype=choose_dtype(arch, machine))
+    _check_experts(spec)
     storage = base.get(run.engine.name).storage(spec)
     return Plan(
         run=run,
@@ -160,6 +161,17 @@ def _check_cache(run: Run, arch: Architecture) -> None:
         raise ConfigError(f"{own}, which stays on the device: pass kv_cache=gpu")
     if run.workload.micro_batches > 1:
         raise ConfigError(f"{own}, which cannot be split into micro-batches: pass workload.micro_batches=1")
+
+
+def _check_experts(spec: Spec) -> None:
+    """Raise `ConfigError` if the router is to select more experts than there are."""
+    experts = max((p.shape[0] for p in spec.architecture.parameters if p.is_experts), default=0)
+    if spec.routed_experts > experts > 0:
+        name, numbers = spec.run.model.name, "model.architecture." if spec.run.model.architecture else ""
+        raise ConfigError(
+            f"{name} routes each token to {spec.routed_experts} of {experts} experts: "
+            f"pass {numbers}{spec.routed_experts_key}={experts} or less"
+        )
 
 
 def _check_groups(run: Run, arch: Architecture) -> None:

@@ -685,6 +685,14 @@ def test_more_tokens_than_positions_are_refused(refusal, prompt, gen, machine):
     assert f"workload.prompt_len={prompt} and workload.gen_len={gen} exceed the 2048 positions of opt-125m" in message
 
 
+def test_more_experts_for_a_token_than_there_are_are_refused(refusal, machine):
+    key = "model.architecture.num_experts_per_tok"  # `refusal` tries out what it says to pass
+
+    message = refusal("model=mixtral-8x7b", "quant=int4", f"{key}=9", on=machine(host_memory_bytes=100 * GIB))
+
+    assert message == f"mixtral-8x7b routes each token to 9 of 8 experts: pass {key}=8 or less"
+
+
 @pytest.mark.parametrize("positions", [2, 3])
 def test_what_is_advised_of_few_positions_has_a_prompt(refusal, machine, positions):
     overrides = ("model=llama-2-7b", f"model.architecture.max_position_embeddings={positions}")
