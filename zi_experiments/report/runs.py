@@ -8,6 +8,7 @@ from typing import Any
 from zi_experiments.config import folders, published
 from zi_experiments.config.folders import ASIDE
 from zi_experiments.report.columns import COLUMNS, Column, Path, Scalar
+from zi_experiments.system.machines import is_gpu
 
 GROUPS = ("model", "engine", "offload", "quant", "kv_cache", "weights", "workload", "hardware", "experiment")
 PLANNED = ("predicted", "bound")  # statuses of plans, whose figures are not measured
@@ -209,11 +210,19 @@ def _derived(
     if per_user is None and isinstance(step_s, int | float) and step_s > 0:
         per_user = 1 / step_s  # a record from before it was a metric
     return {
-        "machine": environment.get("gpu") or environment.get("cpu"),
+        "machine": _machine(settings, environment),
         "sequences": sequences,
         "passes": len(passes.ttft_s) or None,
         "tok_per_s_per_user": per_user,
     }
+
+
+def _machine(settings: dict[str, Scalar], environment: dict[str, Scalar]) -> Scalar:
+    """The GPU or the processor; of a plan for another machine, the GPU of its hardware choice."""
+    found, chosen = environment.get("gpu"), settings.get("hardware.gpu")
+    if isinstance(chosen, str) and not (isinstance(found, str) and is_gpu(found, chosen)):
+        return chosen
+    return found or environment.get("cpu")
 
 
 def _planned_figures(row: dict[str, Scalar], kind: str) -> dict[str, Scalar]:

@@ -121,6 +121,23 @@ def test_values_of_a_record():
     assert run.row["planned_gpu_total_bytes"] is None
 
 
+@pytest.mark.parametrize(
+    ("chosen", "found", "shown"),
+    [
+        ("RTX A6000", None, "RTX A6000"),  # a plan made on a laptop
+        ("RTX A6000", "NVIDIA L4", "RTX A6000"),
+        ("RTX A6000", "NVIDIA RTX A6000", "NVIDIA RTX A6000"),
+        (None, "NVIDIA L4", "NVIDIA L4"),
+        (None, None, "a processor"),
+    ],
+)
+def test_the_machine_is_the_one_that_was_planned_for(chosen, found, shown):
+    made = made_up.record(environment={"gpu": found, "cpu": "a processor"})
+    made["config"]["hardware"]["gpu"] = chosen
+
+    assert runs.from_record(made, "here").row["machine"] == shown
+
+
 def test_what_is_missing_or_of_another_type_is_absent():
     metrics = {"decode_tok_per_s": "fast", "ttft_s": float("nan"), "tpot_p50_s": 0, "load_s": True, "gpu_peak_bytes": 0}
     run = runs.from_record(
