@@ -314,6 +314,7 @@ def test_the_folder_of_a_sweep():
 
     assert sweep_name(sweep).startswith("offload=none,cpu_quant=fp16,int4-")
     assert sweep_name([*sweep, "force=true", "tracking.mode=online", "launch.timeout_s=9"]) == sweep_name(sweep)
+    assert sweep_name([*sweep, "launch.nnodes=2"]) != sweep_name(sweep)
     assert sweep_name([*sweep, "hydra.verbose=true", "hydra/launcher=joblib"]) == sweep_name(sweep)
     assert sweep_name([*sweep, "workload.batch_size=2"]) != sweep_name(sweep)
     assert sweep_name(["offload=none,cpu", "quant=fp16,int4"]) != sweep_name(sweep)

@@ -2,8 +2,9 @@
 
 import hashlib
 import re
+from typing import Any
 
-# settings that do not affect the result
+# settings that do not affect the result, with the exception of launch.nnodes
 ASIDE = {"name", "tracking", "launch", "plan_only", "force", "question", "published"}
 
 
@@ -17,7 +18,15 @@ def sweep_name(overrides: list[str]) -> str:
 
 def is_telling(override: str) -> bool:
     """Return whether an override may affect the result."""
-    return re.split(r"[./=]", override.lstrip("+~"))[0] not in ASIDE | {"hydra"}
+    key = re.split(r"[/=]", override.lstrip("+~"))[0]
+    return key == "launch.nnodes" or key.split(".")[0] not in ASIDE | {"hydra"}
+
+
+def telling(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a configuration that may affect the result."""
+    launch = config.get("launch")
+    nodes = launch.get("nnodes", 1) if isinstance(launch, dict) else 1  # as in records of before there were several
+    return {key: value for key, value in config.items() if key not in ASIDE} | {"launch": {"nnodes": nodes}}
 
 
 def slug(text: str) -> str:

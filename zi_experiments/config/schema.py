@@ -149,9 +149,9 @@ class Hardware:
     name: str
     device: DeviceType
     gpu: str | None  # model name, contained in the driver's name of the GPU
-    num_gpus: int
+    num_gpus: int  # of all machines together: each of launch.nnodes machines has an equal share
     memory_gib: float | None  # GPU memory a run may use; null: all of it
-    host_memory_gib: float | None  # host memory a run may use; null: what is available
+    host_memory_gib: float | None  # host memory that a run may use on each machine; null: what is available
     dtypes: list[str] | None  # 16-bit types it computes in, best first; null: detect them
     price_per_hour: float | None  # of the whole machine, in any currency; null: no cost is computed
     ceilings: Ceilings
@@ -199,6 +199,8 @@ class Search:
 @dataclass
 class Launch:
     timeout_s: float  # the run is stopped after so long without progress
+    nnodes: int  # machines that run this command together
+    rdzv_endpoint: str | None  # HOST:PORT where they meet; HOST is the machine that writes the record
 
 
 @dataclass

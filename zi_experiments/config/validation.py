@@ -1,5 +1,6 @@
 """Validation of a run that needs neither model nor machine: single values, and values that exclude each other."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from math import inf
@@ -8,6 +9,8 @@ from typing import Any
 
 from zi_experiments.config import published
 from zi_experiments.config.schema import ConfigError, DeviceType, OffloadDevice, Run, WeightSource
+
+_ENDPOINT = re.compile(r"([^\s:]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}")  # a name, IPv4, or IPv6 in brackets
 
 
 def validate(run: Run) -> None:
@@ -188,6 +191,26 @@ def _search(run: Run) -> str | None:
 def _launch(run: Run) -> str | None:
     if not 0 < run.launch.timeout_s < inf:
         return f"launch.timeout_s must be positive and finite, not {run.launch.timeout_s}: pass launch.timeout_s=1800"
+    return _machines(run)
+
+
+def _machines(run: Run) -> str | None:
+    nodes, endpoint, ranks = run.launch.nnodes, run.launch.rdzv_endpoint, run.hardware.num_gpus
+    if nodes < 1:
+        return f"launch.nnodes must be at least 1, not {nodes}: pass launch.nnodes=1"
+    if ranks % nodes:
+        above = -(-ranks // nodes) * nodes
+        return (
+            f"hardware.num_gpus={ranks} counts the GPUs of all machines and cannot be divided among launch.nnodes={nodes}: "
+            f"pass hardware.num_gpus={above}"
+        )
+    if endpoint is not None and not (_ENDPOINT.fullmatch(endpoint) and int(endpoint.rpartition(":")[2]) < 1 << 16):
+        return f"launch.rdzv_endpoint={endpoint} is no host with a port: pass launch.rdzv_endpoint=node0:29500, for example"
+    if nodes > 1 and endpoint is None and not run.plan_only:
+        return (
+            f"launch.nnodes={nodes} needs a place where the machines meet: pass launch.rdzv_endpoint=node0:29500, for example, "
+            "on each of them: the name of the one that writes the record, and a port that is free there"
+        )
     return None
 
 

@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 from zi_experiments.config import folders, published
-from zi_experiments.config.folders import ASIDE
 from zi_experiments.report.columns import COLUMNS, Column, Path, Scalar
 from zi_experiments.system.machines import is_gpu
 
@@ -51,7 +50,7 @@ class Run:
 def from_record(record: dict[str, Any], source: str) -> Run:
     """The run of a record in its JSON form. What is missing or of another type than it should be is absent."""
     choices, config = _dict(record, "choices"), _dict(record, "config")
-    settings = flat({key: value for key, value in config.items() if key not in ASIDE})
+    settings = flat(folders.telling(config))
     settings |= {group: _scalar(choices[group]) for group in GROUPS if group in choices}
     environment = flat(_dict(record, "environment"))
     samples = _dict(record, "samples")

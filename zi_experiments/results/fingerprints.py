@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zi_experiments.config.folders import ASIDE
+from zi_experiments.config.folders import telling
 from zi_experiments.results.record import Record
 
 MACHINE = (
@@ -26,7 +26,7 @@ def fingerprint(record: Record) -> str:
     """Return 16 hexadecimal digits that identify a result: its resolved settings, code, machine, weights and texts."""
     assert record.environment is not None
     identity = {
-        "config": {key: value for key, value in record.config.items() if key not in ASIDE},
+        "config": telling(record.config),
         "machine": {key: record.environment[key] for key in MACHINE},
         "checkpoint": record.checkpoint,
         "text": _digest(record.config["workload"].get("text")),
