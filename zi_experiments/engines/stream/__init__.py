@@ -63,6 +63,7 @@ def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
     placed = placement.place(plan)
     return {
         "slots": placement.slots(plan),
+        "share_slots": placement.share_slots(plan),
         "slot_bytes": max(layer.streamed.nbytes for layer in placed),
         "resident_bytes": sum(layer.resident.nbytes for layer in placed),
         "workspace_bytes": plan.workspace_bytes,
@@ -156,10 +157,11 @@ def _inventory(model: Any, prefix: str, layers: list[Any], homes: dict[int, Home
 def _source(plan: Plan, store: Any, device: Any) -> Any:
     import torch
 
-    from zi_experiments.engines.stream.ring import InPlace, Ring
+    from zi_experiments.engines.stream.ring import InPlace, Ring, Shares
 
-    if plan.run.hardware.num_gpus > 1:
-        return Ring(store, placement.slots(plan), device, torch.distributed.new_group())
+    if shares := placement.share_slots(plan):
+        feed = Shares(store, shares, device)
+        return Ring(feed, placement.slots(plan), device, group=torch.distributed.new_group())
     if device.type == "cpu":
         return InPlace(store)
-    return Ring(store, placement.slots(plan), device, None, wraps=not plan.storage.routes)
+    return Ring(store, placement.slots(plan), device, wraps=not plan.storage.routes)

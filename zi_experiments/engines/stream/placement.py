@@ -188,6 +188,18 @@ def slots(spec: Spec) -> int:
     return 2 if spec.run.offload.resident == "auto" else 3
 
 
+def share_slots(spec: Spec) -> int:
+    """Return the number of slots for this rank's shares of slabs, which are gathered from there; 0 with one rank.
+
+    One is being gathered and one is being filled. Unless memory is scarce, as many as make a slab are ready: they cross
+    while the host waits for a token.
+    """
+    ranks = spec.run.hardware.num_gpus
+    if ranks == 1:
+        return 0
+    return 2 if spec.run.offload.resident == "auto" else 1 + ranks
+
+
 def _layers(spec: Spec) -> list[_Layer]:
     """Return the decoder layers, in the order in which they run."""
     parameters = sorted((p for p in spec.architecture.parameters if p.layer is not None), key=lambda p: p.layer or 0)
@@ -282,7 +294,7 @@ def _parked_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
     memory = spec.machine.gpu_memory_bytes
     if memory is None or spec.run.verify is Verify.off:
         return 0
-    resident, arriving = sum(layer.resident.nbytes for layer in placed), slots(spec) * _largest(placed)
+    resident, arriving = sum(layer.resident.nbytes for layer in placed), _slot_bytes(spec, placed)
     free = memory - spec.context_bytes - _outside_bytes(spec) - resident - arriving - spec.observing_kv_bytes
     return min(resident, max(0, spec.observed_bytes + 2 * spec.reference_bytes - free))
 
@@ -303,7 +315,13 @@ def _ring_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
     expert, gathered = routing.slot_bytes([layer.streamed for layer in placed]), 0
     if expert and spec.run.quant.bits == 16 and is_routed(spec, placed):
         gathered = expert * routing.at_once(spec, expert)
-    return slots(spec) * _largest(placed) + ELEMENT_BYTES * expanded_elements(placed) + gathered
+    return _slot_bytes(spec, placed) + ELEMENT_BYTES * expanded_elements(placed) + gathered
+
+
+def _slot_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
+    """Return the bytes of the slots for slabs, and of those for shares of them."""
+    largest = _largest(placed)
+    return slots(spec) * largest + share_slots(spec) * largest // spec.run.hardware.num_gpus
 
 
 def _largest(placed: Sequence[LayerPlacement]) -> int:

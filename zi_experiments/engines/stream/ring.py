@@ -17,6 +17,21 @@ class Source(Protocol):
         """Release the slab taken last: operations launched later do not read it."""
 
 
+class Feed(Protocol):
+    """Where a ring gets slabs, or shares of them, from: `Store` or `Shares`."""
+
+    sizes: list[int]  # bytes of each
+
+    def is_ready(self, index: int) -> bool:
+        """Return whether `take` would not wait."""
+
+    def take(self, index: int) -> Any:
+        """Return the next one's bytes. Operations launched on the current stream may read them."""
+
+    def hand_back(self, index: int, stream: Any) -> None:
+        """Release the one taken last, once all operations launched on `stream` are done."""
+
+
 class InPlace:
     """On a CPU: a layer computes from its slab in the store."""
 
@@ -37,31 +52,33 @@ class Ring:
     """Slots on the device, filled by a CUDA stream of its own.
 
     Two events per slot keep the order, and the host waits for neither: `arrived`, the slab is there and its layer may
-    compute; `left`, the layer has computed and the next slab may be copied. The n-th slab, counted over all passes,
-    goes to slot n modulo slots. So the first layers of the next pass are copied while the last token is being chosen.
+    compute; `left`, the layer has computed and the next slab may come. The n-th slab, counted over all passes, goes to
+    slot n modulo slots. So the first layers of the next pass come while the last token is being chosen.
     Unless it `wraps`, it waits for the next pass to begin: another pass may come first, which does not use it.
-    With several ranks each copies its share over its own PCIe connection, and an all-gather makes the slab complete.
+    With a `group` of ranks the feed has this rank's share of each slab, and an all-gather makes the slab complete.
     """
 
-    def __init__(self, store: Store, slots: int, device: torch.device, group: Any, *, wraps: bool = True) -> None:
-        self._store, self._group, self._wraps = store, group, wraps
+    def __init__(self, feed: Feed, slots: int, device: torch.device, *, group: Any = None, wraps: bool = True) -> None:
+        self._feed, self._group, self._wraps = feed, group, wraps
         ranks = group.size() if group is not None else 1
-        self._sizes = [ranks * size for size in store.sizes]
-        self._slots = [torch.empty(max(self._sizes), dtype=torch.uint8, device=device) for _ in range(slots)]
+        self.sizes = [ranks * size for size in feed.sizes]
+        self._slots = [torch.empty(max(self.sizes), dtype=torch.uint8, device=device) for _ in range(slots)]
         on_gpu = device.type == "cuda"
-        self._side = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+        # a gather is a kernel, and all links wait for it: it goes before the products
+        urgent = -1 if group is not None else 0
+        self._side = torch.cuda.Stream(device, priority=urgent) if on_gpu else None  # type: ignore[no-untyped-call]
         events = [torch.cuda.Event() for _ in range(2 * slots * on_gpu)]  # type: ignore[no-untyped-call]
         self._arrived, self._left = events[:slots], events[slots:]
         self._sent = self._computed = 0  # slabs so far, over all passes
         self._send()
 
     def take(self, index: int) -> Any:
-        _check_turn(index, self._computed % len(self._sizes))
+        _check_turn(index, self._computed % len(self.sizes))
         self._send(at_least=self._computed + 1)
         slot = self._computed % len(self._slots)
         if self._side is not None:
             torch.cuda.current_stream(self._side.device).wait_event(self._arrived[slot])
-        return self._slots[slot][: self._sizes[index]]
+        return self._slots[slot][: self.sizes[index]]
 
     def hand_back(self) -> None:
         if self._side is not None:
@@ -70,33 +87,51 @@ class Ring:
         self._send()
 
     def _send(self, at_least: int = 0) -> None:
-        """Launch the copies of all slabs with a free slot that are in host memory, and the first `at_least` anyway."""
-        count, begun = len(self._sizes), max(at_least, self._computed)
+        """Launch what fills the free slots, as far as the feed is ready, and the first `at_least` slabs anyway."""
+        count, begun = len(self.sizes), max(at_least, self._computed)
         end = self._computed + len(self._slots)
         if not self._wraps:
             end = min(end, -(-begun // count) * count)
         while self._sent < end:
-            index = self._sent % len(self._sizes)
-            # ranks gather in step, so none of them stops here because its own disk is behind
-            if self._sent >= at_least and self._group is None and not self._store.is_ready(index):
+            index = self._sent % len(self.sizes)
+            if self._sent >= at_least and not self._feed.is_ready(index):
                 return
-            self._copy(index, self._sent % len(self._slots))
+            self._fill(index, self._sent % len(self._slots))
             self._sent += 1
 
-    def _copy(self, index: int, slot: int) -> None:
-        share, target = self._store.take(index), self._slots[slot][: self._sizes[index]]
+    def _fill(self, index: int, slot: int) -> None:
+        target = self._slots[slot][: self.sizes[index]]
         with torch.cuda.stream(self._side):
             if self._side is not None:
                 self._side.wait_event(self._left[slot])
+            source = self._feed.take(index)
             if self._group is None:
-                target.copy_(share, non_blocking=True)
+                target.copy_(source, non_blocking=True)
             else:
-                own = target[self._group.rank() * len(share) :][: len(share)]
-                own.copy_(share, non_blocking=True)
-                torch.distributed.all_gather_into_tensor(target, own, group=self._group)
+                torch.distributed.all_gather_into_tensor(target, source, group=self._group)
             if self._side is not None:
                 self._arrived[slot].record(self._side)
-        self._store.hand_back(index, self._side)
+            self._feed.hand_back(index, self._side)
+
+
+class Shares:
+    """This rank's share of every slab, on the device: the feed of a ring that gathers.
+
+    A ring of its own brings them over this rank's PCIe connection, so copies go on while slabs are gathered.
+    """
+
+    def __init__(self, store: Store, slots: int, device: torch.device) -> None:
+        self._ring = Ring(store, slots, device)
+        self.sizes = self._ring.sizes
+
+    def is_ready(self, index: int) -> bool:
+        return True  # ranks gather in step, so none of them stops here because its own disk is behind
+
+    def take(self, index: int) -> Any:
+        return self._ring.take(index)
+
+    def hand_back(self, index: int, stream: Any) -> None:
+        self._ring.hand_back()
 
 
 def _check_turn(index: int, turn: int) -> None:

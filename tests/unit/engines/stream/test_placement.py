@@ -172,11 +172,12 @@ def gpu_bytes(plan):
     """What a GPU has to hold: weights, slots, what is expanded, and keys and values."""
     placed = placement.place(plan)
     resident = sum(layer.resident.nbytes for layer in placed)
-    slots = placement.slots(plan) * max(layer.streamed.nbytes for layer in placed)
+    ranks, slab = plan.run.hardware.num_gpus, max(layer.streamed.nbytes for layer in placed)
+    slots = placement.slots(plan) * slab + placement.share_slots(plan) * slab // ranks
     expanded = max(sum(p.numel for p in layer if plan.is_quantized(p)) for layer in layers_of(plan))
     outside = sum(p.numel for p in plan.architecture.parameters if p.layer is None)
     kv = plan.kv_cache_bytes if plan.run.kv_cache.device.value == "gpu" else plan.kv_slot_bytes
-    return resident + slots + plan.storage.cached_bytes + 2 * expanded + 2 * outside + kv // plan.run.hardware.num_gpus
+    return resident + slots + plan.storage.cached_bytes + 2 * expanded + 2 * outside + kv // ranks
 
 
 @pytest.mark.parametrize(("model", "quant", "work"), crossed(MODELS, QUANTS, (SMALL, LARGE, SPLIT)), ids=str)
@@ -259,6 +260,9 @@ def test_each_rank_has_what_is_resident_to_itself_and_a_share_of_the_rest(plan_s
     assert memory_fit.uses(plan)[0].weights == resident, "on each of them"
     assert plan.streamed_bytes_per_pass == sum(layer.streamed.nbytes for layer in placed)
     assert plan.weight_bytes == resident + plan.streamed_bytes_per_pass
+    slab = max(layer.streamed.nbytes for layer in placed)
+    shares = slab + slab // ranks if ranks > 1 else 0
+    assert plan.storage.gpu_buffer_bytes == 3 * slab + shares + 2 * placement.expanded_elements(placed)
 
 
 CARD = {"gpu_gib": 23.6, "host_gib": 128, "batch_size": 4, "prompt_len": 32}

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 
-from zi_experiments.engines.stream.ring import InPlace, Ring
+from zi_experiments.engines.stream.ring import InPlace, Ring, Shares
 from zi_experiments.engines.stream.slab import PAGE
 from zi_experiments.engines.stream.store import DirectFile, Store
 from zi_experiments.runtime.pinned_memory import host_empty
@@ -161,7 +161,7 @@ def source_of(request):
     def source_of(store):
         if request.param == "in place":
             return InPlace(store)
-        return Ring(store, int(request.param.split()[-1]), torch.device("cpu"), None)
+        return Ring(store, int(request.param.split()[-1]), torch.device("cpu"))
 
     return source_of
 
@@ -178,7 +178,7 @@ def test_a_layer_is_given_its_own_slab_in_every_pass(store_of, source_of, on_dis
 
 def test_a_slab_stays_while_its_layer_computes(store_of):
     """All that could come meanwhile has come: into other slots."""
-    ring = Ring(store_of([]), 3, torch.device("cpu"), None)
+    ring = Ring(store_of([]), 3, torch.device("cpu"))
     slab = ring.take(0)
 
     assert ring._sent == 3
@@ -189,9 +189,30 @@ def test_a_slab_stays_while_its_layer_computes(store_of):
     assert ring._sent == 4
 
 
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one rank: what it gathers is its own share."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("on_disk", [[], [0, 1, 2, 3, 4], [1, 3]], ids=str)
+def test_shares_come_while_slabs_wait_for_their_layers(store_of, alone, on_disk):
+    """Two slabs are gathered, and three shares beyond them are there: the links never wait for a gather."""
+    shares = Shares(store_of(on_disk), 3, torch.device("cpu"))
+    ring = Ring(shares, 2, torch.device("cpu"), group=alone)
+
+    for turn, (_, index) in enumerate(product(range(ROUNDS), range(len(SIZES)))):
+        assert torch.equal(ring.take(index), slab_of(index)), index
+        assert ring._sent == turn + 2
+        assert on_disk or shares._ring._sent == turn + 2 + 3
+        ring.hand_back()
+
+
 @pytest.mark.parametrize("order", [[1], [0, 2], [0, 1, 2, 3, 4, 4], [0, 0]], ids=str)
 def test_layers_that_run_out_of_turn_are_an_error(store_of, order):
-    ring = Ring(store_of([]), 2, torch.device("cpu"), None)
+    ring = Ring(store_of([]), 2, torch.device("cpu"))
     for index in order[:-1]:
         ring.take(index)
         ring.hand_back()
