@@ -39,6 +39,7 @@ def lower_bound(plan: Plan) -> Bound:
     flops_per_token = 2 * plan.active(lambda p: p.numel)
     decode = traffic | {
         "link": plan.link_bytes_per_pass,
+        "disk": plan.disk_bytes_per_step,
         "hbm": ELEMENT_BYTES * plan.active(plan.stored_numel) + kv,
         "gemm": flops_per_token * work.sequences,
     }

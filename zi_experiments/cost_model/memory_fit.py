@@ -14,7 +14,7 @@ class Use:
     where: str  # "GPU", "host" or "disk"
     weights: int
     buffers: int  # for weights that are copied or expanded
-    experts: int = 0  # pool of routed experts, copies of those in host memory
+    experts: int = 0  # routed experts: on a GPU copies of those in host memory, there copies of those on disk
     kv_cache: int
     workspace: int  # activations and logits
     processes: int  # CUDA context and libraries on a GPU, worker processes on the host
@@ -57,7 +57,8 @@ def _host(plan: Plan, *, copies: int, kv_cache: int, workspace: int) -> Use:
     return Use(
         where="host",
         weights=plan.placement.cpu_bytes + copies,
-        buffers=plan.storage.host_buffer_bytes,
+        buffers=plan.storage.host_buffer_bytes - plan.storage.host_cached_bytes,
+        experts=plan.storage.host_cached_bytes,
         kv_cache=kv_cache,
         workspace=workspace,
         processes=plan.process_bytes,
@@ -82,6 +83,8 @@ def _verification_problem(plan: Plan) -> str | None:
     """Return what does not fit while the verification reference runs, which is before the measured passes."""
     use, parked = uses(plan)[0], plan.storage.parked_bytes
     beside = use.weights - parked + use.buffers + use.processes
+    if use.where == "host":
+        beside += use.experts  # those on a GPU are given up
     if beside + plan.reference_bytes > use.available:
         return (
             f"verification needs {gigabytes(plan.reference_bytes, 1)} for one layer, embeddings and head in 16 bits, beside "
@@ -101,7 +104,7 @@ def _described(use: Use) -> str:
     named = {
         "weights": use.weights,
         "buffers": use.buffers,
-        "pool of experts": use.experts,
+        "pool of experts" if use.where == "GPU" else "cache of experts": use.experts,
         "KV cache": use.kv_cache,
         "activations": use.workspace,
         "CUDA" if use.where == "GPU" else "processes": use.processes,

@@ -61,10 +61,13 @@ class Storage:
     streamed_bytes_per_pass: int  # from host memory to the devices
     # the same in a decode step that copies only the experts that tokens are routed to; None: as in every pass
     streamed_bytes_per_step: int | None = None
+    # read from disk in a decode step that reads only such experts; None: as in every pass
+    disk_bytes_per_step: int | None = None
     routes: bool = False  # True if decode steps copy and expand only the experts that tokens are routed to
     packed_tokens: int = 0  # up to so many tokens in a pass, resident weights are multiplied without being expanded
     recorded: bool = False  # True if the operations of a decode step are launched at once
     host_buffer_bytes: int = 0  # between disk and device
+    host_cached_bytes: int = 0  # part of these: experts whose weights are on disk
     gpu_buffer_bytes: int = 0  # on each GPU: for weights that are copied or expanded
     cached_bytes: int = 0  # part of the GPU buffers: experts that may be given up at any time
     parked_bytes: int = 0  # of each GPU's weights: moved to host memory while the reference needs the space
@@ -114,6 +117,17 @@ class Plan(Spec):  # a subclass: everything known before the engine places the w
         """
         step = self.storage.streamed_bytes_per_step
         return self.streamed_bytes_per_pass if step is None else step
+
+    @property
+    def disk_bytes_per_step(self) -> int:
+        """Bytes of weights read from disk in a decode step, over all ranks; with routed experts as above."""
+        step = self.storage.disk_bytes_per_step
+        return self.placement.nvme_bytes if step is None else step
+
+    @property
+    def draws_experts(self) -> bool:
+        """Whether a decode step brings what depends on the experts that tokens are routed to."""
+        return self.storage.streamed_bytes_per_step is not None or self.storage.disk_bytes_per_step is not None
 
     @property
     def packed_fraction(self) -> float:

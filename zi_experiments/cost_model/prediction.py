@@ -115,7 +115,9 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
     known, ranks = _measured(plan), plan.run.hardware.num_gpus
     pinned = _typical(plan, "link_bytes_per_s")
     link = pinned if plan.pin_memory else known.link_pageable_bytes_per_s
-    streamed = plan.streamed_bytes_per_step if one.tokens == 1 else plan.streamed_bytes_per_pass
+    streamed, read = plan.streamed_bytes_per_pass, plan.placement.nvme_bytes
+    if one.tokens == 1:
+        streamed, read = plan.streamed_bytes_per_step, plan.disk_bytes_per_step
     weights_s = _over(streamed / ranks, link)
     cache_s = _over(_cache_bytes_on_link(plan, one) / ranks, pinned)
     passes = plan.architecture.num_layers * plan.run.workload.micro_batches
@@ -125,7 +127,7 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
         launches += overlap.launch + (CACHE_LAUNCH if _moves_cache(plan) else 0)
     return {
         "link": weights_s + cache_s,
-        "disk": _over(plan.placement.nvme_bytes, _typical(plan, "disk_bytes_per_s")),
+        "disk": _over(read, _typical(plan, "disk_bytes_per_s")),
         "gemm": _gemm_s(plan, one),
         "hbm": _traffic_s(plan, one),
         "launch": _known(known.layer_s) * launches * passes + _known(known.step_s),

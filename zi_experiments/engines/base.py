@@ -25,6 +25,8 @@ class Routed:
     experts: int  # distinct experts that tokens were routed to, summed over these layers
     copied: int  # of these, those that were not on the device
     copied_bytes: int  # of experts, from host memory to the device
+    read: int  # of those, or on a CPU of all, the ones that were not in host memory either
+    read_bytes: int  # of experts, from disk to host memory
 
     def since(self, before: "Routed") -> "Routed":
         """Return what was done after `before`."""

@@ -79,6 +79,7 @@ _NAMED: tuple[Column, ...] = (
     _metric("decode_prediction_error", "decode prediction error", "share", is_shown=True),
     _metric("prefill_prediction_error", "prefill prediction error", "share"),
     _metric("link_bytes_per_s", "host to device", "B/s", is_shown=True),
+    _metric("disk_bytes_per_s", "from disk", "B/s"),
     _metric("perplexity", "perplexity", "count", is_shown=True),
     _metric("kl_divergence", "KL divergence, nats", "count", is_shown=True),
     _metric("gpu_joules_per_token", "GPU energy per token", "J", is_shown=True),

@@ -57,6 +57,7 @@ _STATISTICS = {
     "tpot_p99_s": _Statistic(times=_steps, percent=99),
     "tok_per_s_per_user": _Statistic(times=_steps, is_rate=True),
     "link_bytes_per_s": _Statistic(times=_steps, is_rate=True),
+    "disk_bytes_per_s": _Statistic(times=_steps, is_rate=True),
     "fraction_of_bound": _Statistic(times=_steps, is_rate=True),
     "prefill_fraction_of_bound": _Statistic(times=_ttft, is_rate=True),
     "decode_prediction_error": _Statistic(times=_steps, is_rate=True),

@@ -33,8 +33,12 @@ class Metrics:
     host_peak_bytes: int  # resident in all processes of the run, at any time
     disk_peak_bytes: int  # in the run's folder on offload.path, at any time
     link_bytes_per_s: float | None  # bytes that had to cross PCIe in one pass / median decode step
+    disk_bytes_per_s: float | None  # bytes that had to be read from disk in one pass / median decode step
     experts_per_layer: float | None  # distinct routed experts of a layer in a decode step; None if all are brought
     expert_hit_rate: float | None  # share of them that was on the device; None if none is ever copied alone
+    expert_host_hit_rate: (
+        float | None
+    )  # share of those not on the device that was in host memory; None if none is on disk
     fraction_of_bound: float | None  # lower bound of a decode step / median decode step
     prefill_fraction_of_bound: float | None
     prefill_prediction_error: float | None  # predicted / measured − 1, of ttft_s
@@ -100,8 +104,10 @@ def derive(
         host_peak_bytes=host_peak_bytes,
         disk_peak_bytes=disk_peak_bytes,
         link_bytes_per_s=plan.link_bytes_per_pass / step if step else None,
+        disk_bytes_per_s=plan.disk_bytes_per_step / step if step else None,
         experts_per_layer=routed.experts / routed.layers if routed else None,
         expert_hit_rate=1 - routed.copied / routed.experts if routed and plan.storage.cached_bytes else None,
+        expert_host_hit_rate=_host_hit_rate(plan, routed) if routed else None,
         fraction_of_bound=bound.decode_step_s / step if step and bound.decode_step_s else None,
         prefill_fraction_of_bound=bound.prefill_s / ttft if bound.prefill_s else None,
         prefill_prediction_error=prediction.prefill_s / ttft - 1 if prediction.prefill_s else None,
@@ -117,11 +123,22 @@ def derive(
 
 
 def as_routed(plan: Plan, samples: Samples) -> Plan:
-    """Return the plan with the bytes that decode steps have really copied, where these depend on the routing of tokens."""
+    """Return the plan with the bytes that decode steps have really copied and read, where the routing decides on them."""
     routed, steps = _routed(samples), sum(len(one.step_s) for one in samples.measured)
-    if routed is None or not steps or plan.storage.streamed_bytes_per_step is None:
+    if routed is None or not steps or not plan.draws_experts:
         return plan
-    return replace(plan, storage=replace(plan.storage, streamed_bytes_per_step=routed.copied_bytes // steps))
+    stored = plan.storage
+    if stored.streamed_bytes_per_step is not None:
+        stored = replace(stored, streamed_bytes_per_step=routed.copied_bytes // steps)
+    if stored.disk_bytes_per_step is not None:
+        stored = replace(stored, disk_bytes_per_step=routed.read_bytes // steps)
+    return replace(plan, storage=stored)
+
+
+def _host_hit_rate(plan: Plan, routed: Routed) -> float | None:
+    """Return the share of experts looked for in host memory that were there; None if none is on disk, or looked for."""
+    wanted = routed.copied if plan.storage.cached_bytes else routed.experts
+    return 1 - routed.read / wanted if plan.storage.host_cached_bytes and wanted else None
 
 
 def _routed(samples: Samples) -> Routed | None:

@@ -235,7 +235,8 @@ def test_every_figure_is_set(make_plan, machine):
     got = figures(with_energy(counted), plan)
 
     unset = [field.name for field in fields(got) if getattr(got, field.name) is None]
-    assert unset == ["experts_per_layer", "expert_hit_rate"], "which no experts are routed for"
+    routed = ["experts_per_layer", "expert_hit_rate", "expert_host_hit_rate"]
+    assert unset == routed, "which no experts are routed for"
 
 
 def test_routed_experts_are_counted_and_their_bytes_are_those_of_the_bound(make_plan, machine):
@@ -243,7 +244,7 @@ def test_routed_experts_are_counted_and_their_bytes_are_those_of_the_bound(make_
     plan = make_plan("model=mixtral-8x7b", "engine=stream", "quant=int4", "offload=cpu", *work, on=machine("measured"))
     spread = figures(measured((2.0, 0.5, 0.5)), plan)
     one, two = (
-        Pass(ttft_s=2.0, total_s=3.0, step_s=[0.5, 0.5], routed=Routed(64, 100, copied, copied * 10**8))
+        Pass(ttft_s=2.0, total_s=3.0, step_s=[0.5, 0.5], routed=Routed(64, 100, copied, copied * 10**8, 0, 0))
         for copied in (20, 60)
     )
     got = figures(Samples(load_s=1.0, warmup=[], measured=[one, two]), plan)
@@ -254,3 +255,23 @@ def test_routed_experts_are_counted_and_their_bytes_are_those_of_the_bound(make_
     ratio = 80 * 10**8 / 4 / plan.streamed_bytes_per_step
     assert got.fraction_of_bound == pytest.approx(ratio * spread.fraction_of_bound)
     assert got.decode_prediction_error < spread.decode_prediction_error, "it is given fewer bytes"
+    assert (got.expert_host_hit_rate, got.disk_bytes_per_s) == (None, 0), "nothing is on disk"
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cuda", 80), ("cpu", 200)])
+def test_what_was_read_is_that_of_the_bound(make_plan, machine, device, wanted):
+    """On a GPU experts are looked for in host memory if they are not in its pool, on a CPU all of them are."""
+    work = ["workload.batch_size=1", "workload.gen_len=3", "workload.prompt_len=16"]
+    on = machine("measured") if device == "cuda" else machine("measured", device="cpu", gpu_memory_bytes=None)
+    plan = make_plan("model=mixtral-8x7b", "engine=stream", "quant=int4", "offload=nvme", *work, on=on)
+    spread = figures(measured((2.0, 9.0, 9.0)), plan)
+    copied = (40, 40 * 10**8) if device == "cuda" else (0, 0)
+    one = Pass(ttft_s=2.0, total_s=20.0, step_s=[9.0, 9.0], routed=Routed(64, 100, *copied, 30, 30 * 10**8))
+    got = figures(Samples(load_s=1.0, warmup=[], measured=[one, one]), plan)
+
+    assert got.expert_host_hit_rate == 1 - 60 / wanted
+    assert (got.expert_hit_rate is None) == (device == "cpu")
+    assert got.disk_bytes_per_s == pytest.approx(60 * 10**8 / 4 / 9)
+    ratio = 60 * 10**8 / 4 / plan.disk_bytes_per_step
+    assert got.fraction_of_bound == pytest.approx(ratio * spread.fraction_of_bound)
+    assert (got.decode_prediction_error < spread.decode_prediction_error) == (ratio < 1)

@@ -70,6 +70,7 @@ def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
         "layers_on_disk": sum(layer.on_disk for layer in placed),
         "most_routed_tokens": routing.most_tokens(plan) if plan.storage.routes else 0,
         "expert_slots": placement.expert_slots(plan, placed),
+        "expert_host_slots": placement.host_slots(plan, placed),
         "folder": scratch,
     }
 

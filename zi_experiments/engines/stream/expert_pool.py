@@ -1,6 +1,5 @@
 """Experts of all layers on the device: those that tokens are routed to are copied from host memory, and some stay."""
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from zi_experiments.engines.stream.routing import COPIED_TOGETHER
+from zi_experiments.engines.stream.slots import Slots
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,81 +36,131 @@ class InPlace:
         yield Group(experts=experts, slabs=self._slabs, rows=experts)
 
 
+class Supply(Protocol):
+    """Host memory that a pool copies from; layers are counted from the first one with experts."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """The bytes of an expert, of each layer."""
+
+    def prepare(self, layer: int, experts: list[int]) -> None:
+        """Begin to fetch what is not in host memory of a layer's `experts`, which are taken next."""
+
+    def is_ready(self, layer: int, expert: int) -> bool:
+        """Return whether `take` would not wait."""
+
+    def take(self, layer: int, expert: int) -> torch.Tensor:
+        """Return an expert's bytes. Until `hand_back`, nothing else is written there."""
+
+    def hand_back(self, layer: int, expert: int, stream: Any) -> None:
+        """Release an expert, once all operations launched on `stream` are done; None: now."""
+
+
+def arriving_parts(supply: Supply, layer: int, experts: list[int]) -> Iterator[list[int]]:
+    """Yield a layer's experts as they arrive: at a time those that are ready, else the next one."""
+    while experts:
+        part = [expert for expert in experts if supply.is_ready(layer, expert)] or experts[:1]
+        experts = [expert for expert in experts if expert not in part]
+        yield part
+
+
+class InHostMemory:
+    """A supply of experts that all stay in host memory."""
+
+    def __init__(self, layers: list[torch.Tensor]) -> None:
+        """`layers` has the experts of each layer, of shape (experts, bytes)."""
+        self._layers = layers
+        self.sizes = [layer.shape[1] for layer in layers]
+
+    def prepare(self, layer: int, experts: list[int]) -> None:
+        pass
+
+    def is_ready(self, layer: int, expert: int) -> bool:
+        return True
+
+    def take(self, layer: int, expert: int) -> torch.Tensor:
+        return self._layers[layer][expert]
+
+    def hand_back(self, layer: int, expert: int, stream: Any) -> None:
+        pass
+
+
 class Pool:
-    """Slots on the device, each with one expert of any layer.
+    """Slots on the device. Copies run on a CUDA stream of their own, ordered by events."""
 
-    A layer that holds its share of the slots replaces its own least recently used expert. Replacing the least recently
-    used of all would keep nothing in a pool smaller than what a token needs: the layers take turns.
-    Copies run on a CUDA stream of their own, ordered by events.
-    """
-
-    def __init__(self, layers: list[torch.Tensor], slots: int, at_once: int, device: torch.device) -> None:
-        """`layers` has the experts of each layer in host memory, of shape (experts, bytes); groups have at most `at_once`."""
-        self._layers, self._at_once = layers, at_once
-        self.slabs = torch.empty(slots, max(layer.shape[1] for layer in layers), dtype=torch.uint8, device=device)
+    def __init__(self, supply: Supply, slots: int, at_once: int, device: torch.device) -> None:
+        """Groups have at most `at_once` experts, no more than `slots`."""
+        self._supply, self._at_once = supply, at_once
+        self.slabs = torch.empty(slots, max(supply.sizes), dtype=torch.uint8, device=device)
         self._side: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._share = slots // len(layers)
+        self._slots = Slots(len(supply.sizes), slots)
+        self._left: dict[int, Any] = {}  # by slot: when its last operation is done
         self.copied = self.copied_bytes = 0  # experts so far, and their bytes
-        self.forget()
 
     def forget(self) -> None:
         """Empty all slots: their content may be lost."""
-        self._held = [OrderedDict[int, int]() for _ in self._layers]  # by layer: slots by expert, the latest use last
-        self._free = list(range(len(self.slabs)))
-        self._left: dict[int, Any] = {}  # by slot: when its last operation is done
+        self._slots.forget()
+        self._left = {}
 
     def source(self, layer: int) -> Source:
-        return _OfLayer(self, layer)
+        return OfLayer(self, layer)
 
     def bring(self, layer: int, experts: list[int]) -> Iterator[Group]:
         """Yield groups of a layer's experts: first those that are there, then the others as they arrive."""
+        # all at once: a disk should not wait while a part of them is computed
+        self._supply.prepare(layer, self._slots.missing(layer, experts))
         for first in range(0, len(experts), self._at_once):
             yield from self._bring(layer, experts[first : first + self._at_once])
 
     def _bring(self, layer: int, experts: list[int]) -> Iterator[Group]:
-        held, size = self._held[layer], self._layers[layer].shape[1]
-        there = [expert for expert in experts if expert in held]
-        for expert in there:
-            held.move_to_end(expert)
-        missing, together = [expert for expert in experts if expert not in held], -(-COPIED_TOGETHER // size)
-        parts = [missing[first : first + together] for first in range(0, len(missing), together)]
-        arriving = [(part, self._copy(layer, part, set(experts))) for part in parts]
-        for group, arrived in ([(there, None)] if there else []) + arriving:
-            if arrived is not None:
-                torch.cuda.current_stream(self.slabs.device).wait_event(arrived)
-            yield Group(experts=group, slabs=self.slabs[:, :size], rows=[held[expert] for expert in group])
+        needed, missing = set(experts), self._slots.missing(layer, experts)
+        self._supply.prepare(layer, missing)
+        ready = [expert for expert in missing if self._supply.is_ready(layer, expert)]
+        together = -(-COPIED_TOGETHER // self._supply.sizes[layer])
+        parts = [ready[first : first + together] for first in range(0, len(ready), together)]
+        arriving = [(part, self._copy(layer, part, needed)) for part in parts]
+        if there := [expert for expert in experts if expert not in missing]:
+            yield self._group(layer, there, None)
+        for part, arrived in arriving:
+            yield self._group(layer, part, arrived)
+        for part in arriving_parts(self._supply, layer, [expert for expert in missing if expert not in ready]):
+            yield self._group(layer, part, self._copy(layer, part, needed))
         if self._side is not None:
             left = torch.cuda.current_stream(self.slabs.device).record_event()
-            self._left |= {held[expert]: left for expert in experts}
+            self._left |= {self._slots.of(layer)[expert]: left for expert in experts}
+
+    def _group(self, layer: int, experts: list[int], arrived: Any) -> Group:
+        if arrived is not None:
+            torch.cuda.current_stream(self.slabs.device).wait_event(arrived)
+        slots = self._slots.of(layer)
+        return Group(
+            experts=experts,
+            slabs=self.slabs[:, : self._supply.sizes[layer]],
+            rows=[slots[expert] for expert in experts],
+        )
 
     def _copy(self, layer: int, experts: list[int], needed: set[int]) -> Any:
         """Launch the copies of `experts` to slots of others than those `needed` now. Return the event of their arrival."""
         with torch.cuda.stream(self._side):
             for expert in experts:
-                slot = self._free.pop() if self._free else self._replaced(layer, needed)
+                slab = self._supply.take(layer, expert)
+                slot = self._slots.place(layer, expert, needed)
                 if self._side is not None and slot in self._left:
                     self._side.wait_event(self._left[slot])
-                slab = self._layers[layer][expert]
                 self.slabs[slot, : len(slab)].copy_(slab, non_blocking=True)
-                self._held[layer][expert] = slot
+                self._supply.hand_back(layer, expert, self._side)
                 self.copied += 1
                 self.copied_bytes += slab.nbytes
             return self._side.record_event() if self._side is not None else None
 
-    def _replaced(self, layer: int, needed: set[int]) -> int:
-        """Return a slot, empty now: of the layer itself if it holds its share, else of the layer that holds most."""
-        own = self._held[layer]
-        old = next((expert for expert in own if expert not in needed), None) if len(own) >= self._share else None
-        if old is not None:
-            return own.pop(old)
-        others = (held for held in self._held if held is not own)
-        return max(others, key=len).popitem(last=False)[1]
-
 
 @dataclass(frozen=True, slots=True)
-class _OfLayer:
-    pool: Pool
+class OfLayer:
+    """The experts of one layer of a pool or cache."""
+
+    all_layers: Any  # has `bring(layer, experts)`
     layer: int
 
     def bring(self, experts: list[int]) -> Iterator[Group]:
-        return self.pool.bring(self.layer, experts)
+        groups: Iterator[Group] = self.all_layers.bring(self.layer, experts)
+        return groups

@@ -102,7 +102,7 @@ class Loader:
             _wait(next(spare)[1])
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        store = Store(slabs, file, buffers)
+        store = Store(slabs, file, buffers, wraps=not self._plan.storage.routes)
         store.start(shares)
         return store
 

@@ -86,7 +86,9 @@ def is_routed(spec: Spec, placed: Sequence[LayerPlacement]) -> bool:
     """Return whether decode steps bring routed experts only: then all other weights stay on the device."""
     streamed = [layer.streamed for layer in placed]
     copies = spec.machine.device == "cuda" and routing.stacks(streamed)
-    saves = spec.run.quant.bits < 16 or bool(copies)  # what neither crosses nor is expanded costs nothing
+    reads = spec.run.offload.device is OffloadDevice.nvme
+    # what is neither read, nor crosses, nor is expanded costs nothing
+    saves = spec.run.quant.bits < 16 or bool(copies) or reads
     return saves and routing.pays(spec) and not any(layout.own_bytes for layout in streamed)
 
 
@@ -117,6 +119,9 @@ def _notes(spec: Spec, placed: Sequence[LayerPlacement]) -> Iterator[str]:
     if is_routed(spec, placed):
         needed = spec.distinct_experts(spec.run.workload.batch_size)
         yield f"a decode step brings about {needed:.0f} of {spec.experts} experts of a layer: those that tokens are routed to"
+        if cached := host_slots(spec, placed):
+            of = sum(stack.count for stack in routing.stacks([layer.streamed for layer in placed]))
+            yield f"host memory has room for {cached} of {of} experts; the others are read when tokens are routed to them"
     elif spec.machine.device == "cuda":
         why = routing.obstacle(spec) or "the other weights do not fit on the GPU"
         yield f"a decode step brings all experts of a layer: {why}"
@@ -133,6 +138,14 @@ def expert_slots(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
     return routing.slots(spec, streamed, int(spec.run.offload.resident * total) - resident)
 
 
+def host_slots(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
+    """Return how many experts that are on disk have a place in host memory; 0: none is read alone."""
+    streamed = [layer.streamed for layer in placed if layer.on_disk]
+    if not streamed or not is_routed(spec, placed):
+        return 0
+    return routing.slots(spec, streamed, _host_room(spec, placed) if spec.run.offload.resident == "auto" else 0)
+
+
 def storage(spec: Spec) -> Storage:
     """Return where this engine keeps the weights. Each rank has its own copy of the resident ones."""
     placed, ranks, on_gpu = place(spec), spec.run.hardware.num_gpus, spec.machine.device == "cuda"
@@ -141,7 +154,9 @@ def storage(spec: Spec) -> Storage:
     disk = sum(layer.streamed.nbytes for layer in placed if layer.on_disk)
     largest = max((layer.streamed.nbytes for layer in placed if layer.on_disk), default=0)
     expanded = ELEMENT_BYTES * expanded_elements(placed)
-    streamed, routed = [layer.streamed for layer in placed], expert_slots(spec, placed) > 0
+    streamed = [layer.streamed for layer in placed]
+    copied, read = expert_slots(spec, placed), host_slots(spec, placed)
+    cached = read * routing.slot_bytes(streamed)
     return Storage(
         placement=Placement(
             gpu_bytes=resident if on_gpu else 0,
@@ -151,13 +166,15 @@ def storage(spec: Spec) -> Storage:
         copied_bytes=(ranks - 1) * resident,
         expanded_numel=sum(p.numel for p in spec.architecture.parameters if p.layer is None and spec.is_quantized(p)),
         streamed_bytes_per_pass=host + disk if on_gpu else 0,
-        streamed_bytes_per_step=routing.copied_per_step(spec, streamed, expert_slots(spec, placed)) if routed else None,
+        streamed_bytes_per_step=routing.per_step(spec, streamed, copied) if copied else None,
+        disk_bytes_per_step=routing.per_step(spec, streamed, copied, read) if read else None,
         routes=is_routed(spec, placed),
         packed_tokens=PACKED_TOKENS if on_gpu and steps_in_place(spec, placed) and spec.run.quant.bits < 16 else 0,
         recorded=on_gpu and steps_in_place(spec, placed) and _is_recorded(spec, is_routed(spec, placed)),
-        host_buffer_bytes=BUFFERS * largest + (0 if on_gpu else ranks * expanded),
+        host_buffer_bytes=BUFFERS * largest + cached + (0 if on_gpu else ranks * expanded),
         gpu_buffer_bytes=_buffer_bytes(spec, placed) if on_gpu else 0,
-        cached_bytes=expert_slots(spec, placed) * routing.slot_bytes(streamed),
+        cached_bytes=copied * routing.slot_bytes(streamed),
+        host_cached_bytes=cached,
         parked_bytes=_parked_bytes(spec, placed),
         notes=tuple(_notes(spec, placed)),
         overlap=OVERLAP,
@@ -256,6 +273,8 @@ def _split(spec: Spec, layers: list[_Layer], streamed: list[tuple[str, ...]]) ->
         return tuple(placed)
     sent = [index for index, layer in enumerate(placed) if layer.streamed.nbytes]
     in_memory = _fitting_host(spec, placed) if spec.run.offload.resident == "auto" else 0
+    if in_memory < len(sent) and is_routed(spec, placed):
+        in_memory = 0  # that room is a cache of experts
     # spread over the layers, so that the disk reads ahead steadily
     held = {index for i, index in enumerate(sent) if (i + 1) * in_memory // len(sent) > i * in_memory // len(sent)}
     return tuple(replace(layer, on_disk=index in sent and index not in held) for index, layer in enumerate(placed))
@@ -334,12 +353,19 @@ def expanded_elements(placed: Sequence[LayerPlacement]) -> int:
     return max(layer.resident.elements + layer.streamed.elements for layer in placed)
 
 
-def _fitting_host(spec: Spec, placed: list[LayerPlacement]) -> int:
+def _fitting_host(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
     """Return how many layers' streamed parts fit in host memory, beside the buffers for the others."""
-    if spec.machine.device == "cpu":
-        return 0  # resident weights already have that memory
     largest = _largest(placed)
-    kv = spec.kv_cache_bytes if spec.run.kv_cache.device is CacheDevice.cpu else 0
-    beside = spec.process_bytes + kv + BUFFERS * largest + _parked_bytes(spec, placed)
-    room = spec.machine.host_memory_bytes * 8 // 10 - beside
-    return min(sum(layer.streamed.nbytes > 0 for layer in placed), max(0, room // largest)) if largest else 0
+    if spec.machine.device == "cpu" or not largest:
+        return 0  # a CPU's resident weights already have that memory
+    return min(sum(layer.streamed.nbytes > 0 for layer in placed), max(0, _host_room(spec, placed) // largest))
+
+
+def _host_room(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
+    """Return the bytes of host memory beside the buffers in front of the disk."""
+    beside = BUFFERS * _largest(placed)
+    if spec.machine.device == "cpu":
+        expanded = spec.run.hardware.num_gpus * ELEMENT_BYTES * expanded_elements(placed)
+        return _room(spec) - sum(layer.resident.nbytes for layer in placed) - beside - expanded
+    beside += spec.kv_cache_bytes if spec.run.kv_cache.device is CacheDevice.cpu else 0
+    return spec.machine.host_memory_bytes * 8 // 10 - beside - spec.process_bytes - _parked_bytes(spec, placed)

@@ -9,6 +9,9 @@ from zi_experiments.engines.stream.slab import Layout, Stack
 
 COPIED_TOGETHER = 64 << 20  # bytes that are worth waiting for: fewer take less time than launching their operations
 WORTHWHILE = 0.85  # share of a layer's experts above which whole layers, copied ahead of the compute, are faster
+WORTHWHILE_FROM_DISK = (
+    0.97  # the same of a disk: the time that is lost between layers is less than what a hundredth takes
+)
 
 
 def obstacle(spec: Spec) -> str | None:
@@ -18,10 +21,9 @@ def obstacle(spec: Spec) -> str | None:
         return "transformers computes this model's experts without its interface for them"
     if run.hardware.num_gpus > 1:
         return "experts are brought one by one with one GPU only"
-    if run.offload.device is OffloadDevice.nvme:
-        return "experts are brought one by one from host memory only"
     needed = spec.distinct_experts(run.workload.batch_size)
-    if needed > WORTHWHILE * spec.experts:
+    worthwhile = WORTHWHILE_FROM_DISK if run.offload.device is OffloadDevice.nvme else WORTHWHILE
+    if needed > worthwhile * spec.experts:
         return f"{run.workload.batch_size} sequences need about {needed:.0f} of {spec.experts}"
     return None
 
@@ -63,11 +65,14 @@ def slot_bytes(streamed: Sequence[Layout]) -> int:
     return max((stack.each.nbytes for stack in stacks(streamed)), default=0)
 
 
-def copied_per_step(spec: Spec, streamed: Sequence[Layout], held: int) -> int:
-    """Return the bytes of experts that a decode step copies if routing spreads evenly, with `held` experts on the device."""
+def per_step(spec: Spec, streamed: Sequence[Layout], *held: int) -> int:
+    """Return the bytes of experts that a decode step copies if routing spreads evenly, behind so many slots.
+
+    Behind several memories the largest counts: what is used again is in all of them.
+    """
     found = stacks(streamed)
     count = sum(stack.count for stack in found)
     # a layer's share of the slots is of use from one step to the next if it is more than what the step itself needs
-    kept = held / count if held > least_slots(spec) else 0.0
+    kept = max((slots / count for slots in held if slots > least_slots(spec)), default=0.0)
     distinct = spec.distinct_experts(spec.run.workload.sequences)
     return ceil((1 - kept) * distinct * sum(stack.each.nbytes for stack in found))

@@ -8,12 +8,14 @@ import torch
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.engines.base import Routed
 from zi_experiments.engines.stream import placement, routing
-from zi_experiments.engines.stream.expert_pool import InPlace, Pool
+from zi_experiments.engines.stream.expert_pool import InHostMemory, InPlace, Pool, Source
 from zi_experiments.engines.stream.few_tokens import FewTokens
+from zi_experiments.engines.stream.host_cache import HostCache, OnDisk
 from zi_experiments.engines.stream.layers import StreamedLayer
 from zi_experiments.engines.stream.recorded import RecordedSteps, can_record
 from zi_experiments.engines.stream.slab import experts_in
 from zi_experiments.engines.stream.store import Store
+from zi_experiments.runtime.pinned_memory import host_empty
 
 
 class ShortPasses:
@@ -31,24 +33,40 @@ class ShortPasses:
             packed_experts=stored.packed_tokens,
         )
         self._pool: Pool | None = None
-        sources = self._sources(plan, layers, store, streamed, device) if stored.routes else {}
+        self._cache: HostCache | None = None
+        sources: dict[int, Source] = {}
+        if stored.routes:
+            here = {
+                index: slabs for index, layer in enumerate(layers) if (slabs := layer.resident_experts()) is not None
+            }
+            sources = {index: InPlace(slabs) for index, slabs in here.items()}
+            sources |= self._away(plan, store, streamed, device)
         made = [layer.shorten(self._few, sources.get(index)) for index, layer in enumerate(layers)]
         self._experts = [experts for experts in made if experts is not None]
 
-    def _sources(
-        self, plan: Plan, layers: list[StreamedLayer], store: Store, streamed: list[int], device: torch.device
-    ) -> dict[int, Any]:
-        """Return where each layer's experts come from, by its number; some models begin with layers without experts."""
+    def _away(self, plan: Plan, store: Store, streamed: list[int], device: torch.device) -> dict[int, Source]:
+        """Return where experts come from that do not stay on the device, by the number of their layer.
+
+        Some models begin with layers without experts.
+        """
         placed = placement.place(plan)
-        parts = [(index, placed[index].streamed, number) for number, index in enumerate(streamed)]
-        away = {index: experts_in(store.slab(number), part) for index, part, number in parts if part.experts}
-        here = {index: slabs for index, layer in enumerate(layers) if (slabs := layer.resident_experts()) is not None}
-        if not (slots := placement.expert_slots(plan, placed)):
-            return {index: InPlace(slabs) for index, slabs in (away | here).items()}
-        at_once = routing.at_once(plan, routing.slot_bytes([layer.streamed for layer in placed]))
-        pool = self._pool = Pool(list(away.values()), slots, at_once, device)
-        pooled = {index: pool.source(number) for number, index in enumerate(away)}
-        return pooled | {index: InPlace(slabs) for index, slabs in here.items()}
+        parts = [(index, number, placed[index].streamed) for number, index in enumerate(streamed)]
+        stacks = [(number, part, part.experts.each.nbytes) for _, number, part in parts if part.experts]
+        layers = [index for index, _, part in parts if part.experts]
+        slot_bytes = routing.slot_bytes([part for _, part, _ in stacks])
+        at_once = routing.at_once(plan, slot_bytes) if stacks else 0
+        slabs = []
+        if cached := placement.host_slots(plan, placed):
+            room = host_empty(cached * slot_bytes, torch.uint8, pinned=plan.pin_memory)
+            places = [OnDisk(slab=number, start=part.own_bytes, nbytes=nbytes) for number, part, nbytes in stacks]
+            self._cache = HostCache(store, places, room.view(cached, -1), at_once)
+        else:
+            slabs = [experts_in(store.slab(number), part) for number, part, _ in stacks]
+        if slots := placement.expert_slots(plan, placed):
+            self._pool = Pool(self._cache or InHostMemory(slabs), slots, at_once, device)
+        if shared := self._pool or self._cache:
+            return {index: shared.source(number) for number, index in enumerate(layers)}
+        return {index: InPlace(experts) for index, experts in zip(layers, slabs, strict=True)}
 
     def record(self, model: Any, cache: Any) -> None:
         """Record the operations of decode steps, if the model allows it."""
@@ -66,6 +84,8 @@ class ShortPasses:
             experts=sum(each.used for each in self._experts),
             copied=self._pool.copied if self._pool else 0,
             copied_bytes=self._pool.copied_bytes if self._pool else 0,
+            read=self._cache.read if self._cache else 0,
+            read_bytes=self._cache.read_bytes if self._cache else 0,
         )
 
     def give_up(self) -> list[torch.Tensor]:

@@ -5,7 +5,6 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count
 
 import torch
 
@@ -13,6 +12,8 @@ from zi_experiments.cost_model.inventory import Home
 from zi_experiments.engines.disk_access import BLOCK_BYTES
 from zi_experiments.engines.stream.placement import PARALLEL
 from zi_experiments.engines.stream.slab import PAGE
+
+ALONE_BYTES = 1 << 20  # of a request, at least, where a read is split among all threads
 
 
 class DirectFile:
@@ -35,19 +36,26 @@ class DirectFile:
             raise OSError(
                 f"no room for the {nbytes} bytes of weights in {path} ({error.strerror}): {advice}"
             ) from error
-        self._threads = ThreadPoolExecutor(self._parallel * slabs, "disk")
+        self._most = self._parallel * slabs  # requests at a time
+        self._threads = ThreadPoolExecutor(self._most, "disk")
 
-    def read(self, buffer: torch.Tensor, offset: int, after: Callable[[], None]) -> list[Future[None]]:
-        """Start to fill `buffer` from `offset` as soon as `after()` returns. Return one future per request."""
-        return self._start(os.preadv, buffer, offset, after)
+    def read(
+        self, buffer: torch.Tensor, offset: int, after: Callable[[], None], *, alone: bool = False
+    ) -> list[Future[None]]:
+        """Start to fill `buffer` from `offset` as soon as `after()` returns. Return one future per request.
+
+        `alone`: few other reads are under way, so this one may take all threads.
+        """
+        most = min(self._most, -(-buffer.numel() // ALONE_BYTES)) if alone else self._parallel
+        return self._start(os.preadv, buffer, offset, after, most)
 
     def write(self, buffer: torch.Tensor, offset: int) -> list[Future[None]]:
-        return self._start(os.pwritev, buffer, offset, lambda: None)
+        return self._start(os.pwritev, buffer, offset, lambda: None, self._parallel)
 
     def _start(
-        self, request: Callable[..., int], buffer: torch.Tensor, offset: int, after: Callable[[], None]
+        self, request: Callable[..., int], buffer: torch.Tensor, offset: int, after: Callable[[], None], requests: int
     ) -> list[Future[None]]:
-        part = -(-buffer.numel() // self._parallel // PAGE) * PAGE
+        part = -(-buffer.numel() // requests // PAGE) * PAGE
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
         return [
             self._threads.submit(self._carry_out, request, view[start : start + part], offset + start, after)
@@ -73,16 +81,24 @@ class Store:
     """This rank's share of every slab, handed out in the order of the layers, round and round.
 
     A slab is a tensor in host memory, or the offset of its bytes in the file. Slabs on disk are read ahead into the
-    buffers. A buffer is used again once `hand_back` releases it.
+    buffers. A buffer is used again once `hand_back` releases it. Unless it `wraps`, nothing is read ahead for the next
+    pass: another one may come first, which reads single experts.
     """
 
-    def __init__(self, slabs: list[torch.Tensor | int], file: DirectFile | None, buffers: list[torch.Tensor]) -> None:
-        self._slabs, self._file, self._buffers = slabs, file, buffers
+    def __init__(
+        self,
+        slabs: list[torch.Tensor | int],
+        file: DirectFile | None,
+        buffers: list[torch.Tensor],
+        *,
+        wraps: bool = True,
+    ) -> None:
+        self._slabs, self._file, self._buffers, self._wraps = slabs, file, buffers, wraps
         self.sizes: list[int] = []
         self._reads: deque[list[Future[None]]] = deque()  # running or done, in the order of their slabs
-        on_disk = [index for index, slab in enumerate(slabs) if isinstance(slab, int)]
-        self._next = (on_disk[number % len(on_disk)] for number in count()) if on_disk else iter(())
-        self._taken = 0  # buffers handed out so far
+        self._on_disk = [index for index, slab in enumerate(slabs) if isinstance(slab, int)]
+        self._left: list[Callable[[], None]] = [lambda: None for _ in buffers]  # waits for what still uses a buffer
+        self._begun = self._taken = self._released = 0  # slabs on disk so far, over all passes
 
     def pieces(self) -> list[tuple[Home, int]]:
         """Return where each slab is, and its bytes there; on disk this is its room in the file."""
@@ -100,18 +116,20 @@ class Store:
     def start(self, sizes: list[int]) -> None:
         """Begin to read ahead; `sizes` are the bytes of this rank's share of each slab."""
         self.sizes = sizes
-        for buffer in self._buffers:
-            self._read(buffer, lambda: None)
+        self._read_ahead()
 
     def is_ready(self, index: int) -> bool:
         """Return whether `take` would not wait for the disk."""
-        return not isinstance(self._slabs[index], int) or all(part.done() for part in self._reads[0])
+        if not isinstance(self._slabs[index], int):
+            return True
+        return bool(self._reads) and all(part.done() for part in self._reads[0])
 
     def take(self, index: int) -> torch.Tensor:
         """Return a slab's bytes in host memory. Until `hand_back`, nothing else is written there."""
         slab = self._slabs[index]
         if not isinstance(slab, int):
             return slab
+        self._read_ahead(at_least=self._taken + 1)
         for part in self._reads.popleft():
             part.result()
         self._taken += 1
@@ -121,15 +139,32 @@ class Store:
         """Release the slab taken last, once all operations launched on `stream` are done."""
         if not isinstance(self._slabs[index], int):
             return
-        buffer = self._buffers[(self._taken - 1) % len(self._buffers)]
-        self._read(buffer, stream.record_event().synchronize if stream is not None else lambda: None)
+        used = self._released % len(self._buffers)
+        self._left[used] = stream.record_event().synchronize if stream is not None else lambda: None
+        self._released += 1
+        self._read_ahead()
 
-    def _read(self, buffer: torch.Tensor, after: Callable[[], None]) -> None:
-        index = next(self._next)
+    def read(self, index: int, start: int, buffer: torch.Tensor, after: Callable[[], None]) -> list[Future[None]]:
+        """Start to fill `buffer` from byte `start` of a slab on disk as soon as `after()` returns: beside `take`."""
         offset = self._slabs[index]
         assert isinstance(offset, int)
         assert self._file is not None
-        self._reads.append(self._file.read(buffer[: self.sizes[index]], offset, after))
+        return self._file.read(buffer, offset + start, after, alone=True)
+
+    def _read_ahead(self, at_least: int = 0) -> None:
+        """Begin to read slabs into all buffers that are free, of the pass that has begun with slab `at_least` only."""
+        end = self._released + len(self._buffers)
+        if not self._wraps and self._on_disk:
+            count = len(self._on_disk)
+            end = min(end, -(-max(at_least, self._taken) // count) * count)
+        while self._begun < end:
+            index, used = self._on_disk[self._begun % len(self._on_disk)], self._begun % len(self._buffers)
+            offset = self._slabs[index]
+            assert isinstance(offset, int)
+            assert self._file is not None
+            buffer = self._buffers[used][: self.sizes[index]]
+            self._reads.append(self._file.read(buffer, offset, self._left[used]))
+            self._begun += 1
 
     def close(self) -> None:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -97,6 +97,8 @@ def _speed(metrics: Metrics, prediction: Prediction) -> Iterator[tuple[str, ...]
         yield "  predicted", explanation.predicted((1 + error) * metrics.tpot_p50_s, error)
     if metrics.link_bytes_per_s:
         yield "host to device", scaled(metrics.link_bytes_per_s, "B/s")
+    if metrics.disk_bytes_per_s:
+        yield "from disk", scaled(metrics.disk_bytes_per_s, "B/s")
     if metrics.perplexity is not None:
         yield "perplexity", f"{metrics.perplexity:.4f}"
     if metrics.kl_divergence is not None:
@@ -143,11 +145,7 @@ def show_plan(name: str, plan: Plan, prediction: Prediction, console: Console) -
         least = explanation.least(plan, bound.decode_step_s, bound.limited_by)
         step_s = prediction.decode_step_s
         predicted = f"; predicted {seconds(step_s)}" if step_s else ""
-        drawn = (
-            ", if the experts of each token are drawn evenly"
-            if plan.storage.streamed_bytes_per_step is not None
-            else ""
-        )
+        drawn = ", if the experts of each token are drawn evenly" if plan.draws_experts else ""
         limit = f"limited by {LIMITS[bound.limited_by]}"
         lines.say(f"a decode step takes at least {least}, {limit}{drawn}{predicted}", console)
     elif why := explanation.unknown(plan):

@@ -1,6 +1,7 @@
-"""Only the experts that tokens are routed to are brought and expanded, and a model computes the same."""
+"""Only the experts that tokens are routed to are brought, read and expanded, and a model computes the same."""
 
 from dataclasses import replace
+from functools import partial
 
 import families
 import pytest
@@ -9,8 +10,10 @@ import torch
 from slabs import parameter
 
 from zi_experiments.config.schema import Quant
+from zi_experiments.cost_model import inventory
+from zi_experiments.engines import base
 from zi_experiments.engines.stream import placement, quantized
-from zi_experiments.engines.stream.expert_pool import InPlace, Pool
+from zi_experiments.engines.stream.expert_pool import InHostMemory, InPlace, Pool
 from zi_experiments.engines.stream.experts import RoutedExperts
 from zi_experiments.engines.stream.few_tokens import FewTokens
 from zi_experiments.engines.stream.slab import expanded_views, experts_in, lay_out, plain_views
@@ -79,7 +82,7 @@ def tokens_of(count, seed):
 @pytest.mark.parametrize("slots", [None, 2, 4, 2 * EXPERTS])
 def test_routed_experts_compute_what_all_of_them_do(family, bits, slots):
     layers = [Stack(family, bits) for _ in range(2)]
-    pool = slots and Pool([layer.experts for layer in layers], slots, min(slots, EXPERTS), CPU)
+    pool = slots and Pool(InHostMemory([layer.experts for layer in layers]), slots, min(slots, EXPERTS), CPU)
     sources = [pool.source(number) if pool else InPlace(layer.experts) for number, layer in enumerate(layers)]
     routed = [
         RoutedExperts(layer.module, layer.each, source, layer.expanded, FewTokens())
@@ -96,7 +99,7 @@ def test_routed_experts_compute_what_all_of_them_do(family, bits, slots):
 
 def test_experts_that_are_there_are_not_copied_again():
     stack = Stack("mixtral", 4)
-    pool = Pool([stack.experts] * 2, 8, 2, CPU)
+    pool = Pool(InHostMemory([stack.experts] * 2), 8, 2, CPU)
 
     def bring(layer, experts):
         before = pool.copied
@@ -123,7 +126,7 @@ def test_experts_that_are_there_are_not_copied_again():
 def test_a_small_pool_keeps_experts_from_token_to_token():
     """Replacing the least recently used of all layers would always replace what the next layer needs."""
     stack = Stack("mixtral", 4)
-    pool = Pool([stack.experts] * 4, 8, 2, CPU)
+    pool = Pool(InHostMemory([stack.experts] * 4), 8, 2, CPU)
     for _ in range(5):
         for layer in range(4):
             list(pool.bring(layer, [0, 1]))
@@ -143,12 +146,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def load(folder, monkeypatch):
-    """`load(quant, slots, …)` → a plan with so many experts in a pool, and its session."""
+    """`load(quant, slots, …)` → a plan with so many experts in a pool, and its session; `cached` ones are of a disk."""
     sessions = []
 
-    def load(quant, slots, **settings):
+    def load(quant, slots, cached=0, **settings):
         monkeypatch.setattr(placement, "expert_slots", lambda spec, placed: slots)
-        plan, session = families.load(folder, quant, "cpu", engine="stream", **{"workload.batch_size": 1} | settings)
+        monkeypatch.setattr(placement, "host_slots", lambda spec, placed: cached)
+        offload = "nvme" if cached else "cpu"
+        plan, session = families.load(folder, quant, offload, engine="stream", **{"workload.batch_size": 1} | settings)
         sessions.append(session)
         assert plan.storage.routes
         return plan, session
@@ -162,38 +167,108 @@ def pool_of(session):
     return session._short._pool
 
 
+def cache_of(session):
+    return session._short._cache
+
+
+TOTAL = 8  # experts of the model: two layers of four
+
+
 @pytest.mark.parametrize(
-    ("quant", "slots", "settings"),
+    ("quant", "slots", "cached", "settings"),
     [
-        ("int4", 0, {}),
-        ("int4", 4, {"kv_cache": "cpu"}),
-        ("int8", 5, {}),
-        ("int4", 8, {"workload.micro_batches": 2}),
+        ("int4", 0, 0, {}),
+        ("int4", 4, 0, {"kv_cache": "cpu"}),
+        ("int8", 5, 0, {}),
+        ("int4", 8, 0, {"workload.micro_batches": 2}),
+        # from disk: in 16 bits an expert is read by several requests
+        ("fp16", 0, 4, {}),
+        ("fp16", 0, TOTAL, {"workload.micro_batches": 2}),
+        ("int8", 0, 4, {"kv_cache": "cpu"}),
+        ("int8", 0, 6, {"workload.micro_batches": 2}),
+        ("int4", 0, TOTAL, {"kv_cache": "cpu", "workload.micro_batches": 2}),
+        ("int4", 4, 4, {}),
+        ("fp16", 5, 6, {"kv_cache": "cpu"}),
     ],
     ids=str,
 )
-def test_a_model_is_plain_transformers_however_its_experts_come(load, quant, slots, settings):
-    plan, session = load(quant, slots, **settings)
+def test_a_model_is_plain_transformers_however_its_experts_come(load, quant, slots, cached, settings):
+    plan, session = load(quant, slots, cached, **settings)
     checked = verify(session, plan, silent())
 
     assert checked.passed, checked.problem
     assert checked.tokens_equal
+    assert inventory.difference(base.get("stream").stored(plan), session.inventory().parameters) is None
     counts = session.routed()
     assert counts.experts > 0
     assert (counts.copied > 0) == (slots > 0)
     assert counts.copied <= counts.experts
+    assert (counts.read > 0) == (cached > 0)
+    assert counts.read <= (counts.copied or counts.experts)
 
 
-def test_a_stale_slot_is_caught(load):
-    plan, session = load("int4", 8)
+@pytest.mark.parametrize("cached", [2, TOTAL])
+@pytest.mark.parametrize("quant", ["fp16", "int4"])
+def test_what_is_read_is_what_the_router_of_the_plain_model_chooses(load, folder, quant, cached):
+    """Slots for a layer's step keep nothing for the next one, and those for all experts read each one once."""
+    ids = families.IDS[:1]
+    expected, chosen = generated_by(families.plain(folder, families.QUANTS[quant]), ids)
+    _, session = load(quant, 0, cached)
+
+    for again in range(2):
+        before = session.routed()
+        assert torch.equal(session.generate(ids, families.GEN_LEN, None), expected)
+        counts = session.routed().since(before)
+        assert counts.experts == sum(len(experts) for _, experts in chosen)
+        if cached == TOTAL:
+            distinct = {(layer, expert) for layer, experts in chosen for expert in experts}
+            assert counts.read == (0 if again else len(distinct))
+        else:
+            assert counts.read == counts.experts
+        assert counts.read_bytes == counts.read * cache_of(session).sizes[0]
+
+
+def generated_by(model, ids):
+    """The tokens that a plain model generates, and what its routers choose in decode steps: (layer, set of experts)."""
+    chosen = []
+
+    def see(module, args, kwargs, layer):
+        if len(args[0]) == len(ids):
+            chosen.append((layer, set(args[1].flatten().tolist())))
+
+    for number, layer in enumerate(model.model.layers):
+        (experts,) = (module for module in layer.modules() if is_experts_module(module))
+        experts.register_forward_pre_hook(partial(see, layer=number), with_kwargs=True)
+    return families.generate(model, ids), chosen
+
+
+@pytest.mark.parametrize("cached", [0, TOTAL])
+def test_a_stale_slot_is_caught(load, cached):
+    plan, session = load("int4", 0 if cached else TOTAL, cached)
     with session.ways()[1], torch.inference_mode():
         session.model(families.IDS)
-    slabs = pool_of(session).slabs
-    assert len(pool_of(session)._held[1]) > 1
-    first, second, *_ = pool_of(session)._held[1].values()
-    slabs[[first, second]] = slabs[[second, first]]
+    there = cache_of(session) or pool_of(session)
+    assert len(there._slots.of(1)) > 1
+    first, second, *_ = there._slots.of(1).values()
+    there.slabs[[first, second]] = there.slabs[[second, first]]
 
     assert "model.layers.1 is the first part of the model that differs" in verify(session, plan, silent()).problem
+
+
+def test_experts_that_cannot_be_read_are_an_error_in_every_pass(load, folder):
+    _, session = load("fp16", 0, 2)
+    ids = families.IDS[:1]
+    session.generate(ids, 3, None)
+    (file,) = (folder.parent / "disk").iterdir()
+    with file.open("r+b") as opened:
+        opened.truncate(0)
+
+    for _ in range(2):
+        with session.ways()[1], pytest.raises(OSError, match="preadv moved 0 bytes"), torch.inference_mode():
+            session.model(ids)
+    session.close()
+    assert not file.exists()
+    session.close = lambda: None
 
 
 def test_room_that_is_given_up_is_filled_again(load):

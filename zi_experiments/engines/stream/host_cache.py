@@ -1,0 +1,89 @@
+"""Experts of all layers in host memory, in front of the disk: those that tokens are routed to are read, and some stay."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zi_experiments.engines.stream.expert_pool import Group, OfLayer, Source, arriving_parts
+from zi_experiments.engines.stream.slots import Slots
+from zi_experiments.engines.stream.store import Store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnDisk:
+    """Where the experts of one layer are on disk."""
+
+    slab: int  # its number in the store
+    start: int  # of the first expert, in bytes of the slab
+    nbytes: int  # of an expert
+
+
+class HostCache:
+    """Slots in host memory: a `Supply` of a pool on the GPU; a CPU computes from them.
+
+    All reads of a layer begin at once. A slot is read into as soon as what was launched on its content is done.
+    """
+
+    def __init__(self, store: Store, layers: list[OnDisk], slabs: torch.Tensor, at_once: int) -> None:
+        """`slabs` has the slots, uint8 of shape (slots, bytes); groups have at most `at_once` experts, no more than slots."""
+        self._store, self._layers, self._at_once = store, layers, at_once
+        self.slabs = slabs
+        self.sizes = [layer.nbytes for layer in layers]
+        self._slots = Slots(len(layers), len(slabs))
+        self._reads: dict[int, list[Future[None]]] = {}  # by slot: requests that nobody has seen succeed
+        self._left: dict[int, Callable[[], None]] = {}  # by slot: waits for what still uses its content
+        self.read = self.read_bytes = 0  # experts so far, and their bytes
+
+    def source(self, layer: int) -> Source:
+        return OfLayer(self, layer)
+
+    def bring(self, layer: int, experts: list[int]) -> Iterator[Group]:
+        """Yield groups of a layer's experts in host memory as they arrive."""
+        self.prepare(layer, experts)
+        for first in range(0, len(experts), self._at_once):
+            chunk = experts[first : first + self._at_once]
+            self.prepare(layer, chunk)
+            for part in arriving_parts(self, layer, chunk):
+                for expert in part:
+                    self.take(layer, expert)
+                rows = [self._slots.of(layer)[expert] for expert in part]
+                yield Group(experts=part, slabs=self.slabs[:, : self.sizes[layer]], rows=rows)
+
+    def prepare(self, layer: int, experts: list[int]) -> None:
+        """Begin to read what is not here of a layer's `experts`, as far as there are slots."""
+        first = experts[: self._slots.count]
+        for expert in self._slots.missing(layer, first):
+            slot = self._slots.place(layer, expert, set(first))
+            self._reads[slot] = self._read(layer, expert, slot)
+
+    def is_ready(self, layer: int, expert: int) -> bool:
+        slot = self._slots.of(layer).get(expert)
+        return slot is not None and all(part.done() for part in self._reads.get(slot, ()))
+
+    def take(self, layer: int, expert: int) -> torch.Tensor:
+        self.prepare(layer, [expert])
+        slot = self._slots.of(layer)[expert]
+        for part in self._reads.get(slot, ()):
+            part.result()  # raises in every later pass too: the slot does not have what it should
+        self._reads.pop(slot, None)
+        return self.slabs[slot, : self.sizes[layer]]
+
+    def hand_back(self, layer: int, expert: int, stream: Any) -> None:
+        if stream is not None:
+            self._left[self._slots.of(layer)[expert]] = stream.record_event().synchronize
+
+    def _read(self, layer: int, expert: int, slot: int) -> list[Future[None]]:
+        place = self._layers[layer]
+        earlier, left = self._reads.get(slot, ()), self._left.pop(slot, lambda: None)
+
+        def after() -> None:
+            wait(earlier)
+            left()
+
+        self.read += 1
+        self.read_bytes += place.nbytes
+        buffer = self.slabs[slot, : place.nbytes]
+        return self._store.read(place.slab, place.start + expert * place.nbytes, buffer, after)
