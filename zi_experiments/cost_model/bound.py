@@ -34,7 +34,7 @@ def lower_bound(plan: Plan) -> Bound:
     token uses count: those of the decoder layers, and of experts those that one token is routed to.
     """
     work, arch = plan.run.workload, plan.architecture
-    traffic: dict[str, float] = {"link": plan.streamed_bytes_per_pass, "disk": plan.placement.nvme_bytes}
+    traffic: dict[str, float] = {"link": plan.streamed_bytes_per_pass, "disk": plan.disk_bytes_per_pass}
     kv = ELEMENT_BYTES * work.sequences * arch.kv_elements(work.prompt_len)
     flops_per_token = 2 * plan.active(lambda p: p.numel)
     decode = traffic | {

@@ -119,10 +119,15 @@ class Plan(Spec):  # a subclass: everything known before the engine places the w
         return self.streamed_bytes_per_pass if step is None else step
 
     @property
+    def disk_bytes_per_pass(self) -> int:
+        """Bytes of weights read from disk in a prefill, over all ranks: those that host memory does not have as well."""
+        return self.placement.nvme_bytes - self.storage.host_cached_bytes
+
+    @property
     def disk_bytes_per_step(self) -> int:
         """Bytes of weights read from disk in a decode step, over all ranks; with routed experts as above."""
         step = self.storage.disk_bytes_per_step
-        return self.placement.nvme_bytes if step is None else step
+        return self.disk_bytes_per_pass if step is None else step
 
     @property
     def draws_experts(self) -> bool:

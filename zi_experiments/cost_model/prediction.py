@@ -115,7 +115,7 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
     known, ranks = _measured(plan), plan.run.hardware.num_gpus
     pinned = _typical(plan, "link_bytes_per_s")
     link = pinned if plan.pin_memory else known.link_pageable_bytes_per_s
-    streamed, read = plan.streamed_bytes_per_pass, plan.placement.nvme_bytes
+    streamed, read = plan.streamed_bytes_per_pass, plan.disk_bytes_per_pass
     if one.tokens == 1:
         streamed, read = plan.streamed_bytes_per_step, plan.disk_bytes_per_step
     weights_s = _over(streamed / ranks, link)

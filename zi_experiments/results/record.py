@@ -115,6 +115,7 @@ def describe_plan(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "parked_bytes": plan.storage.parked_bytes,
         "streamed_bytes_per_pass": plan.streamed_bytes_per_pass,
         "streamed_bytes_per_step": plan.streamed_bytes_per_step,
+        "disk_bytes_per_pass": plan.disk_bytes_per_pass,
         "disk_bytes_per_step": plan.disk_bytes_per_step,
         "kv_link_bytes_per_pass": plan.kv_link_bytes_per_pass,
         "memory": [asdict(use) | {"total": use.total} for use in memory_fit.uses(plan)],

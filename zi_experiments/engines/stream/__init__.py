@@ -83,6 +83,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     """Load the planned model: resident weights onto the device, streamed weights into slabs. Return its session."""
     import torch
 
+    from zi_experiments.engines.stream import host_cache
     from zi_experiments.engines.stream.device_kv_cache import make_cache
     from zi_experiments.engines.stream.layers import StreamedLayer
     from zi_experiments.engines.stream.loading import Loader
@@ -103,7 +104,8 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         prefix, modules = decoder_layers(model)
         resident = [loader.resident(f"{prefix}.{index}", layer) for index, layer in enumerate(placed)]
         streamed = [index for index, layer in enumerate(placed) if layer.streamed.nbytes]
-        store = loader.store({f"{prefix}.{index}": placed[index] for index in streamed}, path)
+        cache = host_cache.planned(plan)
+        store = loader.store({f"{prefix}.{index}": placed[index] for index in streamed}, path, cache)
         # allocated last: until here, quantizing weights takes this room
         expanded = torch.empty(placement.expanded_elements(placed), dtype=dtype, device=device)
     source: Any = _source(plan, store, device) if streamed else None
@@ -115,10 +117,10 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
             layer.attach(source, streamed.index(index))
     short = None
     if plan.storage.routes or plan.storage.packed_tokens or plan.storage.recorded:
-        short = ShortPasses(plan, layers, store, streamed, device)
-    cache: Any = make_cache(plan, device)
+        short = ShortPasses(plan, layers, store, streamed, cache, device)
+    kv_cache: Any = make_cache(plan, device)
     if short and plan.storage.recorded:
-        short.record(model, cache)
+        short.record(model, kv_cache)
     progress.end()
     homes = dict(zip(streamed, (home for home, _ in store.pieces()), strict=True))
 
@@ -129,7 +131,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     return HFSession(
         model,
         device,
-        cache,
+        kv_cache,
         inventory=partial(_inventory, model, prefix, layers, homes, store),
         parked=aside,
         short=short,

@@ -84,6 +84,10 @@ class InHostMemory:
     def hand_back(self, layer: int, expert: int, stream: Any) -> None:
         pass
 
+    def source(self, layer: int) -> Source:
+        """Return a source for a CPU, which computes from here."""
+        return InPlace(self._layers[layer])
+
 
 class Pool:
     """Slots on the device. Copies run on a CUDA stream of their own, ordered by events."""
@@ -125,6 +129,7 @@ class Pool:
             yield self._group(layer, part, arrived)
         for part in arriving_parts(self._supply, layer, [expert for expert in missing if expert not in ready]):
             yield self._group(layer, part, self._copy(layer, part, needed))
+        self._slots.missing(layer, experts)  # none: what is used counts in this order, whatever arrived first
         if self._side is not None:
             left = torch.cuda.current_stream(self.slabs.device).record_event()
             self._left |= {self._slots.of(layer)[expert]: left for expert in experts}

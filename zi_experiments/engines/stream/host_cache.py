@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
+from zi_experiments.cost_model.plan import Plan
+from zi_experiments.engines.stream import placement, routing
 from zi_experiments.engines.stream.expert_pool import Group, OfLayer, Source, arriving_parts
 from zi_experiments.engines.stream.slots import Slots
 from zi_experiments.engines.stream.store import Store
+from zi_experiments.runtime.pinned_memory import host_empty
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +22,7 @@ class OnDisk:
     slab: int  # its number in the store
     start: int  # of the first expert, in bytes of the slab
     nbytes: int  # of an expert
+    count: int
 
 
 class HostCache:
@@ -27,15 +31,39 @@ class HostCache:
     All reads of a layer begin at once. A slot is read into as soon as what was launched on its content is done.
     """
 
-    def __init__(self, store: Store, layers: list[OnDisk], slabs: torch.Tensor, at_once: int) -> None:
+    def __init__(self, layers: list[OnDisk], slabs: torch.Tensor, at_once: int) -> None:
         """`slabs` has the slots, uint8 of shape (slots, bytes); groups have at most `at_once` experts, no more than slots."""
-        self._store, self._layers, self._at_once = store, layers, at_once
+        self._layers, self._at_once = layers, at_once
         self.slabs = slabs
+        self._store: Store | None = None
         self.sizes = [layer.nbytes for layer in layers]
         self._slots = Slots(len(layers), len(slabs))
         self._reads: dict[int, list[Future[None]]] = {}  # by slot: requests that nobody has seen succeed
         self._left: dict[int, Callable[[], None]] = {}  # by slot: waits for what still uses its content
         self.read = self.read_bytes = 0  # experts so far, and their bytes
+
+    def fill(self, slab: int, content: torch.Tensor) -> None:
+        """Keep a layer's share of the experts in a slab, given by its number, while the model is loaded."""
+        for layer, place in enumerate(self._layers):
+            if place.slab == slab:
+                experts = content[place.start :][: place.count * place.nbytes].view(place.count, -1)
+                for expert in range(min(place.count, self._slots.share)):
+                    slot = self._slots.place(layer, expert, set())
+                    self.slabs[slot, : place.nbytes].copy_(experts[expert])
+
+    def attach(self, store: Store) -> None:
+        """Set where experts are read from."""
+        self._store = store
+
+    def kept(self, slab: int) -> list[tuple[int, torch.Tensor]]:
+        """Return what is here of a slab: pairs of the first byte in it and the bytes, in ascending order."""
+        return [
+            (place.start + expert * place.nbytes, self.slabs[slot, : place.nbytes])
+            for layer, place in enumerate(self._layers)
+            if place.slab == slab
+            for expert, slot in sorted(self._slots.of(layer).items())
+            if slot not in self._reads
+        ]
 
     def source(self, layer: int) -> Source:
         return OfLayer(self, layer)
@@ -64,7 +92,8 @@ class HostCache:
         return slot is not None and all(part.done() for part in self._reads.get(slot, ()))
 
     def take(self, layer: int, expert: int) -> torch.Tensor:
-        self.prepare(layer, [expert])
+        if expert not in self._slots.of(layer):  # more were prepared than there are slots
+            self.prepare(layer, [expert])
         slot = self._slots.of(layer)[expert]
         for part in self._reads.get(slot, ()):
             part.result()  # raises in every later pass too: the slot does not have what it should
@@ -85,5 +114,22 @@ class HostCache:
 
         self.read += 1
         self.read_bytes += place.nbytes
-        buffer = self.slabs[slot, : place.nbytes]
-        return self._store.read(place.slab, place.start + expert * place.nbytes, buffer, after)
+        assert self._store is not None
+        part = self.slabs[slot, : place.nbytes]
+        return self._store.read_part(place.slab, place.start + expert * place.nbytes, part, after)
+
+
+def planned(plan: Plan) -> HostCache | None:
+    """Return the empty cache of a plan; None if it has none."""
+    placed = placement.place(plan)
+    streamed = [layer.streamed for layer in placed if layer.streamed.nbytes]
+    if not (slots := placement.host_slots(plan, placed)):
+        return None
+    places = [
+        OnDisk(slab=slab, start=part.own_bytes, nbytes=part.experts.each.nbytes, count=part.experts.count)
+        for slab, part in enumerate(streamed)
+        if part.experts
+    ]
+    slot_bytes = routing.slot_bytes(streamed)
+    room = host_empty(slots * slot_bytes, torch.uint8, pinned=plan.pin_memory)
+    return HostCache(places, room.view(slots, slot_bytes), routing.at_once(plan, slot_bytes))

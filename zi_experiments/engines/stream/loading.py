@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from zi_experiments.cost_model.plan import Plan
+from zi_experiments.engines.stream.host_cache import HostCache
 from zi_experiments.engines.stream.placement import BUFFERS, LayerPlacement
 from zi_experiments.engines.stream.quantized import expand, pack
 from zi_experiments.engines.stream.slab import (
@@ -68,10 +69,10 @@ class Loader:
         self._fill(slab, prefix, placed.resident)
         return slab
 
-    def store(self, layers: dict[str, LayerPlacement], path: Path | None) -> Store:
+    def store(self, layers: dict[str, LayerPlacement], path: Path | None, cache: HostCache | None) -> Store:
         """Return the store of this rank's shares of streamed weights, in host memory or in the file `path`.
 
-        `layers` are given by their names in the model.
+        `layers` are given by their names in the model. A `cache` of what is in the file is filled.
         """
         placed = list(layers.values())
         shares = [layer.streamed.nbytes // layer.streamed.shares for layer in placed]
@@ -96,13 +97,17 @@ class Loader:
                 _wait(writes)
                 buffer[:share].copy_(staging)
                 writes[:] = file.write(buffer[:share], offset)
+                if cache:
+                    cache.fill(len(slabs), buffer[:share])
                 slabs.append(offset)
                 offset += share
         for _ in buffers:
             _wait(next(spare)[1])
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        store = Store(slabs, file, buffers, wraps=not self._plan.storage.routes)
+        store = Store(slabs, file, buffers, kept=cache.kept if cache else None, wraps=not self._plan.storage.routes)
+        if cache:
+            cache.attach(store)
         store.start(shares)
         return store
 

@@ -10,21 +10,26 @@ from zi_experiments.engines.base import Routed
 from zi_experiments.engines.stream import placement, routing
 from zi_experiments.engines.stream.expert_pool import InHostMemory, InPlace, Pool, Source
 from zi_experiments.engines.stream.few_tokens import FewTokens
-from zi_experiments.engines.stream.host_cache import HostCache, OnDisk
+from zi_experiments.engines.stream.host_cache import HostCache
 from zi_experiments.engines.stream.layers import StreamedLayer
 from zi_experiments.engines.stream.recorded import RecordedSteps, can_record
 from zi_experiments.engines.stream.slab import experts_in
 from zi_experiments.engines.stream.store import Store
-from zi_experiments.runtime.pinned_memory import host_empty
 
 
 class ShortPasses:
     """How a loaded model computes passes of few tokens, as its plan says."""
 
     def __init__(
-        self, plan: Plan, layers: list[StreamedLayer], store: Store, streamed: list[int], device: torch.device
+        self,
+        plan: Plan,
+        layers: list[StreamedLayer],
+        store: Store,
+        streamed: list[int],
+        cache: HostCache | None,
+        device: torch.device,
     ) -> None:
-        """`streamed` has the numbers of the layers that `store` has slabs of, in its order."""
+        """`streamed` has the numbers of the layers that `store` has slabs of, in its order; `cache` is of those on disk."""
         stored = plan.storage
         self._few = FewTokens(
             routed=routing.most_tokens(plan) if stored.routes else 0,
@@ -33,7 +38,7 @@ class ShortPasses:
             packed_experts=stored.packed_tokens,
         )
         self._pool: Pool | None = None
-        self._cache: HostCache | None = None
+        self._cache = cache
         sources: dict[int, Source] = {}
         if stored.routes:
             here = {
@@ -50,23 +55,15 @@ class ShortPasses:
         Some models begin with layers without experts.
         """
         placed = placement.place(plan)
-        parts = [(index, number, placed[index].streamed) for number, index in enumerate(streamed)]
-        stacks = [(number, part, part.experts.each.nbytes) for _, number, part in parts if part.experts]
-        layers = [index for index, _, part in parts if part.experts]
-        slot_bytes = routing.slot_bytes([part for _, part, _ in stacks])
-        at_once = routing.at_once(plan, slot_bytes) if stacks else 0
-        slabs = []
-        if cached := placement.host_slots(plan, placed):
-            room = host_empty(cached * slot_bytes, torch.uint8, pinned=plan.pin_memory)
-            places = [OnDisk(slab=number, start=part.own_bytes, nbytes=nbytes) for number, part, nbytes in stacks]
-            self._cache = HostCache(store, places, room.view(cached, -1), at_once)
-        else:
-            slabs = [experts_in(store.slab(number), part) for number, part, _ in stacks]
+        away = [(index, number) for number, index in enumerate(streamed) if placed[index].streamed.experts]
+        parts = {index: placed[index].streamed for index, _ in away}
+        supply: Any = self._cache or InHostMemory(
+            [experts_in(store.slab(number), parts[index]) for index, number in away]
+        )
         if slots := placement.expert_slots(plan, placed):
-            self._pool = Pool(self._cache or InHostMemory(slabs), slots, at_once, device)
-        if shared := self._pool or self._cache:
-            return {index: shared.source(number) for number, index in enumerate(layers)}
-        return {index: InPlace(experts) for index, experts in zip(layers, slabs, strict=True)}
+            at_once = routing.at_once(plan, routing.slot_bytes(list(parts.values())))
+            supply = self._pool = Pool(supply, slots, at_once, device)
+        return {index: supply.source(number) for number, index in enumerate(parts)}
 
     def record(self, model: Any, cache: Any) -> None:
         """Record the operations of decode steps, if the model allows it."""

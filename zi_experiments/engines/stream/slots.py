@@ -12,7 +12,7 @@ class Slots:
     """
 
     def __init__(self, layers: int, count: int) -> None:
-        self.count, self._share = count, count // layers
+        self.count, self.share = count, count // layers
         self._held = [OrderedDict[int, int]() for _ in range(layers)]  # slots by expert, the latest use last
         self._free = list(range(count))
 
@@ -45,7 +45,7 @@ class Slots:
     def _replaced(self, layer: int, needed: set[int]) -> int:
         """Return a slot, empty now: of the layer itself if it holds its share, else of the layer that holds most."""
         own = self._held[layer]
-        old = next((expert for expert in own if expert not in needed), None) if len(own) >= self._share else None
+        old = next((expert for expert in own if expert not in needed), None) if len(own) >= self.share else None
         if old is not None:
             return own.pop(old)
         others = (held for held in self._held if held is not own)

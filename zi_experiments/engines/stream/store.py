@@ -1,5 +1,6 @@
 """Where slabs are kept: in host memory, or on disk behind a ring of host buffers."""
 
+import ctypes
 import errno
 import os
 from collections import deque
@@ -13,7 +14,7 @@ from zi_experiments.engines.disk_access import BLOCK_BYTES
 from zi_experiments.engines.stream.placement import PARALLEL
 from zi_experiments.engines.stream.slab import PAGE
 
-ALONE_BYTES = 1 << 20  # of a request, at least, where a read is split among all threads
+PART_BYTES = 4 << 20  # of a request for a part of a slab, unless the part is smaller
 
 
 class DirectFile:
@@ -39,15 +40,23 @@ class DirectFile:
         self._most = self._parallel * slabs  # requests at a time
         self._threads = ThreadPoolExecutor(self._most, "disk")
 
-    def read(
-        self, buffer: torch.Tensor, offset: int, after: Callable[[], None], *, alone: bool = False
-    ) -> list[Future[None]]:
-        """Start to fill `buffer` from `offset` as soon as `after()` returns. Return one future per request.
+    def read(self, buffer: torch.Tensor, offset: int, after: Callable[[], None]) -> list[Future[None]]:
+        """Start to fill `buffer` from `offset` as soon as `after()` returns. Return one future per request."""
+        return self._start(os.preadv, buffer, offset, after, self._parallel)
 
-        `alone`: few other reads are under way, so this one may take all threads.
-        """
-        most = min(self._most, -(-buffer.numel() // ALONE_BYTES)) if alone else self._parallel
-        return self._start(os.preadv, buffer, offset, after, most)
+    def read_part(self, buffer: torch.Tensor, offset: int, after: Callable[[], None]) -> list[Future[None]]:
+        """The same of a part of a slab, by all threads if it is large."""
+        requests = min(self._most, max(1, buffer.numel() // PART_BYTES))
+        return self._start(os.preadv, buffer, offset, after, requests)
+
+    def copy(self, source: torch.Tensor, buffer: torch.Tensor, after: Callable[[], None]) -> Future[None]:
+        """Start to fill `buffer` from memory as soon as `after()` returns."""
+
+        def move() -> None:
+            after()
+            ctypes.memmove(buffer.data_ptr(), source.data_ptr(), buffer.nbytes)
+
+        return self._threads.submit(move)
 
     def write(self, buffer: torch.Tensor, offset: int) -> list[Future[None]]:
         return self._start(os.pwritev, buffer, offset, lambda: None, self._parallel)
@@ -83,6 +92,9 @@ class Store:
     A slab is a tensor in host memory, or the offset of its bytes in the file. Slabs on disk are read ahead into the
     buffers. A buffer is used again once `hand_back` releases it. Unless it `wraps`, nothing is read ahead for the next
     pass: another one may come first, which reads single experts.
+
+    `kept` returns which parts of a slab on disk are in host memory as well, given its number: pairs of their first byte
+    in the slab, in ascending order, and their bytes. They are not read, and do not change while a pass needs slabs.
     """
 
     def __init__(
@@ -92,8 +104,9 @@ class Store:
         buffers: list[torch.Tensor],
         *,
         wraps: bool = True,
+        kept: Callable[[int], list[tuple[int, torch.Tensor]]] | None = None,
     ) -> None:
-        self._slabs, self._file, self._buffers, self._wraps = slabs, file, buffers, wraps
+        self._slabs, self._file, self._buffers, self._wraps, self._kept = slabs, file, buffers, wraps, kept
         self.sizes: list[int] = []
         self._reads: deque[list[Future[None]]] = deque()  # running or done, in the order of their slabs
         self._on_disk = [index for index, slab in enumerate(slabs) if isinstance(slab, int)]
@@ -144,12 +157,12 @@ class Store:
         self._released += 1
         self._read_ahead()
 
-    def read(self, index: int, start: int, buffer: torch.Tensor, after: Callable[[], None]) -> list[Future[None]]:
-        """Start to fill `buffer` from byte `start` of a slab on disk as soon as `after()` returns: beside `take`."""
+    def read_part(self, index: int, start: int, part: torch.Tensor, after: Callable[[], None]) -> list[Future[None]]:
+        """Start to fill `part` from byte `start` of a slab on disk as soon as `after()` returns: beside `take`."""
         offset = self._slabs[index]
         assert isinstance(offset, int)
         assert self._file is not None
-        return self._file.read(buffer, offset + start, after, alone=True)
+        return self._file.read_part(part, offset + start, after)
 
     def _read_ahead(self, at_least: int = 0) -> None:
         """Begin to read slabs into all buffers that are free, of the pass that has begun with slab `at_least` only."""
@@ -159,12 +172,23 @@ class Store:
             end = min(end, -(-max(at_least, self._taken) // count) * count)
         while self._begun < end:
             index, used = self._on_disk[self._begun % len(self._on_disk)], self._begun % len(self._buffers)
-            offset = self._slabs[index]
-            assert isinstance(offset, int)
-            assert self._file is not None
-            buffer = self._buffers[used][: self.sizes[index]]
-            self._reads.append(self._file.read(buffer, offset, self._left[used]))
+            self._reads.append(self._read(index, self._buffers[used][: self.sizes[index]], self._left[used]))
             self._begun += 1
+
+    def _read(self, index: int, buffer: torch.Tensor, after: Callable[[], None]) -> list[Future[None]]:
+        """Start to fill a buffer with a slab on disk as soon as `after()` returns."""
+        offset = self._slabs[index]
+        assert isinstance(offset, int)
+        assert self._file is not None
+        if self._kept is None or not (kept := self._kept(index)):
+            return self._file.read(buffer, offset, after)
+        requests, end = [], 0
+        for start, part in kept:
+            if start > end:
+                requests += self._file.read_part(buffer[end:start], offset + end, after)
+            end = start + len(part)
+            requests.append(self._file.copy(part, buffer[start:end], after))
+        return requests + (self._file.read_part(buffer[end:], offset + end, after) if end < len(buffer) else [])
 
     def close(self) -> None:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

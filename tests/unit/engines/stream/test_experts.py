@@ -1,5 +1,6 @@
 """Only the experts that tokens are routed to are brought, read and expanded, and a model computes the same."""
 
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -203,29 +204,52 @@ def test_a_model_is_plain_transformers_however_its_experts_come(load, quant, slo
     assert counts.experts > 0
     assert (counts.copied > 0) == (slots > 0)
     assert counts.copied <= counts.experts
-    assert (counts.read > 0) == (cached > 0)
+    assert (counts.read > 0) == (0 < cached < TOTAL)
     assert counts.read <= (counts.copied or counts.experts)
 
 
-@pytest.mark.parametrize("cached", [2, TOTAL])
+@pytest.mark.parametrize("cached", [2, 6, TOTAL])
 @pytest.mark.parametrize("quant", ["fp16", "int4"])
 def test_what_is_read_is_what_the_router_of_the_plain_model_chooses(load, folder, quant, cached):
-    """Slots for a layer's step keep nothing for the next one, and those for all experts read each one once."""
+    """Two slots keep nothing from a layer's step to its next one, and with six each layer has three experts."""
     ids = families.IDS[:1]
     expected, chosen = generated_by(families.plain(folder, families.QUANTS[quant]), ids)
     _, session = load(quant, 0, cached)
+    there = [list(range(cached // 2)) for _ in range(2)]  # filled while the model is loaded
 
-    for again in range(2):
+    for _ in range(2):
         before = session.routed()
         assert torch.equal(session.generate(ids, families.GEN_LEN, None), expected)
         counts = session.routed().since(before)
         assert counts.experts == sum(len(experts) for _, experts in chosen)
-        if cached == TOTAL:
-            distinct = {(layer, expert) for layer, experts in chosen for expert in experts}
-            assert counts.read == (0 if again else len(distinct))
-        else:
-            assert counts.read == counts.experts
+        read = 0
+        for layer, experts in chosen:
+            read += len(experts - set(there[layer]))
+            kept = [expert for expert in there[layer] if expert not in experts]
+            there[layer] = (kept + sorted(experts))[-(cached // 2) :]
+        assert counts.read == (counts.experts if cached == 2 else read)
         assert counts.read_bytes == counts.read * cache_of(session).sizes[0]
+
+
+@pytest.mark.parametrize("cached", [2, 6, TOTAL])
+def test_a_prompt_does_not_read_what_host_memory_has(load, monkeypatch, cached):
+    plan, session = load("int8", 0, cached)
+    moved = []
+    read = os.preadv
+
+    def see(descriptor, buffers, offset):
+        moved.append(read(descriptor, buffers, offset))
+        return moved[-1]
+
+    monkeypatch.setattr(os, "preadv", see)
+    with torch.inference_mode():
+        logits = session.model(families.IDS).logits
+    assert sum(moved) == plan.placement.nvme_bytes - plan.storage.host_cached_bytes == plan.disk_bytes_per_pass
+    cache_of(session)._slots.forget()
+    moved.clear()
+    with torch.inference_mode():
+        assert torch.equal(session.model(families.IDS).logits, logits)
+    assert sum(moved) == plan.placement.nvme_bytes
 
 
 def generated_by(model, ids):

@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 
+from zi_experiments.engines.stream.host_cache import HostCache, OnDisk
 from zi_experiments.engines.stream.ring import InPlace, Ring, Shares
 from zi_experiments.engines.stream.slab import PAGE
 from zi_experiments.engines.stream.store import DirectFile, Store
@@ -219,3 +220,108 @@ def test_layers_that_run_out_of_turn_are_an_error(store_of, order):
 
     with pytest.raises(RuntimeError, match=f"layer {order[-1]} runs instead of layer"):
         ring.take(order[-1])
+
+
+# --- single experts -------------------------------------------------------------------------------------------------
+
+EXPERTS = {0: (PAGE, 3), 3: (3 * PAGE, 3)}  # by slab: first byte and number of its experts, of two pages each
+
+
+def expert_of(slab, expert):
+    start, _ = EXPERTS[slab]
+    return slab_of(slab)[start + 2 * expert * PAGE :][: 2 * PAGE]
+
+
+@pytest.fixture
+def cache_of(store_of):
+    """`cache_of(slots)` → a cache of experts on disk, which are counted from the first slab that has some."""
+
+    def cache_of(slots):
+        places = [
+            OnDisk(slab=slab, start=start, nbytes=2 * PAGE, count=count) for slab, (start, count) in EXPERTS.items()
+        ]
+        cache = HostCache(places, pages(slots * 2 * PAGE).view(slots, -1), slots)
+        cache.attach(store_of([0, 1, 2, 3, 4]))
+        return cache
+
+    return cache_of
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4, 6])
+def test_experts_come_as_they_were_written(cache_of, slots):
+    cache = cache_of(slots)
+    for layer, experts in product((0, 1, 0), ([1], [0, 2], [0, 1, 2])):
+        for group in cache.bring(layer, experts):
+            for expert, row in zip(group.experts, group.rows, strict=True):
+                assert torch.equal(group.slabs[row], expert_of(list(EXPERTS)[layer], expert))
+    assert cache.read_bytes == cache.read * 2 * PAGE
+    if slots == 6:
+        assert cache.read == 6, "each once"
+
+
+class Busy:
+    """A stream whose operations take until `done` is set; it is its own event."""
+
+    def __init__(self):
+        self.done = threading.Event()
+
+    def record_event(self):
+        return self
+
+    def synchronize(self):
+        assert self.done.wait(10)
+
+
+def test_an_expert_that_is_being_copied_is_not_read_over(cache_of):
+    cache, stream = cache_of(1), Busy()
+    cache.prepare(0, [0])
+    slot = cache.take(0, 0)
+    cache.hand_back(0, 0, stream)
+    cache.prepare(0, [1])
+    time.sleep(0.1)  # far longer than to read it takes
+    assert not cache.is_ready(0, 1)
+    assert torch.equal(slot, expert_of(0, 0))
+    stream.done.set()
+    assert torch.equal(cache.take(0, 1), expert_of(0, 1))
+
+
+def test_a_slot_whose_read_nobody_waited_for_is_not_kept(cache_of, tmp_path):
+    """As after a pass that was broken off: neither what was there, nor half of what was to come."""
+    cache = cache_of(2)
+    file = tmp_path / "rank0"
+    content = file.read_bytes()
+    file.open("r+b").truncate(0)
+    cache.prepare(0, [0, 1])
+    assert cache.kept(0) == []
+    with pytest.raises(OSError, match="preadv moved 0 bytes"):
+        cache.take(0, 0)
+    with pytest.raises(OSError, match="preadv moved 0 bytes"):
+        cache.take(0, 0)
+    file.write_bytes(content)
+    cache.prepare(1, [0, 1])
+    assert torch.equal(cache.take(1, 1), expert_of(3, 1))
+    assert [start for start, _ in cache.kept(3)] == [5 * PAGE]
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 4])
+def test_what_is_kept_in_memory_is_not_read_and_nothing_is_read_for_the_next_pass(tmp_path, buffers):
+    file = DirectFile(str(tmp_path / "rank0"), sum(SIZES), PAGE, 3, buffers)
+    offsets = written(file, range(len(SIZES)))
+    kept = {0: [(2 * PAGE, PAGE), (4 * PAGE, 3 * PAGE)], 2: [(0, PAGE)], 3: [(0, 5 * PAGE)]}
+
+    def in_memory(index):
+        return [(start, torch.full((nbytes,), 7, dtype=torch.uint8)) for start, nbytes in kept.get(index, [])]
+
+    store = Store(
+        list(offsets.values()), file, [pages(max(SIZES)) for _ in range(buffers)], wraps=False, kept=in_memory
+    )
+    store.start(SIZES)
+    for _, index in product(range(ROUNDS), range(len(SIZES))):
+        expected = slab_of(index)
+        for start, nbytes in kept.get(index, []):
+            expected[start : start + nbytes] = 7
+        if index == 0:
+            assert not store._reads
+        assert torch.equal(store.take(index), expected), index
+        store.hand_back(index, None)
+    store.close()
