@@ -21,7 +21,7 @@ def entry(**metrics):
     return {
         "metrics": METRICS | metrics,
         "ceilings": {"link_bytes_per_s": 50e9},
-        "plan": {"num_parameters": 30 * 10**9, "kv_cache_bytes": 2**30, "placement": {"nvme_bytes": 10**9}},
+        "plan": {"num_parameters": 30 * 10**9, "kv_cache_bytes": 2**30},
         "engine_config": {"workspace_bytes": 2**30},
     }
 
@@ -65,6 +65,13 @@ def test_targets_by_hand(target, achieved, met):
 
     assert judged["achieved"] == (None if achieved is None else pytest.approx(achieved))
     assert judged["met"] is met
+
+
+def test_a_disk_is_given_what_was_really_read():
+    one = entry(disk_bytes_per_s=1.8e9)
+    one["ceilings"] |= {"disk_bytes_per_s": 2e9}
+
+    assert cases.of_disk(0.9).judge(one, {}) == {"what": "of the disk", "at_least": 0.9, "achieved": 0.9, "met": True}
 
 
 def test_a_case_without_figures_meets_nothing():
