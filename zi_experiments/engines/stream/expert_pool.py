@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from zi_experiments.engines.stream.routing import COPIED_TOGETHER
-from zi_experiments.engines.stream.slots import Slots
+from zi_experiments.engines.stream.slots import Needed, Slots
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +55,9 @@ class Supply(Protocol):
     def hand_back(self, layer: int, expert: int, stream: Any) -> None:
         """Release an expert, once all operations launched on `stream` are done; None: now."""
 
+    def save(self, layer: int, expert: int, slab: torch.Tensor, stream: Any) -> None:
+        """Launch on `stream` what keeps an expert that leaves the device, where `slab` has its bytes."""
+
 
 def arriving_parts(supply: Supply, layer: int, experts: list[int]) -> Iterator[list[int]]:
     """Yield a layer's experts as they arrive: at a time those that are ready, else the next one."""
@@ -82,6 +85,9 @@ class InHostMemory:
         return self._layers[layer][expert]
 
     def hand_back(self, layer: int, expert: int, stream: Any) -> None:
+        pass
+
+    def save(self, layer: int, expert: int, slab: torch.Tensor, stream: Any) -> None:
         pass
 
     def source(self, layer: int) -> Source:
@@ -117,7 +123,8 @@ class Pool:
             yield from self._bring(layer, experts[first : first + self._at_once])
 
     def _bring(self, layer: int, experts: list[int]) -> Iterator[Group]:
-        needed, missing = set(experts), self._slots.missing(layer, experts)
+        needed = {(layer, expert) for expert in experts}
+        missing = self._slots.missing(layer, experts)
         self._supply.prepare(layer, missing)
         ready = [expert for expert in missing if self._supply.is_ready(layer, expert)]
         together = -(-COPIED_TOGETHER // self._supply.sizes[layer])
@@ -144,14 +151,16 @@ class Pool:
             rows=[slots[expert] for expert in experts],
         )
 
-    def _copy(self, layer: int, experts: list[int], needed: set[int]) -> Any:
+    def _copy(self, layer: int, experts: list[int], needed: Needed) -> Any:
         """Launch the copies of `experts` to slots of others than those `needed` now. Return the event of their arrival."""
         with torch.cuda.stream(self._side):
             for expert in experts:
                 slab = self._supply.take(layer, expert)
-                slot = self._slots.place(layer, expert, needed)
+                slot, gone = self._slots.place(layer, expert, needed)
                 if self._side is not None and slot in self._left:
                     self._side.wait_event(self._left[slot])
+                if gone:
+                    self._supply.save(*gone, self.slabs[slot, : self._supply.sizes[gone[0]]], self._side)
                 self.slabs[slot, : len(slab)].copy_(slab, non_blocking=True)
                 self._supply.hand_back(layer, expert, self._side)
                 self.copied += 1

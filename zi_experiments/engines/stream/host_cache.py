@@ -10,7 +10,7 @@ import torch
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.engines.stream import placement, routing
 from zi_experiments.engines.stream.expert_pool import Group, OfLayer, Source, arriving_parts
-from zi_experiments.engines.stream.slots import Slots
+from zi_experiments.engines.stream.slots import Needed, Slots
 from zi_experiments.engines.stream.store import Store
 from zi_experiments.runtime.pinned_memory import host_empty
 
@@ -28,18 +28,20 @@ class OnDisk:
 class HostCache:
     """Slots in host memory: a `Supply` of a pool on the GPU; a CPU computes from them.
 
-    All reads of a layer begin at once. A slot is read into as soon as what was launched on its content is done.
+    All reads of a layer begin at once. A slot is filled as soon as what was launched on its content is done. If it `saves`,
+    an expert that is copied to the GPU makes room, and comes back when it leaves the GPU: it is in one of both.
     """
 
-    def __init__(self, layers: list[OnDisk], slabs: torch.Tensor, at_once: int) -> None:
+    def __init__(self, layers: list[OnDisk], slabs: torch.Tensor, at_once: int, *, saves: bool = False) -> None:
         """`slabs` has the slots, uint8 of shape (slots, bytes); groups have at most `at_once` experts, no more than slots."""
-        self._layers, self._at_once = layers, at_once
+        self._layers, self._at_once, self._saves = layers, at_once, saves
         self.slabs = slabs
         self._store: Store | None = None
         self.sizes = [layer.nbytes for layer in layers]
         self._slots = Slots(len(layers), len(slabs))
         self._reads: dict[int, list[Future[None]]] = {}  # by slot: requests that nobody has seen succeed
-        self._left: dict[int, Callable[[], None]] = {}  # by slot: waits for what still uses its content
+        self._left: dict[int, Callable[[], None]] = {}  # by slot: waits for what still uses or fills it on the GPU
+        self._needed: Needed = set()  # experts that are taken next
         self.read = self.read_bytes = 0  # experts so far, and their bytes
 
     def fill(self, slab: int, content: torch.Tensor) -> None:
@@ -48,7 +50,7 @@ class HostCache:
             if place.slab == slab:
                 experts = content[place.start :][: place.count * place.nbytes].view(place.count, -1)
                 for expert in range(min(place.count, self._slots.share)):
-                    slot = self._slots.place(layer, expert, set())
+                    slot, _ = self._slots.place(layer, expert, set())
                     self.slabs[slot, : place.nbytes].copy_(experts[expert])
 
     def attach(self, store: Store) -> None:
@@ -57,6 +59,9 @@ class HostCache:
 
     def kept(self, slab: int) -> list[tuple[int, torch.Tensor]]:
         """Return what is here of a slab: pairs of the first byte in it and the bytes, in ascending order."""
+        for left in self._left.values():
+            left()
+        self._left = {}
         return [
             (place.start + expert * place.nbytes, self.slabs[slot, : place.nbytes])
             for layer, place in enumerate(self._layers)
@@ -79,12 +84,17 @@ class HostCache:
                     self.take(layer, expert)
                 rows = [self._slots.of(layer)[expert] for expert in part]
                 yield Group(experts=part, slabs=self.slabs[:, : self.sizes[layer]], rows=rows)
+                for expert in part:
+                    self.hand_back(layer, expert, None)
 
     def prepare(self, layer: int, experts: list[int]) -> None:
         """Begin to read what is not here of a layer's `experts`, as far as there are slots."""
         first = experts[: self._slots.count]
+        needed = {(layer, expert) for expert in first}
+        if not needed <= self._needed:  # else some of those that were prepared together
+            self._needed = needed
         for expert in self._slots.missing(layer, first):
-            slot = self._slots.place(layer, expert, set(first))
+            slot, _ = self._slots.place(layer, expert, self._needed)
             self._reads[slot] = self._read(layer, expert, slot)
 
     def is_ready(self, layer: int, expert: int) -> bool:
@@ -103,6 +113,18 @@ class HostCache:
     def hand_back(self, layer: int, expert: int, stream: Any) -> None:
         if stream is not None:
             self._left[self._slots.of(layer)[expert]] = stream.record_event().synchronize
+        self._needed.discard((layer, expert))
+        if self._saves:
+            self._slots.release(layer, expert)
+
+    def save(self, layer: int, expert: int, slab: torch.Tensor, stream: Any) -> None:
+        if not self._saves or expert in self._slots.of(layer) or not self._slots.has_room(self._needed):
+            return
+        slot, _ = self._slots.place(layer, expert, self._needed)
+        wait(self._reads.pop(slot, ()))  # of a pass that was broken off
+        self.slabs[slot, : len(slab)].copy_(slab, non_blocking=True)
+        if stream is not None:
+            self._left[slot] = stream.record_event().synchronize
 
     def _read(self, layer: int, expert: int, slot: int) -> list[Future[None]]:
         place = self._layers[layer]
@@ -131,5 +153,6 @@ def planned(plan: Plan) -> HostCache | None:
         if part.experts
     ]
     slot_bytes = routing.slot_bytes(streamed)
+    saves = placement.expert_slots(plan, placed) > 0 and slots > routing.least_slots(plan)
     room = host_empty(slots * slot_bytes, torch.uint8, pinned=plan.pin_memory)
-    return HostCache(places, room.view(slots, slot_bytes), routing.at_once(plan, slot_bytes))
+    return HostCache(places, room.view(slots, slot_bytes), routing.at_once(plan, slot_bytes), saves=saves)

@@ -68,11 +68,11 @@ def slot_bytes(streamed: Sequence[Layout]) -> int:
 def per_step(spec: Spec, streamed: Sequence[Layout], *held: int) -> int:
     """Return the bytes of experts that a decode step copies if routing spreads evenly, behind so many slots.
 
-    Behind several memories the largest counts: what is used again is in all of them.
+    Each expert is in one memory only.
     """
     found = stacks(streamed)
     count = sum(stack.count for stack in found)
     # a layer's share of the slots is of use from one step to the next if it is more than what the step itself needs
-    kept = max((slots / count for slots in held if slots > least_slots(spec)), default=0.0)
+    kept = min(1.0, sum(slots / count for slots in held if slots > least_slots(spec)))
     distinct = spec.distinct_experts(spec.run.workload.sequences)
     return ceil((1 - kept) * distinct * sum(stack.each.nbytes for stack in found))

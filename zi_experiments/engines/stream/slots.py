@@ -3,6 +3,8 @@
 from collections import OrderedDict
 from collections.abc import Iterable
 
+Needed = set[tuple[int, int]]  # pairs of layer and expert
+
 
 class Slots:
     """The least recently used expert makes room, of the same layer once that holds its share of the slots.
@@ -36,17 +38,26 @@ class Slots:
                 found.append(expert)
         return found
 
-    def place(self, layer: int, expert: int, needed: set[int]) -> int:
-        """Return a slot for an expert, now its own; it is that of none of the layer's experts `needed` now."""
-        slot = self._free.pop() if self._free else self._replaced(layer, needed)
-        self._held[layer][expert] = slot
-        return slot
+    def release(self, layer: int, expert: int) -> None:
+        """Empty the slot of an expert."""
+        self._free.append(self._held[layer].pop(expert))
 
-    def _replaced(self, layer: int, needed: set[int]) -> int:
+    def has_room(self, needed: Needed) -> bool:
+        """Return whether any slot may be replaced."""
+        held = ((layer, expert) for layer, slots in enumerate(self._held) for expert in slots)
+        return bool(self._free) or any(pair not in needed for pair in held)
+
+    def place(self, layer: int, expert: int, needed: Needed) -> tuple[int, tuple[int, int] | None]:
+        """Return a slot for an expert, now its own, and whose it was: not that of a (layer, expert) `needed` now."""
+        slot, gone = (self._free.pop(), None) if self._free else self._replaced(layer, needed)
+        self._held[layer][expert] = slot
+        return slot, gone
+
+    def _replaced(self, layer: int, needed: Needed) -> tuple[int, tuple[int, int]]:
         """Return a slot, empty now: of the layer itself if it holds its share, else of the layer that holds most."""
-        own = self._held[layer]
-        old = next((expert for expert in own if expert not in needed), None) if len(own) >= self.share else None
-        if old is not None:
-            return own.pop(old)
-        others = (held for held in self._held if held is not own)
-        return max(others, key=len).popitem(last=False)[1]
+        most = sorted(range(len(self._held)), key=lambda other: len(self._held[other]), reverse=True)
+        for other in [layer, *most] if len(self._held[layer]) >= self.share else most:
+            for expert in self._held[other]:
+                if (other, expert) not in needed:
+                    return self._held[other].pop(expert), (other, expert)
+        raise RuntimeError("all slots are needed")

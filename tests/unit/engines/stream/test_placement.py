@@ -256,13 +256,15 @@ def test_auto_from_disk_caches_in_host_memory_the_experts_that_fit(plan_stream, 
             assert use.experts == stored.host_cached_bytes == placement.host_slots(plan, placement.place(plan)) * expert
             assert use.total <= use.available
             assert used <= 0.8 * use.available < used + expert or stored.host_cached_bytes == 8 * expert
-            assert stored.disk_bytes_per_step <= stored.streamed_bytes_per_step
+            assert stored.disk_bytes_per_step < stored.streamed_bytes_per_step
+            assert (stored.disk_bytes_per_step > 0) == (stored.cached_bytes + use.experts < plan.placement.nvme_bytes)
         else:
             assert (plan.placement.nvme_bytes, stored.host_cached_bytes, stored.disk_bytes_per_step) == (0, 0, None)
         cached.append(stored.host_cached_bytes)
         read.append(plan.disk_bytes_per_step)
     assert cached[:-1] == sorted(set(cached[:-1]))
-    assert read == sorted(set(read), reverse=True)
+    assert read == sorted(read, reverse=True)
+    assert read[0] > read[1] > read[2], "with less than all in the pool and the cache together"
 
 
 @pytest.mark.parametrize(("batch_size", "needed"), [(1, 8), (3, 8)])

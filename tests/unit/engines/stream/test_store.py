@@ -1,6 +1,7 @@
 """Slabs come back as they were written, in the order of the layers and round and round, or not at all."""
 
 import os
+import random
 import resource
 import threading
 import time
@@ -9,6 +10,7 @@ from itertools import product
 import pytest
 import torch
 
+from zi_experiments.engines.stream.expert_pool import Pool
 from zi_experiments.engines.stream.host_cache import HostCache, OnDisk
 from zi_experiments.engines.stream.ring import InPlace, Ring, Shares
 from zi_experiments.engines.stream.slab import PAGE
@@ -236,11 +238,11 @@ def expert_of(slab, expert):
 def cache_of(store_of):
     """`cache_of(slots)` → a cache of experts on disk, which are counted from the first slab that has some."""
 
-    def cache_of(slots):
+    def cache_of(slots, **settings):
         places = [
             OnDisk(slab=slab, start=start, nbytes=2 * PAGE, count=count) for slab, (start, count) in EXPERTS.items()
         ]
-        cache = HostCache(places, pages(slots * 2 * PAGE).view(slots, -1), slots)
+        cache = HostCache(places, pages(slots * 2 * PAGE).view(slots, -1), slots, **settings)
         cache.attach(store_of([0, 1, 2, 3, 4]))
         return cache
 
@@ -257,6 +259,25 @@ def test_experts_come_as_they_were_written(cache_of, slots):
     assert cache.read_bytes == cache.read * 2 * PAGE
     if slots == 6:
         assert cache.read == 6, "each once"
+
+
+@pytest.mark.parametrize(("slots", "cached"), [(2, 5), (3, 4), (2, 3), (2, 2)])
+def test_what_leaves_the_device_comes_back_to_host_memory(cache_of, slots, cached):
+    """An expert is in one of both memories: with room for all, and for one that is under way, each is read once."""
+    cache = cache_of(cached, saves=True)
+    pool = Pool(cache, slots, 2, torch.device("cpu"))
+    order = random.Random(0)
+    turns = [(order.randrange(2), sorted(order.sample(range(3), order.choice((1, 2))))) for _ in range(60)]
+    for layer, experts in turns:
+        for group in pool.bring(layer, experts):
+            for expert, row in zip(group.experts, group.rows, strict=True):
+                assert torch.equal(group.slabs[row], expert_of(list(EXPERTS)[layer], expert))
+        both = [{(layer, expert) for layer in (0, 1) for expert in each._slots.of(layer)} for each in (pool, cache)]
+        assert not both[0] & both[1]
+    if slots + cached > 6:
+        assert cache.read == 6
+    else:
+        assert 6 < cache.read < pool.copied
 
 
 class Busy:
