@@ -3,6 +3,7 @@
 import gc
 import shlex
 import sys
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -13,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zi_experiments import environment, lines
 from zi_experiments.config import errors, schema
-from zi_experiments.execution import sweep
+from zi_experiments.execution import joining, sweep
 from zi_experiments.runtime import signals, stdio
 
 # What torch and transformers make when they are imported stays: with Python's own 700 a fifth of a command's time goes
@@ -23,16 +24,23 @@ _GC_THRESHOLD = 10_000
 
 def main() -> None:
     """Compose the configuration from the command line and carry it out, once or as a sweep."""
+    code: Any = None
+    try:
+        _main()
+    except SystemExit as end:
+        code = end.code
+        raise
+    finally:
+        joining.leave(code)
+
+
+def _main() -> None:
     gc.set_threshold(_GC_THRESHOLD)
     stdio.install()
-    if processes := environment.launched_processes():
-        sys.exit(
-            lines.fit(
-                f"refused: a launcher has started {processes} processes of this command, and it starts its own: "
-                f"type {environment.command()} hardware.num_gpus={processes}",
-                sys.stderr,
-            )
-        )
+    try:
+        sys.argv[1:] = joining.take_launcher(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(lines.fit(f"refused: {error}", sys.stderr))
     schema.register()
     signals.install(before=sweep.stop_jobs)
     environment.set_variables({"HYDRA_FULL_ERROR": "1"})  # it raises what it cannot compose, and prints no traceback

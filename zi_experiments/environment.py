@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def describe(machine: Any) -> dict[str, Any]:
         "code": _code(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "hostname": platform.node(),
+        "hostname": host(),
         "cpu": _cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "host_memory_bytes": psutil.virtual_memory().total,
@@ -45,6 +46,16 @@ def describe(machine: Any) -> dict[str, Any]:
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "torch_extensions_dir": os.environ.get("TORCH_EXTENSIONS_DIR"),
     }
+
+
+def host() -> str:
+    """Return the name of this machine."""
+    return os.uname().nodename
+
+
+def code() -> dict[str, Any]:
+    """Return what has to be the same on all machines of a run: this code, and the versions that it computes with."""
+    return {name: _version(name) for name in ("torch", "deepspeed", "transformers")} | {"code": _code()}
 
 
 def command() -> str:
@@ -103,14 +114,58 @@ def distributed_variables() -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
-def launched_processes() -> int | None:
-    """Return how many processes torchrun, deepspeed, srun or mpirun has started of this command; None without them."""
-    if len(distributed_variables()) == 5:
-        return int(os.environ["WORLD_SIZE"])
-    # a shell in an allocation of Slurm's has variables too, and a step of one task
-    sizes = (os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
-    most = max(int(size) for size in sizes)
-    return most if most > 1 else None
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launched:
+    """What torchrun, deepspeed, srun or mpirun tells a process of those that it has started of one command."""
+
+    number: int
+    processes: int
+    local_number: int  # among those on this machine
+    machines: int
+    endpoint: str | None  # HOST:PORT where they meet; None: the launcher names none
+    has_store: bool  # torchrun itself listens there
+    attempt: str  # torchrun starts all of them again when one fails
+
+
+_LAUNCHERS = (  # variables with: number, processes, number on this machine, processes on this machine
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", ("OMPI_COMM_WORLD_LOCAL_SIZE",)),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ()),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",)),
+)
+
+
+def launched() -> Launched | None:
+    """Return what a launcher tells this process; None without one, or if this is the only process it has started."""
+    for number, processes, local_number, local_processes in _LAUNCHERS:
+        if number == "RANK" and len(distributed_variables()) < 5:
+            continue  # a shell may have kept some of them
+        # a shell in an allocation of Slurm's has variables too, and a step of one task
+        if not {number, processes, local_number} <= os.environ.keys() or int(os.environ[processes]) < 2:
+            continue
+        here = next(
+            (int(os.environ[name]) for name in local_processes if name in os.environ), int(os.environ[processes])
+        )
+        machines = -(-int(os.environ[processes]) // here)
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        return Launched(
+            number=int(os.environ[number]),
+            processes=int(os.environ[processes]),
+            local_number=int(os.environ[local_number]),
+            machines=int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) if number == "SLURM_PROCID" else machines,
+            endpoint=f"{address}:{port}" if address and port else None,
+            has_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        )
+    return None
+
+
+def forget_launcher() -> None:
+    """Unset what a launcher says of this process, which is not so of the processes that this one starts."""
+    for name in [*distributed_variables(), "LOCAL_WORLD_SIZE", "LOCAL_SIZE"]:
+        os.environ.pop(name, None)
+    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
 
 
 def set_variables(values: dict[str, str]) -> None:

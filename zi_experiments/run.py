@@ -22,7 +22,7 @@ from zi_experiments.config.schema import Run, TrackingMode
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.engines import base
-from zi_experiments.execution import failures, launcher, preflight, sweep
+from zi_experiments.execution import failures, launcher, nodes, preflight, sweep
 from zi_experiments.execution.preparation import load_architecture, prepare
 from zi_experiments.measurement import text
 from zi_experiments.models import architecture, checkpoint, hashes
@@ -109,10 +109,11 @@ class _Job:
         run = composed_run(cfg)
         metrics.check(run)
         text.check(run.workload)
+        nodes.check(run)
         _settle_caches(self._console)
         launcher.warm_up()  # before anything asks for GPUs
         machine = machines.detect(run.hardware)
-        self._update(environment=environment.describe(machine))
+        self._update(environment=environment.describe(machine) | nodes.described())
         may_keep = keep and not run.force and (self._folder / NAME).exists()
         # errors of a checkpoint are found before it is hashed, which takes long
         arch = None if may_keep else load_architecture(run)
@@ -199,7 +200,7 @@ class _Job:
             self._update(checkpoint=self.record.checkpoint | _as_read(plan.architecture))
         path = scratch.for_weights(run, self._folder / "offload", self.record.run.id)
         temporary = scratch.for_temporary_files(self.record.run.id)
-        preflight.check(plan, path)
+        preflight.check(plan, path, nodes.workers_of_each(run))
         plan = replace(plan, machine=self._measured(run, plan.machine))
         self._update(plan=plan, prediction=predict(plan))
         engine = base.get(run.engine.name)
@@ -216,7 +217,7 @@ class _Job:
                 held.callback(scratch.Scratch(path).close)
                 _say(self._console, f"disk: needs {gigabytes(plan.placement.nvme_bytes)} in {display_path(path)}")
             peaks = held.enter_context(peak_memory.Monitor(path))
-            measured = launcher.launch(plan, config, self._folder / "logs", temporary, self._console, self._progress)
+            measured = launcher.launch(plan, config, self.record, temporary, self._console, self._progress)
         self._conclude(plan, measured, peaks)
 
     def _conclude(self, plan: Plan, measured: "Measurement", peaks: peak_memory.Monitor) -> None:
@@ -227,6 +228,7 @@ class _Job:
             self._fail("error", Failure(type="VerificationFailed", message=message, hint="nothing was measured"))
             return
         assert self.record.prediction is not None
+        host_bytes, disk_bytes = nodes.peaks(peaks.host_peak_bytes, peaks.disk_peak_bytes)
         derived = partial(
             metrics.derive,
             measured.samples,
@@ -234,8 +236,8 @@ class _Job:
             perplexity=measured.perplexity,
             kl_divergence=measured.kl_divergence,
             gpu_peak_bytes=measured.gpu_peak_bytes,
-            host_peak_bytes=peaks.host_peak_bytes,
-            disk_peak_bytes=peaks.disk_peak_bytes,
+            host_peak_bytes=host_bytes,
+            disk_peak_bytes=disk_bytes,
         )
         figures = derived(plan)
         self._update(status="ok", error=None, samples=measured.samples, generated=measured.generated, metrics=figures)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import IO
@@ -92,10 +93,12 @@ class Cli:
             preexec_fn=preexec_fn,
         )
 
-    def start(self, *arguments: str, start_new_session=False, **variables: str) -> "Forked":
-        """A command under way, whose stderr is its stdout."""
+    def start(
+        self, *arguments: str, start_new_session=False, enter: Callable[[], None] | None = None, **variables: str
+    ) -> "Forked":
+        """A command under way, whose stderr is its stdout; `enter` is called in its process before."""
         words = ["-m", "zi_experiments", *self.arguments(*arguments)]
-        return start(words, self.folder, self.environment(**variables), start_new_session)
+        return start(words, self.folder, self.environment(**variables), start_new_session, enter)
 
     def start_executed(
         self, *arguments: str, preexec_fn=None, start_new_session=False, **variables: str
@@ -132,10 +135,16 @@ def run(
     return subprocess.CompletedProcess(["python", *words], code, *texts)
 
 
-def start(words: list[str], folder: Path, environment: dict[str, str], start_new_session: bool = False) -> "Forked":
+def start(
+    words: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    start_new_session: bool = False,
+    enter: Callable[[], None] | None = None,
+) -> "Forked":
     """The same under way, whose stderr is its stdout."""
     reader, writer = os.pipe()
-    forked = Forked(words, folder, environment, writer, writer, start_new_session)
+    forked = Forked(words, folder, environment, writer, writer, start_new_session, enter=enter)
     os.close(writer)
     forked.stdout = os.fdopen(reader, encoding="utf-8")
     return forked
@@ -164,12 +173,13 @@ class Forked:
         err: int,
         start_new_session: bool = False,
         data_bytes: int | None = None,
+        enter: Callable[[], None] | None = None,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
         streams = _Streams(out, err)
         self._process = context.Process(
-            target=_enter, args=(words, str(folder), environment, streams, start_new_session, data_bytes)
+            target=_enter, args=(words, str(folder), environment, streams, start_new_session, data_bytes, enter)
         )
         self._process.start()
         self.pid = self._process.pid
@@ -236,8 +246,11 @@ def _enter(
     streams: _Streams,
     start_new_session: bool,
     data_bytes: int | None,
+    enter: Callable[[], None] | None,
 ) -> None:
     """Be `python WORDS`, from its start to the end of the process."""
+    if enter is not None:
+        enter()
     if start_new_session:
         os.setsid()
     if data_bytes is not None:

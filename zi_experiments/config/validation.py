@@ -208,8 +208,8 @@ def _machines(run: Run) -> str | None:
         return f"launch.rdzv_endpoint={endpoint} is no host with a port: pass launch.rdzv_endpoint=node0:29500, for example"
     if nodes > 1 and endpoint is None and not run.plan_only:
         return (
-            f"launch.nnodes={nodes} needs a place where the machines meet: pass launch.rdzv_endpoint=node0:29500, for example, "
-            "on each of them: the name of the one that writes the record, and a port that is free there"
+            f"launch.nnodes={nodes} needs a place where the machines meet: pass launch.rdzv_endpoint=node0:29500, for "
+            "example, on each of them: the name of the one that writes the record, and a port that is free there"
         )
     return None
 

@@ -10,6 +10,7 @@ from typing import Any
 from zi_experiments.config.schema import CacheDevice, ConfigError, OffloadDevice
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.results.record import Failure, Status
+from zi_experiments.runtime.distributed import Place
 from zi_experiments.runtime.progress import Event
 
 _ENTRY_POINT = re.compile(r"worker\.py\", line \d+ in main$")  # as faulthandler writes it
@@ -38,10 +39,16 @@ def of_silence(timeout_s: float, when: str, logs: Path) -> WorkerError:
     return WorkerError("killed", Failure(type="Timeout", message=message, hint=hint, traceback=_log_tail(logs, 0)))
 
 
-def of_worker(error: Any, plan: Plan, when: str, oom_killed: bool, logs: Path) -> WorkerError:
-    """Return the error of the first failed worker, from its own report or from the kernel's signal."""
-    rank, first = error.get_first_failure()
-    where = f"the logs are in {logs}"
+def of_worker(
+    error: Any, plan: Plan, when: str, oom_killed: bool, logs: Path, place: Place | None = None
+) -> WorkerError:
+    """Return the error of the first failed worker, from its own report or from the kernel's signal.
+
+    `place` is that of the workers where there are several launchers.
+    """
+    worker, first = error.get_first_failure()
+    rank = f"{place.first + worker} on {place.host}" if place else f"{worker}"
+    where = f"the logs are in {logs}" + (f" on {place.host}" if place else "")
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
         if oom_killed and name == "SIGKILL":
@@ -50,14 +57,14 @@ def of_worker(error: Any, plan: Plan, when: str, oom_killed: bool, logs: Path) -
             return WorkerError("oom", Failure(type="OutOfMemory", message=message, hint=hint))
         message = f"rank {rank} was ended by {name} {when}"
         status: Status = "killed" if name in ("SIGKILL", "SIGTERM", "SIGINT") else "error"
-        return WorkerError(status, Failure(type=name, message=message, hint=where, traceback=_log_tail(logs, rank)))
+        return WorkerError(status, Failure(type=name, message=message, hint=where, traceback=_log_tail(logs, worker)))
     data = first.error_file_data.get("message", {})
     text = data.get("message", first.message) if isinstance(data, dict) else str(data)
     trace = data.get("extraInfo", {}).get("py_callstack") if isinstance(data, dict) else None
     kind, _, message = text.partition(": ")
     if kind == ConfigError.__name__:
         return WorkerError("refused", Failure(type=kind, message=message))
-    trace = trace or _log_tail(logs, rank)
+    trace = trace or _log_tail(logs, worker)
     if short := _out_of_memory(kind, text, plan):
         what, hint = short
         return WorkerError(

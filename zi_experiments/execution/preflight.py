@@ -11,12 +11,13 @@ from zi_experiments.system import toolchain
 from zi_experiments.system.machines import is_elsewhere
 
 
-def check(plan: Plan, scratch: Path | None) -> None:
-    """Refuse a plan that cannot work on this machine. `scratch` is the folder for NVMe offload.
+def check(plan: Plan, scratch: Path | None, workers: int | None = None) -> None:
+    """Refuse a plan that cannot work on this machine. `scratch` is the folder for NVMe offload, `workers` are those of this
+    launcher where there are several: one such as srun may show it their GPUs only.
 
     Raises `ConfigError`, which says what is wrong and what to type.
     """
-    for problem in _problems(plan, scratch):
+    for problem in _problems(plan, scratch, workers):
         raise ConfigError(problem)
     check_texts(plan)
 
@@ -29,23 +30,24 @@ def check_texts(plan: Plan) -> None:
         prompts.from_text(plan)
 
 
-def _problems(plan: Plan, scratch: Path | None) -> Iterator[str]:
-    yield from _devices(plan)
+def _problems(plan: Plan, scratch: Path | None, workers: int | None) -> Iterator[str]:
+    yield from _devices(plan, workers)
     if scratch is not None:
         yield from _disk(scratch)
     yield from base.get(plan.run.engine.name).requirements(plan)
 
 
-def _devices(plan: Plan) -> Iterator[str]:
+def _devices(plan: Plan, workers: int | None) -> Iterator[str]:
     hardware, machine = plan.run.hardware, plan.machine
     if machine.device == "cpu":
         return
     if machine.gpus_visible == 0:
         yield f"hardware={hardware.name} needs a CUDA GPU and none is visible: pass hardware=auto, or plan_only=true"
-    if hardware.num_gpus > machine.gpus_visible:
+    on_each = hardware.num_gpus // plan.run.launch.nnodes
+    if on_each > machine.gpus_visible and machine.gpus_visible != workers:
         yield (
             f"hardware.num_gpus={hardware.num_gpus} and {machine.gpus_visible} are visible: "
-            f"pass hardware.num_gpus={machine.gpus_visible}"
+            f"pass hardware.num_gpus={machine.gpus_visible * plan.run.launch.nnodes}"
         )
     if is_elsewhere(hardware, machine.gpu_name):
         yield (

@@ -45,12 +45,19 @@ class Measurement:
 
 
 @record
-def main(plan: Plan, config: dict[str, Any], variables: dict[str, str], channel: Connection) -> Measurement:
+def main(
+    plan: Plan, config: dict[str, Any], variables: dict[str, str], channel: Connection, place: distributed.Place | None
+) -> Measurement:
     """Entry point of a worker process, started by torch's elastic launcher with its variables set.
 
-    `variables` are those of the launcher: a worker that is forked has those of when its command began.
+    `variables` are those of the launcher: a worker that is forked has those of when its command began. `place` is that of
+    the launcher among several.
     """
-    environment.set_variables(variables | environment.distributed_variables())
+    own = environment.distributed_variables()
+    if place is not None:
+        variables = place.defaults() | variables
+        own |= place.variables(int(own["LOCAL_RANK"]))
+    environment.set_variables(variables | own)
     tempfile.tempdir = None  # TMPDIR is another
     # a worker that is forked has the launcher's handlers, which write to the launcher's files
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
@@ -71,7 +78,7 @@ def main(plan: Plan, config: dict[str, Any], variables: dict[str, str], channel:
         verification = verify(session, plan, progress) if plan.run.verify is Verify.on else None
         if verification is not None and not verification.passed:
             return Measurement(stored=stored, samples=None, verification=verification, gpu_peak_bytes=0)
-        return _measure(plan, session, load_s, stored, verification, progress)
+        return _measure(plan, session, load_s, stored, verification, progress, place)
 
 
 def check_stored(plan: Plan, engine: base.Engine, session: base.Session) -> Held:
@@ -102,6 +109,7 @@ def _measure(
     stored: Held,
     verification: Verification | None,
     progress: Progress,
+    place: distributed.Place | None,
 ) -> Measurement:
     work = plan.run.workload
     ids = prompts.of_run(plan, distributed.rank(), plan.run.hardware.num_gpus)
@@ -115,7 +123,7 @@ def _measure(
             work.gen_len,
             progress=progress,
             before_each=distributed.barrier,
-            joules=_joules(plan, held),
+            joules=_joules(plan, place, held),
             keep=tokens.append,
         )
         warmup = run(count=work.warmup, phase="warm-up")
@@ -134,13 +142,20 @@ def _measure(
     )
 
 
-def _joules(plan: Plan, held: ExitStack) -> Callable[[], energy.Reading]:
-    """Return what reads the energy counters. The first rank reads those of the whole run, the others none."""
-    if distributed.rank() != 0:
+def _joules(plan: Plan, place: distributed.Place | None, held: ExitStack) -> Callable[[], energy.Reading]:
+    """Return what reads the energy counters. On each machine the first rank reads them, the others none.
+
+    The first worker of a launcher that sees only its own GPUs reads these.
+    """
+    if distributed.rank() != (place.first if place else 0):
         return dict
-    on_gpus = plan.machine.device == "cuda"
-    gpus = energy.visible_gpus(plan.run.hardware.num_gpus) if on_gpus else []
-    return held.enter_context(energy.Meter(gpus)).read
+    first_here, sees_all = (place.local_number == 0, place.sees_all) if place else (True, True)
+    if sees_all and not first_here:
+        return dict
+    here = plan.run.hardware.num_gpus // plan.run.launch.nnodes
+    count = here if place is None or sees_all else place.workers
+    gpus = energy.visible_gpus(count) if plan.machine.device == "cuda" else []
+    return held.enter_context(energy.Meter(gpus, processors=first_here)).read
 
 
 def _perplexity(plan: Plan, session: base.Session, progress: Progress) -> tuple[float | None, float | None]:

@@ -30,6 +30,7 @@ class Samples:
     load_s: float
     warmup: list[Pass]
     measured: list[Pass]
+    ranks: list[list[Pass]] = field(default_factory=list)  # the measured passes of each rank; none with one rank
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -40,7 +41,40 @@ class Samples:
             "routed": [asdict(one.routed) if one.routed else None for one in self.measured],
             "joules": [one.joules for one in self.measured],
             "warmup": [asdict(one) for one in self.warmup],
+            "ranks": [
+                {
+                    "ttft_s": [one.ttft_s for one in passes],
+                    "total_s": [one.total_s for one in passes],
+                    "step_s": [one.step_s for one in passes],
+                }
+                for passes in self.ranks
+            ],
         }
+
+
+def of_ranks(samples: list[Samples]) -> Samples:
+    """Return the samples of a run from those of its ranks. Of each pass the times of the rank that took longest count.
+
+    Counters of energy that several machines name alike get the rank as well: `cpu:package-0@4`.
+    """
+    if len(samples) == 1:
+        return samples[0]
+    return Samples(
+        load_s=max(one.load_s for one in samples),
+        warmup=_slowest([one.warmup for one in samples]),
+        measured=_slowest([one.measured for one in samples]),
+        ranks=[one.measured for one in samples],
+    )
+
+
+def _slowest(ranks: list[list[Pass]]) -> list[Pass]:
+    found = []
+    for passes in zip(*ranks, strict=True):
+        joules: dict[str, tuple[float, float] | None] = {}
+        for rank, one in enumerate(passes):
+            joules |= {f"{name}@{rank}" if name in joules else name: ends for name, ends in one.joules.items()}
+        found.append(replace(max(passes, key=lambda one: one.total_s), joules=joules))
+    return found
 
 
 class _Clock:

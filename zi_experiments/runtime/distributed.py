@@ -1,11 +1,47 @@
 """Start torch.distributed, in a worker or in the user's own process."""
 
 import socket
+from dataclasses import dataclass
 from typing import Any
 
 from zi_experiments import environment
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.system import toolchain
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where the workers of one launcher are among all ranks of a run, when there are several launchers."""
+
+    first: int  # rank of its first worker
+    workers: int
+    ranks: int  # of the whole run
+    local_number: int  # of the launcher among those on its machine
+    sees_all: bool  # whether it sees all GPUs of the run on its machine; else those of its own workers
+    host: str  # name of the machine, for messages
+    address: str  # where the first launcher has the store of this run
+    port: int
+    interface: str | None  # network interface through which the launchers have met
+
+    @property
+    def first_local(self) -> int:
+        """Which of the GPUs that it sees its first worker has."""
+        return self.local_number * self.workers if self.sees_all else 0
+
+    def variables(self, worker: int) -> dict[str, str]:
+        """Return what torch.distributed reads in a worker, by its number under its launcher."""
+        return {
+            "RANK": str(self.first + worker),
+            "LOCAL_RANK": str(self.first_local + worker),
+            "WORLD_SIZE": str(self.ranks),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher listens there, not rank 0
+        }
+
+    def defaults(self) -> dict[str, str]:
+        """Return variables for workers that may be set already: gloo would take the interface of the host's name."""
+        return {"GLOO_SOCKET_IFNAME": self.interface} if self.interface else {}
 
 
 def init(device: str) -> None:

@@ -17,9 +17,9 @@ class Meter:
     A package's energy has no part of that of its memory, which not every processor counts.
     """
 
-    def __init__(self, gpus: list[str], powercap: str | Path = POWERCAP) -> None:
+    def __init__(self, gpus: list[str], powercap: str | Path = POWERCAP, processors: bool = True) -> None:
         self._gpus = {f"gpu:{uuid}": _gpu(uuid) for uuid in gpus}
-        self._domains = _domains(Path(powercap))
+        self._domains = _domains(Path(powercap)) if processors else {}
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="energy", daemon=True)

@@ -39,6 +39,15 @@ class ResultFile:
         pass
 
 
+def is_unfinished(folder: Path, run_id: str) -> bool:
+    """Return whether a folder has no record of that run, or one that was written before the run ended."""
+    try:
+        found = json.loads((folder / NAME).read_text())
+        return bool(found["run"]["id"] != run_id or found["run"]["finished_at"] is None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
 def to_json(record: Record) -> str:
     """Return the text of `result.json`."""
     return json.dumps(record.to_dict(), indent=2, allow_nan=False)

@@ -1,0 +1,106 @@
+"""A Hydra callback: the launchers of one command meet before the first run, and all but the first of them stay in it."""
+
+import logging
+import sys
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from zi_experiments import environment, lines
+
+_launched: environment.Launched | None = None
+_has_met = False
+
+
+def take_launcher(arguments: list[str]) -> list[str]:
+    """Note what another launcher says of this process. Return the arguments of the command, with what follows from that.
+
+    Raises `ValueError` for what does not go with it.
+    """
+    global _launched
+    arguments = [each for each in arguments if not each.startswith("--local_rank")]  # which deepspeed's launcher adds
+    _launched = found = environment.launched()
+    if len(environment.distributed_variables()) == 5:
+        environment.forget_launcher()
+    if found is None:
+        return arguments
+    typed = {each.partition("=")[0] for each in arguments}
+    if found.endpoint is None and "launch.rdzv_endpoint" not in typed:
+        raise ValueError(
+            f"a launcher has started {found.processes} processes of this command and has not said where they meet: "
+            "pass launch.rdzv_endpoint=node0:29500, for example: the machine of the first process, and a port that is "
+            "free there"
+        )
+    follows = {
+        "hardware.num_gpus": found.processes,
+        "launch.nnodes": found.machines,
+        "launch.rdzv_endpoint": found.endpoint,
+    }
+    return [*arguments, *(f"{key}={value}" for key, value in follows.items() if key not in typed)]
+
+
+class Nodes(Callback):
+    """The first launcher returns from here and carries out the command; the others carry out what it sends, and exit."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _join(config)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _join(config)
+
+
+def _join(config: DictConfig) -> None:
+    launch = config.launch
+    processes = _launched.processes if _launched else launch.nnodes
+    if config.plan_only:
+        if _launched and _launched.number:
+            sys.exit(0)  # the first one plans
+        return
+    if processes < 2 or launch.rdzv_endpoint is None:
+        return  # validation says what is missing
+    _meet(launch, processes)
+
+
+def leave(code: Any) -> None:
+    """Tell the other launchers, if there are any, that this command ends with that code of `sys.exit`."""
+    if _has_met:
+        from zi_experiments.execution import nodes
+
+        nodes.leave(code if isinstance(code, int) else int(code is not None))
+
+
+def _meet(launch: Any, processes: int) -> None:
+    global _has_met
+    for name in ("torch.distributed.elastic", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is said once
+    from rich.console import Console
+
+    from zi_experiments.execution import follower, launcher, nodes
+    from zi_experiments.runtime.rendezvous import Hello, NobodyCameError, meet
+
+    console = Console()
+    launcher.warm_up()  # before there are threads
+
+    def hello(number: int) -> Hello:
+        return nodes.hello(number, _launched)
+
+    def tell(text: str) -> None:
+        lines.say(text, console)
+
+    try:
+        met = meet(launch.rdzv_endpoint, processes, _launched, hello, launch.timeout_s, tell)
+    except NobodyCameError as error:
+        problem = f"{error} within {launch.timeout_s:g} s, at launch.rdzv_endpoint={launch.rdzv_endpoint}"
+        if not error.is_first:
+            sys.exit(lines.fit(f"killed: {problem}", sys.stderr))
+        nodes.set_problem(problem)
+        return
+    _has_met = True
+    if met.number == 0:
+        group = nodes.Group(met, hello(0), _launched)
+        nodes.set_group(group)
+        tell(f"{processes} launchers have met: {', '.join(group.hosts)}")
+        return
+    tell(f"launcher {met.number} of {processes}: the first, at {launch.rdzv_endpoint}, writes the record")
+    sys.exit(follower.serve(met, hello(met.number), console))
