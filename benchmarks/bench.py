@@ -219,7 +219,7 @@ class Gpu:
             return None
         try:
             run = compose(one.overrides)
-            return max(bytes_per_s(base.get(run.engine.name).disk_access(run, disk), DISK_S)[0])
+            return max(bytes_per_s(base.get(run.engine.name).disk_access(run, [disk]), DISK_S)[0])
         except OSError as error:
             print(f"  the disk could not be measured: {error.strerror or error}", flush=True)
             return None
@@ -259,7 +259,7 @@ def _machine(one: Case, disk: Path | None) -> "Machine":
     from zi_experiments.system import machines
 
     run = compose(one.overrides)
-    there = base.get(run.engine.name).disk_access(run, disk) if disk is not None else None
+    there = base.get(run.engine.name).disk_access(run, [disk]) if disk is not None else None
     return suite.measure(run.hardware, machines.detect(run.hardware), there, _say)
 
 

@@ -39,7 +39,7 @@ def record(quant: str) -> dict[str, Any]:
         raise SystemExit("no GPU is visible: --draw works without one")
     environment.set_variables(environment.worker_environment(cuda=True))
     engine, told, work = base.get("stream"), progress.silent(), plan.run.workload
-    config = engine.config(plan, None)
+    config = engine.config(plan, [])
     engine.prepare(plan, told)
     with torch.no_grad():
         session = engine.load(plan, config, told)

@@ -86,29 +86,28 @@ def _load(run: Run) -> Any:
     console = Console(stderr=True)
     if (line := caches.settle()) and not distributed.launched_rank():
         lines.say(line, console)
-    scratch.check_base("offload_dir", run.offload.path)
-    path = scratch.for_weights(run, Path.cwd(), uuid.uuid4().hex[:12])
-    if path is not None:
-        scratch.remove_abandoned(path.parent)
-    planned = prepare(run, scratch.base_for_weights(run, Path.cwd()))
+    scratch.check_bases("offload_dir", run.offload.folders)
+    paths = scratch.for_weights(run, Path.cwd(), uuid.uuid4().hex[:12])
+    scratch.remove_abandoned(*(path.parent for path in paths))
+    planned = prepare(run, scratch.bases_for_weights(run, Path.cwd()))
     assert planned is not None, "nothing is searched here"
-    preflight.check(planned, path)
+    preflight.check(planned, paths)
     environment.set_variables(environment.worker_environment(cuda=planned.machine.device == "cuda"))
     engine = base.get(run.engine.name)
-    config = engine.config(planned, str(path) if path else None)
+    config = engine.config(planned, list(map(str, paths)))
     told = progress.silent() if distributed.launched_rank() else progress.shown(console)
     engine.prepare(planned, told)
-    held = scratch.Scratch(path) if path else None
+    held = [scratch.Scratch(path) for path in paths]
     try:
         session = engine.load(planned, config, told)
     except BaseException:
-        if held is not None:
-            held.close()
+        for each in held:
+            each.close()
         raise
     # the destructor of the session's engine would remove the hooks that fetch the weights
     session.model.zi_session = session
-    if held is not None:
-        weakref.finalize(session.model, held.close)
+    for each in held:
+        weakref.finalize(session.model, each.close)
     return session.model
 
 

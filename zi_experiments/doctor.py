@@ -40,17 +40,20 @@ def main() -> int:
     """
     stdio.install()
     parser = argparse.ArgumentParser(prog="python -m zi_experiments.doctor", description="Check this machine.")
-    parser.add_argument("--path", type=Path, default=Path(), help="folder for offload=nvme; default: the current one")
+    parser.add_argument(
+        "--path", type=Path, nargs="+", default=[Path()], help="folders for offload=nvme; default: the current one"
+    )
     parser.add_argument("--compile", action="store_true", help="compile DeepSpeed's operators, as first runs do")
     arguments = parser.parse_args()
-    folder = arguments.path.expanduser().resolve()
-    if not folder.is_dir():
-        text = f"refused: --path {folder} is no folder: mkdir -p {folder}, or pass --path /another/folder"
-        sys.exit(lines.fit(text, sys.stderr))
+    folders = [folder.expanduser().resolve() for folder in arguments.path]
+    for folder in folders:
+        if not folder.is_dir():
+            text = f"refused: --path {folder} is no folder: mkdir -p {folder}, or pass --path /another/folder"
+            sys.exit(lines.fit(text, sys.stderr))
     # torch warns about the same problems that the table shows
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     console, states = Console(), set()
-    for name, check, needed_by in checks(folder):
+    for name, check, needed_by in checks(*folders):
         finding = _finding(check)
         state = "ok" if finding.fix is None else "missing" if needed_by is None else "optional"
         head = f"{state:<{_WIDTHS[0]}}{name:<{_WIDTHS[1]}}"
@@ -74,8 +77,8 @@ def compile_operators() -> None:
     operators.build(operators.usual(device), progress.shown(Console()))
 
 
-def checks(folder: Path) -> list[Check]:
-    """Return all checks; `folder` is where offload=nvme would put the weights."""
+def checks(*folders: Path) -> list[Check]:
+    """Return all checks; `folders` are where offload=nvme would put the weights."""
     nvme, own_nvme = "for offload=nvme", "for offload=nvme engine=deepspeed"
     gpus = _gpus()
     return [
@@ -96,9 +99,15 @@ def checks(folder: Path) -> list[Check]:
         ("libaio", toolchain.libaio, own_nvme),
         ("asynchronous I/O", partial(toolchain.aio_requests, AIO_OF_A_RANK), own_nvme),
         ("locked memory", toolchain.locked_memory, own_nvme),
-        ("offload folder", partial(toolchain.writable, folder), nvme),
-        ("O_DIRECT", partial(toolchain.direct_io, folder), nvme),
-        ("free space", partial(toolchain.free_space, folder), nvme),
+        *(
+            (name, partial(look, folder), nvme)
+            for folder in folders
+            for name, look in (
+                ("offload folder", toolchain.writable),
+                ("O_DIRECT", toolchain.direct_io),
+                ("free space", toolchain.free_space),
+            )
+        ),
         ("output folder", output_folder, None),
         ("builds", builds, None),
         ("shared memory", shared_memory, "for hardware.num_gpus above 1"),

@@ -19,7 +19,9 @@ def main() -> int:
     """Return 0, 1 if the machine could not be measured, or 130 if stopped. Bad arguments end with a line on stderr."""
     stdio.install()
     parser = argparse.ArgumentParser(prog="python -m zi_experiments.hardware", description=__doc__)
-    parser.add_argument("--path", type=Path, metavar="FOLDER", help="measure the disk of this folder too")
+    parser.add_argument(
+        "--path", type=Path, nargs="+", default=[], metavar="FOLDER", help="measure these disks too, together"
+    )
     parser.add_argument("--name", help="name of the choice; default: that of the GPU or processor")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: NAME.yaml among the hardware choices")
     parser.add_argument("--request", help=argparse.SUPPRESS)  # from a launcher, which reads the answer
@@ -37,13 +39,14 @@ def main() -> int:
         return 130
 
 
-def _measure(folder: Path | None, name: str | None, output: Path | None) -> int:
-    if folder is not None and not folder.expanduser().is_dir():
-        raise ConfigError(f"--path {folder} is no folder: mkdir -p {folder}, or pass --path /another/folder")
+def _measure(folders: list[Path], name: str | None, output: Path | None) -> int:
+    for folder in folders:
+        if not folder.expanduser().is_dir():
+            raise ConfigError(f"--path {folder} is no folder: mkdir -p {folder}, or pass --path /another/folder")
     if line := caches.settle():
         _say(line)
     run = from_choices({"hardware": "auto", "engine": "stream"}, {})
-    disk = base.get(run.engine.name).disk_access(run, folder) if folder is not None else None
+    disk = base.get(run.engine.name).disk_access(run, folders) if folders else None
     machine = detect(run.hardware)
     shipped = conf_dir() / "hardware"
     name = name or (output.stem if output is not None else export.default_name(machine))

@@ -66,7 +66,7 @@ def _planned(cfg: DictConfig, record: Record, console: Console) -> Record | None
     run = composed_run(cfg)
     metrics.check(run)
     text.check(run.workload)
-    plan = prepare(run, scratch.base_for_weights(run, Path(record.folder) / "offload"))
+    plan = prepare(run, scratch.bases_for_weights(run, Path(record.folder) / "offload"))
     if plan is None:
         return None
     preflight.check_texts(plan)

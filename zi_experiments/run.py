@@ -126,9 +126,9 @@ class _Job:
             return self._planned(run, arch)
 
     def _planned(self, run: Run, arch: Architecture | None) -> dict[str, Any] | None:
-        folder = self._disk_folder(run)
-        self._remove_abandoned(folder)
-        plan = prepare(run, folder, arch=arch, tell=partial(_say, self._console))
+        folders = self._disk_folders(run)
+        self._remove_abandoned(folders)
+        plan = prepare(run, folders, arch=arch, tell=partial(_say, self._console))
         if plan is None:
             self._file.withdraw(self.record)
             _say(
@@ -180,31 +180,31 @@ class _Job:
         _say(self._console, f"kept {self.record.run.name}: {display_path(path)} is ok (force=true runs it again)")
         return result | {"status": "kept"}
 
-    def _remove_abandoned(self, folder: Path) -> None:
+    def _remove_abandoned(self, folders: list[Path]) -> None:
         """Remove what killed runs have left, so that this run has the room."""
         temporary = scratch.for_temporary_files(self.record.run.id)
-        for path in scratch.remove_abandoned(temporary.parent, folder):
+        for path in scratch.remove_abandoned(temporary.parent, *folders):
             _say(self._console, f"removed {display_path(path)}: the run that made it was killed")
 
     def _measured(self, run: Run, machine: machines.Machine) -> machines.Machine:
         """Return the machine with its rates; measure them now if they are not known."""
-        return this_machine.measured(run, machine, self._disk_folder(run), partial(_say, self._console))
+        return this_machine.measured(run, machine, self._disk_folders(run), partial(_say, self._console))
 
-    def _disk_folder(self, run: Run) -> Path:
-        return scratch.base_for_weights(run, self._folder / "offload")
+    def _disk_folders(self, run: Run) -> list[Path]:
+        return scratch.bases_for_weights(run, self._folder / "offload")
 
     def _run(self, plan: Plan) -> None:
         run = plan.run
         self._update(plan=plan, prediction=predict(plan), config=initial.settled(self.record.config, run))
         if self.record.checkpoint:
             self._update(checkpoint=self.record.checkpoint | _as_read(plan.architecture))
-        path = scratch.for_weights(run, self._folder / "offload", self.record.run.id)
+        paths = scratch.for_weights(run, self._folder / "offload", self.record.run.id)
         temporary = scratch.for_temporary_files(self.record.run.id)
-        preflight.check(plan, path, nodes.workers_of_each(run))
+        preflight.check(plan, paths, nodes.workers_of_each(run))
         plan = replace(plan, machine=self._measured(run, plan.machine))
         self._update(plan=plan, prediction=predict(plan))
         engine = base.get(run.engine.name)
-        config, kind = engine.config(plan, str(path) if path else None), engine.CONFIG_NAME
+        config, kind = engine.config(plan, list(map(str, paths))), engine.CONFIG_NAME
         (self._folder / f"{kind}.json").write_text(json.dumps(config, indent=2) + "\n")
         self._update(**{kind: config})
         self._file.open(self.record)
@@ -213,10 +213,12 @@ class _Job:
             sink.open(self.record)
         with ExitStack() as held:
             held.callback(scratch.Scratch(temporary).close)
-            if path is not None:
+            for path in paths:
                 held.callback(scratch.Scratch(path).close)
-                _say(self._console, f"disk: needs {gigabytes(plan.placement.nvme_bytes)} in {display_path(path)}")
-            peaks = held.enter_context(peak_memory.Monitor(path))
+            if paths:
+                where = " and ".join(map(display_path, paths))
+                _say(self._console, f"disk: needs {gigabytes(plan.placement.nvme_bytes)} in {where}")
+            peaks = held.enter_context(peak_memory.Monitor(paths))
             measured = launcher.launch(plan, config, self.record, temporary, self._console, self._progress)
         self._conclude(plan, measured, peaks)
 
@@ -243,7 +245,7 @@ class _Job:
         self._update(status="ok", error=None, samples=measured.samples, generated=measured.generated, metrics=figures)
         if beyond := metrics.passed(figures):
             machine = this_machine.measured_again(
-                plan.run, plan.machine, self._disk_folder(plan.run), partial(_say, self._console)
+                plan.run, plan.machine, self._disk_folders(plan.run), partial(_say, self._console)
             )
             figures = metrics.without_passed(derived(replace(plan, machine=machine)))
             self._update(plan=replace(plan, machine=machine), metrics=figures, bound_passed=beyond)

@@ -249,10 +249,10 @@ def load(folder: Path, quant: str, offload: str, kv_cache: str = "gpu", engine: 
     if engine == "deepspeed" and offload == "nvme":
         settings |= {"offload.aio.queue_depth": 4}  # a process with many models never gives the kernel's requests back
     run = from_choices(choices, {"model.path": str(folder), "weights.path": str(folder), **settings})
-    plan = prepare(run, folder.parent)
+    plan = prepare(run, [folder.parent])
     environment.set_variables(environment.worker_environment(cuda=plan.machine.device == "cuda"))
     chosen, told = base.get(engine), progress.silent()
-    config = chosen.config(plan, str(folder.parent / "disk") if offload == "nvme" else None)
+    config = chosen.config(plan, [str(folder.parent / "disk")] if offload == "nvme" else [])
     chosen.prepare(plan, told)
     with torch.no_grad():
         return plan, chosen.load(plan, config, told)

@@ -37,8 +37,8 @@ HEADER = """# Reliability
 
 ## Faults
 
-The tests write this table (`make test-all ARGS="-n 0 tests/integration -k 'reliability or sweep or nodes' --update-golden"`) and
-compare it with what they see. Each fault is caused for real, by signals, limits, full disks and damaged files. After it
+The tests write this table (`make test-all ARGS="-n 0 tests/integration -k 'reliability or sweep or nodes' --update-golden"`)
+and compare it with what they see. Each fault is caused for real, by signals, limits, full disks and damaged files. After it
 the tests look for processes, shared memory, temporary files and weights on disk that nobody needs any more. The status is
 that of the record, which every run leaves in its `result.json`. What is shown is the line on the console.
 

@@ -1,11 +1,14 @@
 """Whole runs with engine=stream on the CPU: one rank, two ranks that gather each other's shares, and what the record says."""
 
 import json
+import os
 
 import pytest
 import tiny
 from checkpoints import write
-from cli import Cli
+from cli import Cli, wait_for
+
+from zi_experiments.engines.stream.stripes import STRIPE_BYTES
 
 
 @pytest.fixture
@@ -38,6 +41,47 @@ def test_two_ranks_bring_their_shares(cli):
     assert on_disk["metrics"]["disk_peak_bytes"] >= on_disk["plan"]["placement"]["nvme_bytes"] > 0
     assert results["cpu"]["metrics"]["disk_peak_bytes"] == 0
     assert not list((on_disk["folder"] / "offload").iterdir())
+
+
+def test_two_drives_have_half_each(cli):
+    """The same tokens as from one, and no file is left on either; two ranks have a file each on both."""
+    drives = [cli.folder / "disk", cli.folder / "other"]
+    drives[1].mkdir()
+    settings = ("engine=stream", "hardware=cpu", "offload=nvme", "quant=fp16", "tracking=none", "hardware.num_gpus=2")
+    one = cli.run(*settings, f"offload.path={drives[0]}")
+    assert one.returncode == 0, one.stdout + one.stderr
+    process = cli.start(*settings, f"offload.path=[{drives[0]},{drives[1]}]", "workload.repeats=20")
+    wait_for(process, "measure:")
+    sizes = [[path.stat().st_blocks * 512 for path in sorted(drive.glob("zi-*/rank*"))] for drive in drives]
+    output, _ = process.communicate()
+
+    assert process.returncode == 0, output
+    single, both = cli.results()
+    check(both)
+    assert both["generated"] == single["generated"]
+    placed = both["plan"]["placement"]["nvme_bytes"]
+    assert [len(of_drive) for of_drive in sizes] == [2, 2]
+    assert all(sum(of_drive) == pytest.approx(placed / 2, abs=4 * STRIPE_BYTES) for of_drive in sizes)
+    assert both["metrics"]["disk_peak_bytes"] >= placed
+    assert not any(list(drive.iterdir()) for drive in drives)
+
+
+def test_a_full_drive_of_two_ends_the_run(cli, small_disk):
+    other = cli.folder / "other"
+    other.mkdir()
+    with (small_disk / "somebody-else").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 445 << 20)
+
+    done = cli.run(
+        *("engine=stream", "hardware=cpu", "offload=nvme", "quant=fp16", "tracking=none", "model=deep"),
+        f"offload.path=[{other},{small_disk}]",
+    )
+
+    (result,) = cli.results()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert result["status"] == "refused"
+    assert "on disk and" in result["error"]["message"]
+    assert not list(other.iterdir())
 
 
 def test_a_record_has_the_engines_own_configuration(cli):

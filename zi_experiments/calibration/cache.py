@@ -56,18 +56,18 @@ def of_machine(machine: Machine) -> Subject:
 
 
 def of_disk(disk: Disk, machine: Machine) -> Subject:
-    """Return the subject of a disk of that machine, read with the request size and count of `disk`."""
+    """Return the subject of disks of that machine, read together with the request size and count of `disk`."""
     around = environment.describe(machine)
-    there = existing(disk.folder)
-    mount = mount_of(there)
+    there = [existing(folder) for folder in disk.folders]
+    mounts = list(map(mount_of, there))
     settings = {"block_bytes": disk.block_bytes, "in_flight": disk.in_flight}
     identity = {key: around[key] for key in ("cpu", "host_memory_bytes")} | {
         "format": FORMAT,
-        "disk": mount.device,
-        "mountpoint": mount.mountpoint,
+        "disk": ", ".join(mount.device for mount in mounts),
+        "mountpoint": ", ".join(mount.mountpoint for mount in mounts),
         **settings,
     }
-    return Subject(kind="disk", identity=identity, request={"folder": str(there), **settings})
+    return Subject(kind="disk", identity=identity, request={"folders": list(map(str, there)), **settings})
 
 
 def load(subject: Subject) -> Entry | None:

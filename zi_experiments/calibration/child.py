@@ -77,7 +77,7 @@ def answer(text: str) -> None:
     _end_with(request["parent"])
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)  # output of libraries goes to stderr, not into the answer
-        json.dump(_disk(request) if "folder" in request else _machine(request), out)
+        json.dump(_disk(request) if "folders" in request else _machine(request), out)
 
 
 def _end_with(parent: int) -> None:
@@ -90,14 +90,15 @@ def _end_with(parent: int) -> None:
 
 
 def _disk(request: dict[str, Any]) -> dict[str, Any]:
-    where = Disk(folder=Path(request["folder"]), block_bytes=request["block_bytes"], in_flight=request["in_flight"])
+    folders = tuple(map(Path, request["folders"]))
+    where = Disk(folders=folders, block_bytes=request["block_bytes"], in_flight=request["in_flight"])
     try:
-        reads, written = disk.bytes_per_s(where)
+        reads, written, notes = disk.bytes_per_s(where)
     except OSError as error:
         sys.exit(str(error))
     moments = {"disk_bytes_per_s": reads}
     figures = {"disk_bytes_per_s": max(reads), "disk_write_bytes_per_s": written, "moments": moments}
-    return {"figures": figures, "notes": []}
+    return {"figures": figures, "notes": notes}
 
 
 def _machine(request: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measure how fast a folder's disk reads and writes with O_DIRECT, with as many requests in flight as a run has."""
+"""Measure how fast disks read and write with O_DIRECT, together, with as many requests in flight as a run has."""
 
 import os
 import shutil
@@ -8,26 +8,61 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 
 from zi_experiments.runtime.pinned_memory import Pages
 from zi_experiments.system.disk import Disk, existing, mount_of
 
 _MOST_BYTES = 1 << 30  # size of the file: some filesystems take seconds to free a larger one
 _LEAST_REQUESTS = 4
+_EVEN = 0.8  # rates of drives that differ by less are as good as equal
 _MOMENTS = 4  # the best of them is the ceiling
 _MEMORY = ("tmpfs", "ramfs")  # newer kernels accept O_DIRECT there, and copy from memory
 
 
-def bytes_per_s(disk: Disk, each_way_s: float = 2.0) -> tuple[list[float], float]:
-    """Return the read rates at several moments and the write rate, in bytes per second.
+def bytes_per_s(disk: Disk, each_way_s: float = 2.0) -> tuple[list[float], float, list[str]]:
+    """Return the read rates at several moments and the write rate, in bytes per second, and notes on them.
 
-    Measured in a file that has no name, so it never stays behind.
+    Of several folders they are read together, and the rates are those of a run: each has an equal part of the bytes, so
+    all wait for the slowest. Measured in files that have no names, so they never stay behind.
     Raises `OSError`, with a message of one line, if there is no space, no permission, or no disk below the filesystem.
     """
-    folder = existing(disk.folder)
+    one_at_a_time = Barrier(len(disk.folders))
+
+    def measure(folder: Path) -> tuple[list[float], float]:
+        try:
+            return _bytes_per_s(existing(folder), disk, each_way_s, one_at_a_time)
+        except BaseException:
+            one_at_a_time.abort()  # the others would wait forever
+            raise
+
+    with ThreadPoolExecutor(len(disk.folders), "folder") as threads:
+        running = [threads.submit(measure, folder) for folder in disk.folders]
+    failed = [error for one in running if (error := one.exception()) and not isinstance(error, BrokenBarrierError)]
+    if failed:
+        raise failed[0]
+    rates = [one.result() for one in running]
+    together = [len(rates) * min(moment) for moment in zip(*(reads for reads, _ in rates), strict=True)]
+    written = len(rates) * min(write for _, write in rates)
+    return together, written, _notes(disk.folders, [max(reads) for reads, _ in rates])
+
+
+def _notes(folders: tuple[Path, ...], rates: list[float]) -> list[str]:
+    slowest, fastest = min(rates), max(rates)
+    if slowest >= _EVEN * fastest:
+        return []
+    slow, fast = (folders[rates.index(rate)] for rate in (slowest, fastest))
+    return [
+        f"{slow} reads {slowest / 1e9:.1f} GB/s while {fast} reads {fastest / 1e9:.1f}: each has an equal part of the "
+        "weights, so all wait for the slowest"
+    ]
+
+
+def _bytes_per_s(folder: Path, disk: Disk, each_way_s: float, together: Barrier) -> tuple[list[float], float]:
+    """Return the rates of one folder, which begins each measurement when all others do."""
     if mount_of(folder).kind in _MEMORY:
         raise OSError(f"{folder} is memory, not a disk: pass offload.path=/a/folder/on/NVMe")
-    blocks = min(_MOST_BYTES, shutil.disk_usage(folder).free // 2) // disk.block_bytes
+    blocks = min(_MOST_BYTES, shutil.disk_usage(folder).free // 2 // len(disk.folders)) // disk.block_bytes
     if blocks < _LEAST_REQUESTS:
         raise OSError(f"{folder} has no space for {2 * _LEAST_REQUESTS} requests of {disk.block_bytes} bytes")
     in_flight = min(disk.in_flight, blocks)
@@ -42,13 +77,15 @@ def bytes_per_s(disk: Disk, each_way_s: float = 2.0) -> tuple[list[float], float
         for buffer in buffers:
             buffer.write(random)
         everything = [region // disk.block_bytes] * in_flight
+        together.wait()
         written, write_rate = _carry_out(os.pwritev, descriptor, buffers, region, everything, each_way_s, again=False)
         os.fdatasync(descriptor)
         moment_s = each_way_s / _MOMENTS
-        reads = [
-            _carry_out(os.preadv, descriptor, buffers, region, written, moment_s, again=True) for _ in range(_MOMENTS)
-        ]
-        return [rate for _, rate in reads], write_rate
+        reads = []
+        for _ in range(_MOMENTS):
+            together.wait()
+            reads.append(_carry_out(os.preadv, descriptor, buffers, region, written, moment_s, again=True)[1])
+        return reads, write_rate
 
 
 def _nameless(folder: Path) -> int:

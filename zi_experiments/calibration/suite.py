@@ -112,7 +112,7 @@ def _acquired(lock: FolderLock, tell: Tell) -> bool:
 
 def _measured(subject: Subject, tell: Tell, before: Entry | None = None) -> Entry | None:
     """Return new measurements, combined with `before`, and cache them if possible; None if measuring failed."""
-    what = "this machine" if subject.kind == "machine" else f"the disk of {subject.request['folder']}"
+    what = "this machine" if subject.kind == "machine" else f"the disk of {' and '.join(subject.request['folders'])}"
     tell(f"measuring {what} {'again' if before else 'once'}: ten to twenty seconds")
     try:
         answer = child.ask(subject.request)

@@ -12,8 +12,8 @@ from zi_experiments.system import disk, machines
 from zi_experiments.system.machines import Machine
 
 
-def known(run: Run, folder: Path) -> Machine:
-    """Return the machine with cached rates, and with the free disk space in the folder for weights.
+def known(run: Run, folders: list[Path]) -> Machine:
+    """Return the machine with cached rates, and with the free disk space in the folders for weights.
 
     Raises `ConfigError` if `offload.path` does not exist.
     """
@@ -21,20 +21,20 @@ def known(run: Run, folder: Path) -> Machine:
     # the disks of another machine are unknown
     is_here = not machines.is_elsewhere(run.hardware, machine.gpu_name)
     if is_here:
-        scratch.check_base("offload.path", run.offload.path)
-    machine = replace(machine, disk_free_bytes=disk.free_bytes(folder) if is_here else None)
-    return suite.known(run.hardware, machine, _disk(run, folder))
+        scratch.check_bases("offload.path", run.offload.folders)
+    machine = replace(machine, disk_free_bytes=disk.free_bytes(folders) if is_here else None)
+    return suite.known(run.hardware, machine, _disk(run, folders))
 
 
-def measured(run: Run, machine: Machine, folder: Path, tell: Callable[[str], None]) -> Machine:
+def measured(run: Run, machine: Machine, folders: list[Path], tell: Callable[[str], None]) -> Machine:
     """Return `machine` with its rates, measuring those that are not cached; `tell` gets a line for what takes time."""
-    return suite.ensure(run.hardware, machine, _disk(run, folder), tell)
+    return suite.ensure(run.hardware, machine, _disk(run, folders), tell)
 
 
-def measured_again(run: Run, machine: Machine, folder: Path, tell: Callable[[str], None]) -> Machine:
+def measured_again(run: Run, machine: Machine, folders: list[Path], tell: Callable[[str], None]) -> Machine:
     """Return `machine` with its rates measured again, after a run that beat its bound."""
-    return suite.again(run.hardware, machine, _disk(run, folder), tell)
+    return suite.again(run.hardware, machine, _disk(run, folders), tell)
 
 
-def _disk(run: Run, folder: Path) -> disk.Disk | None:
-    return base.get(run.engine.name).disk_access(run, folder) if run.offload.device is OffloadDevice.nvme else None
+def _disk(run: Run, folders: list[Path]) -> disk.Disk | None:
+    return base.get(run.engine.name).disk_access(run, folders) if run.offload.device is OffloadDevice.nvme else None

@@ -90,13 +90,18 @@ class Aio:
 class Offload:
     name: str
     device: OffloadDevice
-    path: str | None  # null: inside the run's output folder
+    path: Any  # a folder, or a list of them on several drives; null: inside the run's output folder
     pin_memory: bool | None  # null: pinned if enough host memory stays free
     resident: Any  # share of the decoder layers' weights kept on the GPU, from 0 to 1, or "auto": as much as fits
     buffer_count: int | None
     buffer_size: int | None  # elements, not bytes
     use_gds: bool
     aio: Aio
+
+    @property
+    def folders(self) -> list[str]:
+        """The folders of `path`, as typed."""
+        return [self.path] if isinstance(self.path, str) else self.path or []
 
 
 @dataclass

@@ -38,16 +38,22 @@ def _integers(run: Run) -> str | None:
 
 
 def _paths(run: Run) -> str | None:
-    for key, value in _settings(run):
-        if not key.endswith((".path", ".text", ".prompts")) or value is None:
-            continue
-        if not value.strip() or "\0" in value:
+    for key, value in _paths_of(run):
+        if not isinstance(value, str) or not value.strip() or "\0" in value:
             return f"{key}={value!r} is not a path: pass {key}=/a/path, or {key}=null"
         try:
             Path(value).expanduser()
         except RuntimeError:
             return f"{key}={value} begins with the home of an unknown user: pass {key}=/a/path"
     return None
+
+
+def _paths_of(run: Run) -> Iterator[tuple[str, Any]]:
+    """Yield the name and value of every path that is set; those of a list one by one."""
+    for key, value in _settings(run):
+        if key.endswith((".path", ".text", ".prompts")) and value is not None:
+            several = key == "offload.path" and isinstance(value, list) and value
+            yield from ((key, each) for each in (several or [value]))
 
 
 def _workload(run: Run) -> str | None:

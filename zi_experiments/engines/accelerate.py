@@ -4,7 +4,7 @@ Its hooks copy a module's weights when it is called, without overlap. Files are 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from zi_experiments.cost_model.inventory import Home, Inventory, Stored, held, h
 from zi_experiments.cost_model.plan import Overlap, Plan, Storage, placement_of
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines import sixteen_bit
-from zi_experiments.engines.disk_access import MOST_IN_FLIGHT, reading
+from zi_experiments.engines.disk_access import MOST_IN_FLIGHT, check_one_folder, reading
 from zi_experiments.engines.hf_session import HFSession, host_cache
 from zi_experiments.engines.modules import device_of, names_of, put
 from zi_experiments.models import weights
@@ -34,6 +34,7 @@ CONFIG_NAME = "engine_config"
 def check(run: Run) -> None:
     """Raise `ConfigError` for what accelerate does not support: quantized weights, several GPUs, pinned memory."""
     sixteen_bit.check(run)
+    check_one_folder(run)
     if run.hardware.num_gpus > 1:
         raise ConfigError(
             f"engine=accelerate uses one GPU, not {run.hardware.num_gpus}: pass hardware.num_gpus=1, or engine=fsdp"
@@ -68,19 +69,19 @@ def requirements(plan: Plan) -> Iterator[str]:
     return iter(())
 
 
-def disk_access(run: Run, folder: Path) -> Disk:
-    """Return the disk of `folder` with the most requests in flight: the kernel reads ahead in memory-mapped files."""
-    return reading(folder, None, MOST_IN_FLIGHT)
+def disk_access(run: Run, folders: Sequence[Path]) -> Disk:
+    """Return the disk of `folders` with the most requests in flight: the kernel reads ahead in memory-mapped files."""
+    return reading(folders, None, MOST_IN_FLIGHT)
 
 
-def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
+def config(plan: Plan, scratch: Sequence[str]) -> dict[str, Any]:
     """Return the name of the accelerate function to call and, for weights on disk, its folder."""
     offload = plan.run.offload.device
     if offload is OffloadDevice.none:
         return {"call": None}
     if offload is OffloadDevice.cpu:
         return {"call": "cpu_offload"}
-    return {"call": "disk_offload", "offload_dir": scratch}
+    return {"call": "disk_offload", "offload_dir": scratch[0]}
 
 
 def prepare(plan: Plan, progress: Progress) -> None:

@@ -1,6 +1,6 @@
 """The interface of engines: modules that load a planned model and generate with it, named by `conf/engine` files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 from functools import reduce
@@ -93,11 +93,11 @@ class Engine(Protocol):
     def requirements(self, plan: Plan) -> Iterator[str]:
         """Yield one line for each thing that this machine lacks for a plan; the line says what to type."""
 
-    def disk_access(self, run: Run, folder: Path) -> Disk:
-        """Return how the engine reads weights from `folder` with `offload=nvme`; the disk is measured that way."""
+    def disk_access(self, run: Run, folders: Sequence[Path]) -> Disk:
+        """Return how the engine reads weights from `folders` with `offload=nvme`; the disk is measured that way."""
 
-    def config(self, plan: Plan, scratch: str | None) -> dict[str, Any]:
-        """Return the engine's own configuration of a plan, as recorded; `scratch` is the run's folder on disk."""
+    def config(self, plan: Plan, scratch: Sequence[str]) -> dict[str, Any]:
+        """Return the engine's own configuration of a plan, as recorded; `scratch` has the run's folders on disk."""
 
     def prepare(self, plan: Plan, progress: Progress) -> None:
         """Do once what is not part of the loading time: compile operators, start the distributed back end."""

@@ -3,7 +3,7 @@
 Weights outside the layers are gathered once and stay gathered, which is FSDP2's default for the root module.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -62,12 +62,12 @@ def requirements(plan: Plan) -> Iterator[str]:
     return iter(())
 
 
-def disk_access(run: Run, folder: Path) -> Disk:
+def disk_access(run: Run, folders: Sequence[Path]) -> Disk:
     """Not supported: `check` refuses weights on disk."""
     raise NotImplementedError
 
 
-def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
+def config(plan: Plan, scratch: Sequence[str]) -> dict[str, Any]:
     """Return the options of FSDP2."""
     return {
         "cpu_offload": sixteen_bit.crosses_link(plan),

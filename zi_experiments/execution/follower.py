@@ -87,20 +87,20 @@ class _Part:
 
     def _run(self, plan: Plan) -> Done:
         run = plan.run
-        base_folder = scratch.base_for_weights(run, self._folder / "offload")
-        path = scratch.for_weights(run, self._folder / "offload", self._id)
+        bases = scratch.bases_for_weights(run, self._folder / "offload")
+        paths = scratch.for_weights(run, self._folder / "offload", self._id)
         temporary = scratch.for_temporary_files(self._id)
-        scratch.remove_abandoned(temporary.parent, base_folder)
-        here = replace(plan, machine=this_machine.known(run, base_folder))
-        preflight.check(here, path, self._work.ranks_each)
+        scratch.remove_abandoned(temporary.parent, *bases)
+        here = replace(plan, machine=this_machine.known(run, bases))
+        preflight.check(here, paths, self._work.ranks_each)
         if problem := memory_fit.problem(here):
             raise ConfigError(problem)
-        config = base.get(run.engine.name).config(plan, str(path) if path else None)
+        config = base.get(run.engine.name).config(plan, list(map(str, paths)))
         with ExitStack() as held:
             held.callback(scratch.Scratch(temporary).close)
-            if path is not None:
+            for path in paths:
                 held.callback(scratch.Scratch(path).close)
-            peaks = held.enter_context(peak_memory.Monitor(path))
+            peaks = held.enter_context(peak_memory.Monitor(paths))
             results = launcher.run_workers(
                 plan,
                 config,

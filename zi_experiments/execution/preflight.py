@@ -1,6 +1,6 @@
 """Checks of a plan against this machine, before loading: one clear error instead of an obscure failure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from zi_experiments.config.schema import ConfigError
@@ -11,9 +11,9 @@ from zi_experiments.system import toolchain
 from zi_experiments.system.machines import is_elsewhere
 
 
-def check(plan: Plan, scratch: Path | None, workers: int | None = None) -> None:
-    """Refuse a plan that cannot work on this machine. `scratch` is the folder for NVMe offload, `workers` are those of this
-    launcher where there are several: one such as srun may show it their GPUs only.
+def check(plan: Plan, scratch: Sequence[Path], workers: int | None = None) -> None:
+    """Refuse a plan that cannot work on this machine. `scratch` has the folders for NVMe offload, `workers` are those of
+    this launcher where there are several: one such as srun may show it their GPUs only.
 
     Raises `ConfigError`, which says what is wrong and what to type.
     """
@@ -30,10 +30,10 @@ def check_texts(plan: Plan) -> None:
         prompts.from_text(plan)
 
 
-def _problems(plan: Plan, scratch: Path | None, workers: int | None) -> Iterator[str]:
+def _problems(plan: Plan, scratch: Sequence[Path], workers: int | None) -> Iterator[str]:
     yield from _devices(plan, workers)
-    if scratch is not None:
-        yield from _disk(scratch)
+    for folder in scratch:
+        yield from _disk(folder)
     yield from base.get(plan.run.engine.name).requirements(plan)
 
 
@@ -56,8 +56,8 @@ def _devices(plan: Plan, workers: int | None) -> Iterator[str]:
         )
 
 
-def _disk(scratch: Path) -> Iterator[str]:
+def _disk(folder: Path) -> Iterator[str]:
     for look in (toolchain.writable, toolchain.direct_io):
-        finding = look(scratch.parent)
+        finding = look(folder.parent)
         if finding.fix is not None:
             yield f"offload.path={finding.found}: {finding.fix}"

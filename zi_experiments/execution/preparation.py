@@ -19,18 +19,18 @@ def load_architecture(run: Run) -> Architecture:
 
 
 def prepare(
-    run: Run, folder: Path, *, arch: Architecture | None = None, tell: Callable[[str], None] | None = None
+    run: Run, folders: list[Path], *, arch: Architecture | None = None, tell: Callable[[str], None] | None = None
 ) -> Plan | None:
     """Return the plan of a run on this machine; None: its search has no candidate of that rank.
 
-    `folder` is for weights on disk. `arch` is the run's model, if it has been loaded. With `tell`, which gets a line
+    `folders` are for weights on disk. `arch` is the run's model, if it has been loaded. With `tell`, which gets a line
     before slow work, the machine is measured first if the search has to rank candidates.
 
     Raises `ConfigError` for a run that cannot work or does not fit.
     """
     arch = arch or load_architecture(run)
-    machine = this_machine.known(run, folder)
+    machine = this_machine.known(run, folders)
     if tell is not None and run.search.rank is not None:
-        machine = this_machine.measured(run, machine, folder, tell)
+        machine = this_machine.measured(run, machine, folders, tell)
     settled = search.settle(run, arch, machine)
     return planning.build(settled, arch, machine) if settled is not None else None

@@ -11,13 +11,13 @@ _INTERVAL_S = 0.2
 
 
 class Monitor:
-    """Context manager that samples the memory of this process and all its descendants, and the size of a folder.
+    """Context manager that samples the memory of this process and all its descendants, and the size of folders.
 
-    `host_peak_bytes` is the largest sum of resident set sizes, `disk_peak_bytes` the largest size of the folder.
+    `host_peak_bytes` is the largest sum of resident set sizes, `disk_peak_bytes` the largest size of the folders.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    def __init__(self, folders: list[Path]) -> None:
+        self._folders = folders
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
         self.host_peak_bytes = 0
@@ -34,8 +34,7 @@ class Monitor:
     def _run(self) -> None:
         while not self._done.wait(_INTERVAL_S):
             self.host_peak_bytes = max(self.host_peak_bytes, _resident_bytes())
-            if self._folder is not None:
-                self.disk_peak_bytes = max(self.disk_peak_bytes, _folder_bytes(self._folder))
+            self.disk_peak_bytes = max(self.disk_peak_bytes, sum(map(_folder_bytes, self._folders)))
 
 
 def _resident_bytes() -> int:

@@ -20,25 +20,34 @@ from zi_experiments.runtime.locks import FolderLock
 _NAME = re.compile("zi-[0-9a-f]{12}")
 
 
-def base_for_weights(run: Run, default: Path) -> Path:
-    """Return the parent folder for weights on disk: `offload.path`, or else `default`."""
-    return Path(run.offload.path).expanduser().resolve() if run.offload.path else default
+def bases_for_weights(run: Run, default: Path) -> list[Path]:
+    """Return the parent folders for weights on disk, one for each drive: those of `offload.path`, or else `default`."""
+    return [Path(folder).expanduser().resolve() for folder in run.offload.folders] or [default]
 
 
-def check_base(key: str, folder: str | None) -> None:
-    """Raise `ConfigError` for a missing weights folder: if it were created, it could be on another disk than intended."""
-    if folder is not None and not Path(folder).expanduser().is_dir():
-        raise ConfigError(f"{key}={folder} is no folder: mkdir -p {folder}, or pass {key}=/another/folder")
+def check_bases(key: str, folders: list[str]) -> None:
+    """Raise `ConfigError` for a weights folder that is missing, or named twice.
+
+    If it were created, it could be on another disk than intended.
+    """
+    found = set()
+    for folder in folders:
+        path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise ConfigError(f"{key}={folder} is no folder: mkdir -p {folder}, or pass {key}=/another/folder")
+        if path.resolve() in found:
+            raise ConfigError(f"{key} names {path.resolve()} twice: pass {key}=[/a,/b] with a folder on each drive")
+        found.add(path.resolve())
 
 
-def for_weights(run: Run, default: Path, run_id: str) -> Path | None:
-    """Return the folder of a run's weights on disk, below `base_for_weights`; None when it has no weights on disk.
+def for_weights(run: Run, default: Path, run_id: str) -> list[Path]:
+    """Return the folders of a run's weights on disk, below `bases_for_weights`; none when it has no weights on disk.
 
     `run_id` is 12 hexadecimal digits, unique to the run.
     """
     if run.offload.device is not OffloadDevice.nvme:
-        return None
-    return base_for_weights(run, default) / f"zi-{run_id}"
+        return []
+    return [base / f"zi-{run_id}" for base in bases_for_weights(run, default)]
 
 
 def for_temporary_files(run_id: str) -> Path:

@@ -1,6 +1,7 @@
 """The disk and the filesystem that a folder is on, and their free space."""
 
 import shutil
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,11 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Disk:
-    """The disk below a folder, and how a run reads there."""
+    """The disks below folders, read at the same time and in equal parts, and how a run reads there."""
 
-    folder: Path  # need not exist yet
+    folders: tuple[Path, ...]  # need not exist yet
     block_bytes: int  # of one request
-    in_flight: int  # requests in flight at the same time
+    in_flight: int  # requests in flight at the same time in each folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,10 +31,13 @@ def existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
-def free_bytes(folder: Path) -> int | None:
-    """Return the free bytes on the disk of `folder`, which need not exist yet; None if unknown."""
+def free_bytes(folders: list[Path]) -> int | None:
+    """Return how many bytes fit into folders that need not exist yet, an equal part in each; None if unknown."""
     with suppress(OSError):
-        return shutil.disk_usage(existing(folder)).free
+        there = [existing(folder) for folder in folders]
+        disks = Counter(folder.stat().st_dev for folder in there)
+        # folders on one disk share its space
+        return len(there) * min(shutil.disk_usage(each).free // disks[each.stat().st_dev] for each in there)
     return None
 
 

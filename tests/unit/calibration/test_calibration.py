@@ -84,7 +84,7 @@ def on_disk(tmp_path):
     if mount_of(tmp_path).kind in ("tmpfs", "ramfs"):
         pytest.skip("temporary files are in memory here")
     (tmp_path / "disk").mkdir()
-    return Disk(folder=tmp_path / "disk", block_bytes=BLOCK_BYTES, in_flight=4)
+    return Disk(folders=(tmp_path / "disk",), block_bytes=BLOCK_BYTES, in_flight=4)
 
 
 class Steps(launch_overhead.Overhead):
@@ -265,13 +265,29 @@ def test_what_the_user_has_set_counts_before(cached, compose_run, here):
 
 
 def test_a_disk_is_measured_around_the_cache_and_leaves_nothing(on_disk):
-    made = replace(on_disk, folder=on_disk.folder / "yet" / "to be made")
+    made = replace(on_disk, folders=(on_disk.folders[0] / "yet" / "to be made",))
 
-    reads, written = bytes_per_s(made)
+    reads, written, _ = bytes_per_s(made)
 
     assert len(reads) == 4
     assert all(1e6 < rate < 1e12 for rate in (*reads, written))
-    assert list(on_disk.folder.iterdir()) == []
+    assert list(on_disk.folders[0].iterdir()) == []
+
+
+def test_disks_are_measured_together(on_disk, tmp_path):
+    """Each has an equal part, so both are as fast as the slowest; here they are one disk, which both share."""
+    both = replace(on_disk, folders=(tmp_path / "a", tmp_path / "b"))
+    for folder in both.folders:
+        folder.mkdir()
+
+    reads, written, notes = bytes_per_s(both, 0.4)
+
+    assert len(reads) == 4
+    assert all(1e6 < rate < 1e12 for rate in (*reads, written))
+    assert all("reads" in note and str(tmp_path) in note for note in notes), "if one was slower"
+    assert not any(list(folder.iterdir()) for folder in both.folders)
+    with pytest.raises(OSError, match="/dev/shm is memory"):
+        bytes_per_s(replace(on_disk, folders=(tmp_path, Path("/dev/shm"))), 0.4)
 
 
 def test_a_disk_is_measured_once_for_its_settings(elsewhere, auto, on_disk):
@@ -287,13 +303,15 @@ def test_a_disk_is_measured_once_for_its_settings(elsewhere, auto, on_disk):
     assert first.calibration.disk_write_bytes_per_s > 1e6
     assert first.ceilings.flops == elsewhere.ceilings.flops
     assert first.ceilings.source.startswith("by hand; disk measured on ")
-    assert list(on_disk.folder.iterdir()) == []
+    assert list(on_disk.folders[0].iterdir()) == []
 
 
 def test_memory_is_no_disk(elsewhere, auto):
     told = []
 
-    measured = suite.ensure(auto, elsewhere, Disk(folder=Path("/dev/shm"), block_bytes=4096, in_flight=1), told.append)
+    measured = suite.ensure(
+        auto, elsewhere, Disk(folders=(Path("/dev/shm"),), block_bytes=4096, in_flight=1), told.append
+    )
 
     assert measured == elsewhere
     assert [line for line in told if "/dev/shm is memory" in line and line.startswith("warning: ")] == told[1:]
@@ -337,7 +355,7 @@ from dataclasses import replace
 from zi_experiments.config.composition import from_choices
 from zi_experiments.calibration import suite
 from zi_experiments.system.disk import Disk
-where = Disk(folder=Path({folder!r}), block_bytes=1 << 20, in_flight=4)
+where = Disk(folders=(Path({folder!r}),), block_bytes=1 << 20, in_flight=4)
 told = lambda line: print(line, flush=True)
 found = suite.ensure(
     from_choices({{"hardware": "auto"}}, {{}}).hardware, replace(MACHINES["h200"], gpus_visible=0), where, told
@@ -350,8 +368,8 @@ def test_two_at_once_measure_once(elsewhere, on_disk):
     cache.folder().mkdir(parents=True)
     lock = FolderLock(cache.folder())
     assert lock.acquire()
-    code = ASK.format(tests=str(HELPERS), folder=str(on_disk.folder))
-    both = [cli.start(["-c", code], on_disk.folder, dict(os.environ)) for _ in range(2)]
+    code = ASK.format(tests=str(HELPERS), folder=str(on_disk.folders[0]))
+    both = [cli.start(["-c", code], on_disk.folders[0], dict(os.environ)) for _ in range(2)]
     for process in both:
         cli.wait_for(process, "another process measures this machine: waiting")
     lock.release()
@@ -518,9 +536,9 @@ def test_a_run_says_how_it_reads(compose_run, tmp_path):
     blocks = compose_run("offload=nvme", "engine=stream", "offload.aio.block_size=268435456")
 
     def read(run):
-        return base.get(run.engine.name).disk_access(run, tmp_path)
+        return base.get(run.engine.name).disk_access(run, [tmp_path])
 
-    assert read(stream) == Disk(folder=tmp_path, block_bytes=8 << 20, in_flight=16)
+    assert read(stream) == Disk(folders=(tmp_path,), block_bytes=8 << 20, in_flight=16)
     assert read(deepspeed).in_flight == 8
     assert read(compose_run("offload=nvme")).in_flight == MOST_IN_FLIGHT
     assert read(blocks).in_flight == 4  # buffers of 1 GiB together

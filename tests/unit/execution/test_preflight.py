@@ -19,7 +19,7 @@ from zi_experiments.system import machines, toolchain
 def problem(make_plan):
     """`problem(*overrides, on=machine, scratch=folder)` → the one line that refuses this plan."""
 
-    def problem(*overrides, on, scratch=None):
+    def problem(*overrides, on, scratch=()):
         with pytest.raises(ConfigError) as refused:
             preflight.check(make_plan(*overrides, on=on), scratch)
         assert "\n" not in str(refused.value)
@@ -66,7 +66,7 @@ def test_float16_on_a_processor_is_refused_for_deepspeed_alone(problem, machine,
     assert "hardware.dtypes=[float16]" in message
     assert "pass hardware.dtypes=null" in message
     for engine in ("stream", "accelerate", "fsdp"):
-        preflight.check(make_plan(f"engine={engine}", "quant=fp16", "hardware.dtypes=[float16]", on=asked), None)
+        preflight.check(make_plan(f"engine={engine}", "quant=fp16", "hardware.dtypes=[float16]", on=asked), [])
 
 
 def test_a_missing_cuda_toolkit_is_refused_when_a_kernel_must_be_compiled(problem, machine, make_plan, monkeypatch):
@@ -75,8 +75,8 @@ def test_a_missing_cuda_toolkit_is_refused_when_a_kernel_must_be_compiled(proble
 
     assert "set CUDA_HOME" in problem("model=opt-125m", "quant=int4", on=gpu)
     assert "set CUDA_HOME" in problem("model=opt-125m", "quant=fp16", "offload=nvme", on=gpu)
-    preflight.check(make_plan("model=opt-125m", "quant=fp16", on=gpu), None)
-    preflight.check(make_plan("model=opt-125m", "quant=int4", on=machine("cpu")), None)
+    preflight.check(make_plan("model=opt-125m", "quant=fp16", on=gpu), [])
+    preflight.check(make_plan("model=opt-125m", "quant=int4", on=machine("cpu")), [])
 
 
 def test_a_list_of_architectures_that_deepspeed_cannot_read_is_refused(problem, machine, make_plan, monkeypatch):
@@ -86,8 +86,8 @@ def test_a_list_of_architectures_that_deepspeed_cannot_read_is_refused(problem, 
 
     assert "TORCH_CUDA_ARCH_LIST=9.0a" in message
     assert "unset TORCH_CUDA_ARCH_LIST" in message
-    preflight.check(make_plan("quant=fp16", on=machine("h200", gpus_visible=1)), None)
-    preflight.check(make_plan("quant=int4", on=machine("cpu")), None)
+    preflight.check(make_plan("quant=fp16", on=machine("h200", gpus_visible=1)), [])
+    preflight.check(make_plan("quant=int4", on=machine("cpu")), [])
 
 
 @pytest.mark.usefixtures("without_programs")
@@ -97,8 +97,8 @@ def test_a_missing_compiler_is_refused_where_something_is_compiled(problem, mach
     assert "(ShareMemComm)" in message
     assert "c++ is not in PATH: apt-get install g++" in message
     assert "pass engine=stream" in message
-    preflight.check(make_plan("quant=int4", "engine=stream", on=machine("cpu")), None)
-    preflight.check(make_plan("quant=fp16", on=machine("h200", gpus_visible=1)), None)
+    preflight.check(make_plan("quant=int4", "engine=stream", on=machine("cpu")), [])
+    preflight.check(make_plan("quant=fp16", on=machine("h200", gpus_visible=1)), [])
 
 
 @pytest.mark.usefixtures("without_programs")
@@ -106,14 +106,14 @@ def test_a_missing_c_compiler_is_refused_where_triton_needs_it(problem, machine,
     gpu = machine("h200", gpus_visible=1)
 
     assert "gcc or clang is not in PATH: apt-get install gcc" in problem("quant=int4", "engine=stream", on=gpu)
-    preflight.check(make_plan("quant=fp16", "engine=stream", on=gpu), None)
+    preflight.check(make_plan("quant=fp16", "engine=stream", on=gpu), [])
 
 
 def test_libaio_that_does_not_compile_is_refused_with_what_the_compiler_says(problem, machine, monkeypatch, tmp_path):
     (tmp_path / "libaio.h").write_text("#error broken for a test\n")
     monkeypatch.setenv("CPATH", str(tmp_path))
 
-    message = problem("offload=nvme", on=machine("cpu"), scratch=tmp_path / "zi-1")
+    message = problem("offload=nvme", on=machine("cpu"), scratch=[tmp_path / "zi-1"])
 
     assert message.startswith("offload=nvme needs libaio's headers")
     assert "broken for a test" in message
@@ -123,7 +123,7 @@ def test_libaio_that_does_not_compile_is_refused_with_what_the_compiler_says(pro
 def test_a_path_that_cannot_be_a_folder_is_refused(problem, machine, tmp_path):
     (tmp_path / "file").write_text("")
 
-    message = problem("offload=nvme", on=machine("cpu"), scratch=tmp_path / "file" / "zi-1")
+    message = problem("offload=nvme", on=machine("cpu"), scratch=[tmp_path / "file" / "zi-1"])
 
     assert f"offload.path={tmp_path / 'file'} cannot be written" in message
 
@@ -136,10 +136,10 @@ def test_a_buffer_smaller_than_a_weight_is_refused(problem, machine, make_plan, 
     largest, on = 50272 * 768, machine("cpu")  # the embedding of OPT-125M
     overrides = (*NVME, f"engine.profile={profile}", "offload.buffer_count=20", "offload.aio.block_size=1048576")
 
-    message = problem(*overrides, f"offload.buffer_size={largest - 1}", on=on, scratch=tmp_path / "zi-1")
+    message = problem(*overrides, f"offload.buffer_size={largest - 1}", on=on, scratch=[tmp_path / "zi-1"])
 
     assert f"pass offload.buffer_size={largest}" in message
-    preflight.check(make_plan(*overrides, f"offload.buffer_size={largest}", on=on), tmp_path / "zi-1")
+    preflight.check(make_plan(*overrides, f"offload.buffer_size={largest}", on=on), [tmp_path / "zi-1"])
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_buffer_smaller_than_a_weight_is_refused(problem, machine, make_plan, 
 )
 def test_fewer_buffers_than_weights_in_use_are_refused(problem, machine, make_plan, tmp_path, overrides, needed):
     """Each of these figures is the smallest with which a model of that shape, but smaller, ran."""
-    on, scratch = machine("cpu"), tmp_path / "zi-1"
+    on, scratch = machine("cpu"), [tmp_path / "zi-1"]
     plan = make_plan(*NVME, *overrides, f"offload.buffer_count={needed}", on=on)
 
     assert list(prerequisites._buffers(plan)) == []
@@ -168,7 +168,7 @@ def test_fewer_buffers_than_weights_in_use_are_refused(problem, machine, make_pl
 
 
 def test_blocks_that_overflow_in_deepspeed_are_refused(problem, machine, make_plan, tmp_path):
-    on, scratch = machine("cpu"), tmp_path / "zi-1"
+    on, scratch = machine("cpu"), [tmp_path / "zi-1"]
     overlap = "offload.aio.overlap_events=false"
 
     message = problem(*NVME, overlap, "offload.aio.queue_depth=2048", on=on, scratch=scratch)
@@ -183,13 +183,13 @@ def test_more_requests_than_the_kernel_has_are_refused(problem, machine, make_pl
     fits, on = left // 4, machine("cpu")
     overrides = (*NVME, "offload.aio.intra_op_parallelism=1", "offload.aio.block_size=1048576")
 
-    message = problem(*overrides, f"offload.aio.queue_depth={fits + 100}", on=on, scratch=tmp_path / "zi-1")
+    message = problem(*overrides, f"offload.aio.queue_depth={fits + 100}", on=on, scratch=[tmp_path / "zi-1"])
 
     assert f"takes {4 * (fits + 100)} requests" in message
     suggested = int(message.split("pass offload.aio.queue_depth=")[1].split(",")[0])
     assert fits - 5000 < suggested <= fits + 5000  # other processes may come and go
     assert "or sysctl -w fs.aio-max-nr=" in message
-    preflight.check(make_plan(*overrides, f"offload.aio.queue_depth={suggested - 5000}", on=on), tmp_path / "zi-1")
+    preflight.check(make_plan(*overrides, f"offload.aio.queue_depth={suggested - 5000}", on=on), [tmp_path / "zi-1"])
 
 
 SETTINGS = (

@@ -194,7 +194,7 @@ def test_a_text_that_cannot_be_used_is_refused(plan, tmp_path, content, expected
         text.write_bytes(content)
 
     with pytest.raises(ConfigError, match=rf"^workload.text={re.escape(str(text))} {expected}"):
-        preflight.check(plan(f"workload.text={text}"), None)
+        preflight.check(plan(f"workload.text={text}"), [])
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gemma2"])
@@ -203,7 +203,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(plan, tmp_path, family):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
 
     with pytest.raises(ConfigError, match=rf"{tmp_path} has none that loads.*pass workload.text=null"):
-        preflight.check(plan(f"weights.path={tmp_path}"), None)
+        preflight.check(plan(f"weights.path={tmp_path}"), [])
 
 
 def test_a_tokenizer_of_another_model_is_refused(plan, tmp_path, checkpoint):
@@ -214,7 +214,7 @@ def test_a_tokenizer_of_another_model_is_refused(plan, tmp_path, checkpoint):
     (tmp_path / "config.json").write_text(json.dumps(shape | {"vocab_size": 256}))
 
     with pytest.raises(ConfigError, match=r"gives token \d+ and the model knows 256: pass weights.path="):
-        preflight.check(plan(f"model.path={tmp_path}"), None)
+        preflight.check(plan(f"model.path={tmp_path}"), [])
 
 
 @pytest.mark.integration

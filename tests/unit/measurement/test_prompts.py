@@ -151,11 +151,11 @@ def test_a_text_too_short_is_refused_with_what_it_has(plan, tmp_path, words, ove
     expected = expected.format(batch="workload.batch_size", length="workload.prompt_len")
 
     with pytest.raises(ConfigError) as refused:
-        preflight.check(plan(range(20, 20 + words), *overrides, begins=begins), None)
+        preflight.check(plan(range(20, 20 + words), *overrides, begins=begins), [])
 
     assert str(refused.value) == f"workload.prompts={tmp_path / 'my.txt'} has {expected}"
     for advice in re.findall(r"workload\.(?:batch_size|prompt_len)=\d+", expected):
-        preflight.check(plan(range(20, 20 + words), *overrides, advice, begins=begins), None)
+        preflight.check(plan(range(20, 20 + words), *overrides, advice, begins=begins), [])
 
 
 def test_a_checkpoint_without_a_tokenizer_has_no_prompts(plan, tmp_path):
@@ -164,7 +164,7 @@ def test_a_checkpoint_without_a_tokenizer_has_no_prompts(plan, tmp_path):
         file.unlink()
 
     with pytest.raises(ConfigError, match=r"needs the model's tokenizer and .* pass workload.prompts=null$"):
-        preflight.check(given, None)
+        preflight.check(given, [])
 
 
 def test_a_run_is_measured_with_the_prompts_of_a_text(tmp_path, folder):

@@ -372,7 +372,7 @@ def test_code_of_a_tokenizer_is_not_run_by_default(make_plan, machine, tmp_path,
     )
 
     with pytest.raises(ConfigError, match=r"wants to run tokenization_brought.py, .*pass trust_remote_code=true if"):
-        preflight.check(plan, None)
+        preflight.check(plan, [])
 
     assert not mark.exists()
 

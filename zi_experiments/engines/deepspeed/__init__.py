@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO-Inference: ZeRO stage 3 with parameters on the GPU, in host memory or on disk, quantized or not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from zi_experiments.engines.deepspeed.checked_writes import checking_writes
 from zi_experiments.engines.deepspeed.partitions import inventory
 from zi_experiments.engines.deepspeed.pinned import register_swap_buffers
 from zi_experiments.engines.deepspeed.prerequisites import problems
-from zi_experiments.engines.disk_access import MOST_IN_FLIGHT, reading
+from zi_experiments.engines.disk_access import MOST_IN_FLIGHT, check_one_folder, reading
 from zi_experiments.engines.hf_session import HFSession, host_cache
 from zi_experiments.models.architecture import model_class
 from zi_experiments.models.weights import RandomWeights, load_model
@@ -40,11 +40,12 @@ CONFIG_NAME = "ds_config"
 
 
 def check(run: Run) -> None:
-    """Raise `ConfigError` when no profile is set."""
+    """Raise `ConfigError` when no profile is set, or several folders are."""
     if run.engine.profile is None:
         raise ConfigError(
             "engine.profile=null is not a profile of engine=deepspeed: pass engine.profile=tuned, or reference"
         )
+    check_one_folder(run)
 
 
 def storage(spec: Spec) -> Storage:
@@ -62,11 +63,11 @@ def requirements(plan: Plan) -> Iterator[str]:
     return problems(plan)
 
 
-def disk_access(run: Run, folder: Path) -> Disk:
-    """Return how a run reads from `folder`: one queue per thread."""
+def disk_access(run: Run, folders: Sequence[Path]) -> Disk:
+    """Return how a run reads from `folders`: one queue per thread."""
     aio = run.offload.aio  # the defaults of both profiles exceed MOST_IN_FLIGHT
     in_flight = (aio.intra_op_parallelism or MOST_IN_FLIGHT) * (aio.queue_depth or MOST_IN_FLIGHT)
-    return reading(folder, aio.block_size, in_flight)
+    return reading(folders, aio.block_size, in_flight)
 
 
 def stored(plan: Plan) -> dict[str, Stored]:
@@ -74,9 +75,9 @@ def stored(plan: Plan) -> dict[str, Stored]:
     return placement.stored(plan)
 
 
-def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of a plan; `scratch` is the run's own folder on the NVMe path."""
-    return ds_config.build(plan, scratch)
+def config(plan: Plan, scratch: Sequence[str]) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of a plan; `scratch` has the run's own folder on the NVMe path."""
+    return ds_config.build(plan, scratch[0] if scratch else None)
 
 
 def prepare(plan: Plan, progress: Progress) -> None:

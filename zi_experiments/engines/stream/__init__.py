@@ -4,7 +4,7 @@ docs/stream.md has a picture of it.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -52,14 +52,14 @@ def requirements(plan: Plan) -> Iterator[str]:
         yield from toolchain.lacking(need, toolchain.c_compiler(), toolchain.python_headers())
 
 
-def disk_access(run: Run, folder: Path) -> Disk:
-    """Return how a run reads from `folder`: each host buffer by several requests at a time."""
+def disk_access(run: Run, folders: Sequence[Path]) -> Disk:
+    """Return how a run reads from `folders`: each host buffer by several requests at a time."""
     aio = run.offload.aio
-    return reading(folder, aio.block_size, (aio.intra_op_parallelism or placement.PARALLEL) * placement.BUFFERS)
+    return reading(folders, aio.block_size, (aio.intra_op_parallelism or placement.PARALLEL) * placement.BUFFERS)
 
 
-def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
-    """Return figures derived from the plan; `scratch` is the run's own folder on disk."""
+def config(plan: Plan, scratch: Sequence[str]) -> dict[str, Any]:
+    """Return figures derived from the plan; `scratch` has the run's own folders on disk."""
     placed = placement.place(plan)
     return {
         "slots": placement.slots(plan),
@@ -71,7 +71,7 @@ def config(plan: Plan, scratch: str | None) -> dict[str, Any]:
         "most_routed_tokens": routing.most_tokens(plan) if plan.storage.routes else 0,
         "expert_slots": placement.expert_slots(plan, placed),
         "expert_host_slots": placement.host_slots(plan, placed),
-        "folder": scratch,
+        "folders": list(scratch),
     }
 
 
@@ -92,7 +92,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
 
     device, dtype = device_of(plan), getattr(torch, plan.dtype)
     placed = placement.place(plan)
-    path = Path(config["folder"]) / f"rank{distributed.rank()}" if config["folder"] else None
+    paths = [Path(folder) / f"rank{distributed.rank()}" for folder in config["folders"]]
     progress.begin("load", plan.weight_bytes, "bytes")
     with ExitStack() as stack, torch.no_grad():
         values = stack.enter_context(closing(weights.of(plan.run.weights, plan.architecture.config, dtype)))
@@ -105,7 +105,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         resident = [loader.resident(f"{prefix}.{index}", layer) for index, layer in enumerate(placed)]
         streamed = [index for index, layer in enumerate(placed) if layer.streamed.nbytes]
         cache = host_cache.planned(plan)
-        store = loader.store({f"{prefix}.{index}": placed[index] for index in streamed}, path, cache)
+        store = loader.store({f"{prefix}.{index}": placed[index] for index in streamed}, paths, cache)
         # allocated last: until here, quantizing weights takes this room
         expanded = torch.empty(placement.expanded_elements(placed), dtype=dtype, device=device)
     source: Any = _source(plan, store, device) if streamed else None

@@ -24,7 +24,8 @@ from zi_experiments.engines.stream.slab import (
     plain_experts,
     plain_views,
 )
-from zi_experiments.engines.stream.store import DirectFile, Store
+from zi_experiments.engines.stream.store import Store
+from zi_experiments.engines.stream.stripes import open_files
 from zi_experiments.models.architecture import Parameter
 from zi_experiments.models.weights import PretrainedWeights, RandomWeights
 from zi_experiments.runtime import distributed
@@ -69,8 +70,8 @@ class Loader:
         self._fill(slab, prefix, placed.resident)
         return slab
 
-    def store(self, layers: dict[str, LayerPlacement], path: Path | None, cache: HostCache | None) -> Store:
-        """Return the store of this rank's shares of streamed weights, in host memory or in the file `path`.
+    def store(self, layers: dict[str, LayerPlacement], paths: list[Path], cache: HostCache | None) -> Store:
+        """Return the store of this rank's shares of streamed weights, in host memory or in the files `paths`.
 
         `layers` are given by their names in the model. A `cache` of what is in the file is filled.
         """
@@ -79,10 +80,10 @@ class Loader:
         on_disk = [share for share, layer in zip(shares, placed, strict=True) if layer.on_disk]
         file, buffers = None, []
         if on_disk:
-            assert path is not None
             aio = self._plan.run.offload.aio
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = DirectFile(str(path), sum(on_disk), aio.block_size, aio.intra_op_parallelism, BUFFERS)
+            for path in paths:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            file = open_files(list(map(str, paths)), sum(on_disk), aio.block_size, aio.intra_op_parallelism, BUFFERS)
             buffers = [self._host_empty(max(on_disk)) for _ in range(BUFFERS)]
         slabs: list[torch.Tensor | int] = []
         offset, spare = 0, cycle([(buffer, list[Future[None]]()) for buffer in buffers] or [(torch.empty(0), [])])

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 
@@ -15,6 +16,9 @@ from zi_experiments.engines.stream.placement import PARALLEL
 from zi_experiments.engines.stream.slab import PAGE
 
 PART_BYTES = 4 << 20  # of a request for a part of a slab, unless the part is smaller
+MOST_VIEWS = 1024  # of a request: the kernel's limit
+
+Views = list[memoryview]  # parts of a buffer
 
 
 class DirectFile:
@@ -42,12 +46,11 @@ class DirectFile:
 
     def read(self, buffer: torch.Tensor, offset: int, after: Callable[[], None]) -> list[Future[None]]:
         """Start to fill `buffer` from `offset` as soon as `after()` returns. Return one future per request."""
-        return self._start(os.preadv, buffer, offset, after, self._parallel)
+        return self.start(os.preadv, [view_of(buffer)], offset, after)
 
     def read_part(self, buffer: torch.Tensor, offset: int, after: Callable[[], None]) -> list[Future[None]]:
         """The same of a part of a slab, by all threads if it is large."""
-        requests = min(self._most, max(1, buffer.numel() // PART_BYTES))
-        return self._start(os.preadv, buffer, offset, after, requests)
+        return self.start(os.preadv, [view_of(buffer)], offset, after, is_part=True)
 
     def copy(self, source: torch.Tensor, buffer: torch.Tensor, after: Callable[[], None]) -> Future[None]:
         """Start to fill `buffer` from memory as soon as `after()` returns."""
@@ -59,31 +62,66 @@ class DirectFile:
         return self._threads.submit(move)
 
     def write(self, buffer: torch.Tensor, offset: int) -> list[Future[None]]:
-        return self._start(os.pwritev, buffer, offset, lambda: None, self._parallel)
+        return self.start(os.pwritev, [view_of(buffer)], offset, lambda: None)
 
-    def _start(
-        self, request: Callable[..., int], buffer: torch.Tensor, offset: int, after: Callable[[], None], requests: int
+    def start(
+        self,
+        request: Callable[..., int],
+        views: Views,
+        offset: int,
+        after: Callable[[], None],
+        *,
+        is_part: bool = False,
     ) -> list[Future[None]]:
-        part = -(-buffer.numel() // requests // PAGE) * PAGE
-        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-        return [
-            self._threads.submit(self._carry_out, request, view[start : start + part], offset + start, after)
-            for start in range(0, len(view), part)
-        ]
+        """Start to move the bytes of `views`, which follow each other in the file from `offset`."""
+        nbytes, started = sum(map(len, views)), []
+        requests = min(self._most, max(1, nbytes // PART_BYTES)) if is_part else self._parallel
+        part = -(-nbytes // requests // PAGE) * PAGE
+        while views:
+            first, views = split(views, part)
+            started.append(self._threads.submit(self._carry_out, request, first, offset, after))
+            offset += part
+        return started
 
-    def _carry_out(self, request: Callable[..., int], view: memoryview, offset: int, after: Callable[[], None]) -> None:
+    def _carry_out(self, request: Callable[..., int], views: Views, offset: int, after: Callable[[], None]) -> None:
         after()
-        done = 0
-        while done < len(view):
-            moved = request(self._descriptor, [view[done : done + self._chunk_bytes]], offset + done)
+        while views:
+            moved = request(self._descriptor, split(views, self._chunk_bytes)[0][:MOST_VIEWS], offset)
             if moved <= 0 or moved % PAGE:
-                raise OSError(f"{request.__name__} moved {moved} bytes at {offset + done} of the file of weights")
-            done += moved
+                raise OSError(f"{request.__name__} moved {moved} bytes at {offset} of the file of weights")
+            views = split(views, moved)[1]
+            offset += moved
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
         os.close(self._descriptor)
         os.unlink(self._path)
+
+
+def view_of(buffer: torch.Tensor) -> memoryview:
+    return memoryview(buffer.numpy())  # type: ignore[arg-type]
+
+
+def split(views: Views, size: int) -> tuple[Views, Views]:
+    """Return the first `size` bytes, and the others."""
+    for index, view in enumerate(views):
+        if size < len(view):
+            head = [view[:size]] if size else []
+            return [*views[:index], *head], [view[size:], *views[index + 1 :]]
+        size -= len(view)
+    return views, []
+
+
+class File(Protocol):
+    """What slabs are read from: a `DirectFile`, or several of them."""
+
+    def read(self, buffer: torch.Tensor, offset: int, after: Callable[[], None]) -> list[Future[None]]: ...
+
+    def read_part(self, buffer: torch.Tensor, offset: int, after: Callable[[], None]) -> list[Future[None]]: ...
+
+    def copy(self, source: torch.Tensor, buffer: torch.Tensor, after: Callable[[], None]) -> Future[None]: ...
+
+    def close(self) -> None: ...
 
 
 class Store:
@@ -100,7 +138,7 @@ class Store:
     def __init__(
         self,
         slabs: list[torch.Tensor | int],
-        file: DirectFile | None,
+        file: File | None,
         buffers: list[torch.Tensor],
         *,
         wraps: bool = True,

@@ -70,7 +70,7 @@ class WandbSink:
         tracking = self._tracking
         disks = ["/"]
         if path := record.config["offload"]["path"]:
-            disks.append(path)
+            disks += [path] if isinstance(path, str) else path
         patience: dict[str, Any] = {
             name: limit_s
             for name, limit_s in _PATIENCE_S.items()

@@ -24,7 +24,7 @@ def test_loading_takes_no_more_than_what_is_loaded(make_plan, machine, monkeypat
     engine = base.get("stream")
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        session = engine.load(plan, engine.config(plan, None), silent())
+        session = engine.load(plan, engine.config(plan, []), silent())
     session.close()
 
     live = peak = 0

@@ -21,7 +21,7 @@ def loaded(request, tmp_path_factory):
     parked = layers(session)[0].resident.nbytes + 1
     session.close()
     plan, engine = replace(plan, storage=replace(plan.storage, parked_bytes=parked)), base.get("stream")
-    session = engine.load(plan, engine.config(plan, None), silent())
+    session = engine.load(plan, engine.config(plan, []), silent())
     yield plan, session
     session.close()
 

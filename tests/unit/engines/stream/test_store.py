@@ -15,6 +15,7 @@ from zi_experiments.engines.stream.host_cache import HostCache, OnDisk
 from zi_experiments.engines.stream.ring import InPlace, Ring, Shares
 from zi_experiments.engines.stream.slab import PAGE
 from zi_experiments.engines.stream.store import DirectFile, Store
+from zi_experiments.engines.stream.stripes import STRIPE_BYTES, Striped, open_files
 from zi_experiments.runtime.pinned_memory import host_empty
 
 SIZES = [7 * PAGE, 3 * PAGE, PAGE, 12 * PAGE, 5 * PAGE]  # of slabs; the layers of a model differ too
@@ -154,6 +155,73 @@ def test_a_file_that_is_cut_off_is_an_error(store_of, tmp_path):
 
     with pytest.raises(OSError, match=rf"preadv moved 0 bytes at {SIZES[0] + PAGE} of the file of weights"):
         store.take(1)
+
+
+# --- several drives -------------------------------------------------------------------------------------------------
+
+LARGE = 10 * STRIPE_BYTES + 5 * PAGE
+
+
+@pytest.fixture
+def striped(tmp_path):
+    """`striped(drives, **settings)` → a file of `LARGE` bytes in as many folders, and random bytes that it holds."""
+    opened = []
+
+    def striped(drives, chunk_bytes=None, parallel=None):
+        folders = [tmp_path / f"drive{number}" for number in range(drives)]
+        for folder in folders:
+            folder.mkdir()
+        file = open_files([str(folder / "rank0") for folder in folders], LARGE, chunk_bytes, parallel, 2)
+        opened.append(file)
+        content = pages(LARGE)
+        content.copy_(torch.randint(0, 256, (LARGE,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8))
+        for part in file.write(content, 0):
+            part.result()
+        return file, content
+
+    yield striped
+    for file in opened:
+        file.close()
+    assert not list(tmp_path.glob("*/*")), "closing removes every file"
+
+
+@pytest.mark.parametrize(("chunk_bytes", "parallel"), [(None, None), (3 * PAGE, 3), (4 * STRIPE_BYTES, 1)])
+@pytest.mark.parametrize("drives", [1, 2, 3])
+def test_any_part_of_a_file_in_stripes_is_read_as_it_was_written(striped, drives, chunk_bytes, parallel):
+    file, content = striped(drives, chunk_bytes, parallel)
+    # whole; within a stripe; over the end of one; many of them; to the end
+    ends = [(0, LARGE), (PAGE, 3 * PAGE), (STRIPE_BYTES - PAGE, STRIPE_BYTES + PAGE)]
+    for start, end in [*ends, (3 * PAGE, LARGE - PAGE), (7 * STRIPE_BYTES, LARGE)]:
+        buffer = pages(end - start)
+        for read in (file.read, file.read_part):
+            buffer.zero_()
+            for part in read(buffer, start, lambda: None):
+                part.result()
+            assert torch.equal(buffer, content[start:end]), (start, end)
+
+
+def test_stripes_go_to_the_drives_in_turn(striped, tmp_path):
+    _, content = striped(3)
+    on_drive = [(tmp_path / f"drive{number}" / "rank0").read_bytes() for number in range(3)]
+
+    for number in range(LARGE // STRIPE_BYTES):
+        begin = number // 3 * STRIPE_BYTES
+        stripe = content[number * STRIPE_BYTES :][:STRIPE_BYTES]
+        assert on_drive[number % 3][begin : begin + STRIPE_BYTES] == bytes(stripe.numpy()), number
+
+
+def test_a_drive_without_room_leaves_no_file_on_the_others(small_files, tmp_path):
+    """The first would have two of three stripes, and no file may have more than one; then the second cannot be made."""
+    paths = [str(tmp_path / f"rank{number}") for number in range(2)]
+    open_before = len(os.listdir("/proc/self/fd"))
+
+    with pytest.raises(OSError, match=f"no room .* in {paths[0]} .*File too large"):
+        Striped(paths, 3 * STRIPE_BYTES, None, None, 1)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError):
+        Striped([paths[0], str(tmp_path / "missing" / "rank0")], 2 * STRIPE_BYTES, None, None, 1)
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == open_before
 
 
 # --- sources --------------------------------------------------------------------------------------------------------
