@@ -51,6 +51,11 @@ class WeightSource(Enum):
     pretrained = "pretrained"
 
 
+class Dtype(Enum):
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 class Profile(Enum):
     tuned = "tuned"
     reference = "reference"
@@ -71,7 +76,8 @@ class TrackingMode(Enum):
 @dataclass
 class Model:
     name: str
-    path: str | None  # a Hugging Face folder or hub name
+    path: str | None  # a Hugging Face folder, a hub name, or a .gguf file
+    revision: str | None  # branch, tag or commit on the hub; null: the default branch
     architecture: dict[str, Any] | None  # the numbers of its config.json; null: read them from path
 
 
@@ -233,6 +239,7 @@ class Run:
     tracking: Tracking
     search: Search
     launch: Launch
+    dtype: Dtype | None  # in which the run computes; null: the model's own type, or the device's best
     verify: Verify
     trust_remote_code: bool  # run the Python files of a checkpoint
     plan_only: bool

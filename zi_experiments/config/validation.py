@@ -155,6 +155,25 @@ def _model(run: Run) -> str | None:
         return "weights.path is required with weights=pretrained: pass weights.path=/models/my-model, or a hub name"
     if run.weights.source is WeightSource.random and run.weights.path is not None:
         return "weights.path is only used with weights=pretrained: pass weights=pretrained"
+    return _revision(run)
+
+
+def _revision(run: Run) -> str | None:
+    model, weights = run.model, run.weights
+    if model.revision is None:
+        return None
+    if not model.revision.strip():
+        return "model.revision is empty: pass model.revision=main, or null"
+    if weights.source is WeightSource.random and model.architecture is not None:
+        return (
+            f"model.revision={model.revision} is of the hub, and model={model.name} with random weights reads nothing there: "
+            "pass weights=pretrained, or model.revision=null"
+        )
+    if weights.path is not None and weights.path != model.path:
+        return (
+            f"model.revision={model.revision} is of model.path={model.path}, and weights.path={weights.path} is another "
+            "checkpoint: pass model.path and no weights.path, or model.revision=null"
+        )
     return None
 
 

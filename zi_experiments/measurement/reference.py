@@ -115,7 +115,9 @@ def _plain(plan: Plan) -> Any:
     run = plan.run
     assert run.weights.path is not None
     path = local_or_hub(run.weights.path)
-    how = {"trust_remote_code": run.trust_remote_code}
+    how: dict[str, Any] = {"trust_remote_code": run.trust_remote_code}
+    if commit := getattr(plan.architecture.config, "_commit_hash", None):
+        how["revision"] = commit
     if getattr(plan.architecture.config, "quantization_config", None) is not None:
         how["quantization_config"] = AutoQuantizationConfig.from_pretrained(path, dequantize=True, **how)
     with weights.without_zero3():

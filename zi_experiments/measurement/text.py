@@ -98,8 +98,9 @@ def tokenizer(plan: Plan) -> Any | None:
     path, trusted = plan.run.weights.path, plan.run.trust_remote_code
     assert path is not None
     source = local_or_hub(path)
+    commit = getattr(plan.architecture.config, "_commit_hash", None)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted, revision=commit or "main")
     except Exception as error:  # a broken file can raise any error
         if is_refused_code(error, trusted):
             raise ConfigError(refused_code(path, get_tokenizer_config(source)["auto_map"])) from error

@@ -100,7 +100,7 @@ def read_config(run: Run) -> Any:
     """
     source = run.weights.path if run.weights.source is WeightSource.pretrained else None
     if source is not None or run.model.architecture is None:
-        return _from_path(source or run.model.path or "", run.trust_remote_code)
+        return _from_path(source or run.model.path or "", run.trust_remote_code, run.model.revision)
     return _from_numbers(run.model)
 
 
@@ -120,27 +120,35 @@ def _from_numbers(model: Model) -> Any:
         raise ConfigError(f"model={model.name}: {model_type} refuses these numbers ({error}): {_ANOTHER}") from error
 
 
-def _from_path(path: str, trusted: bool) -> Any:
+def _from_path(path: str, trusted: bool, revision: str | None) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
 
     source = local_or_hub(path)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ConfigError(f"{source} has no config.json, so it is not a Hugging Face model folder: {_ANOTHER}")
+    if Path(source).is_dir() and revision is not None:
+        raise ConfigError(f"model.revision={revision} is of the hub, and {path} is a folder: pass model.revision=null")
     if not Path(source).is_dir():
         hub.settle()
+    how = {} if revision is None else {"revision": revision}
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trusted)  # None would ask on the terminal
+        # trust_remote_code=None would ask on the terminal
+        found = AutoConfig.from_pretrained(source, trust_remote_code=trusted, **how)
     except Exception as error:
         if is_refused_code(error, trusted):
-            auto_map = PreTrainedConfig.get_config_dict(source)[0]["auto_map"]
+            auto_map = PreTrainedConfig.get_config_dict(source, **how)[0]["auto_map"]
             raise ConfigError(refused_code(path, auto_map)) from error
         if Path(source).is_dir():
             problem = printable(" ".join(str(error).split()) or type(error).__name__)
             raise ConfigError(f"{path}: its config.json cannot be read ({problem}): {_ANOTHER}") from error
         raise ConfigError(
-            f"{path} is neither a Hugging Face model folder nor a hub name that can be read here ({reason(error)}): "
+            f"{hub.named(path, revision)} is neither a Hugging Face model folder nor a hub name that can be read here "
+            f"({reason(error)}): "
             "pass model.path=/path/to/a/folder, or the shape of a shipped model with random weights: model=opt-125m"
         ) from error
+    if not Path(source).is_dir():
+        found._commit_hash = hub.commit(path, revision)  # newer versions of transformers no longer set it
+    return found
 
 
 def is_refused_code(error: Exception, trusted: bool) -> bool:

@@ -38,7 +38,7 @@ def _draft(run: Run, arch: Architecture, machine: Machine) -> Plan:
         _check_choices(run)
     if run.workload.batch_size == "auto":
         run = _with_largest_batch(run, arch, machine)
-    spec = Spec(run=run, architecture=arch, machine=machine, dtype=choose_dtype(arch, machine))
+    spec = Spec(run=run, architecture=arch, machine=machine, dtype=choose_dtype(run, arch, machine))
     _check_experts(spec)
     storage = base.get(run.engine.name).storage(spec)
     return Plan(
@@ -119,8 +119,18 @@ def _further(first: Change, plan: Plan) -> Iterator[Change]:
     yield from alternatives.one(run, machine.gpus_visible)
 
 
-def choose_dtype(arch: Architecture, machine: Machine) -> str:
-    """Return the configuration's 16-bit type if the device supports it, else the device's best."""
+def choose_dtype(run: Run, arch: Architecture, machine: Machine) -> str:
+    """Return `dtype` as set, else the configuration's 16-bit type if the device supports it, else the device's best.
+
+    Raises `ConfigError` for a type that is set and that the device does not compute in.
+    """
+    if run.dtype is not None:
+        if run.dtype.value not in machine.dtypes:
+            raise ConfigError(
+                f"dtype={run.dtype.value} is not a type that {machine.gpu_name or f'the {machine.device} device'} computes "
+                f"in: pass dtype={machine.dtypes[0]}, or dtype=null"
+            )
+        return run.dtype.value
     return arch.dtype if arch.dtype in machine.dtypes else machine.dtypes[0]
 
 

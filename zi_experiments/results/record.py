@@ -100,6 +100,7 @@ def describe_plan(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "sequences": work.sequences,
         "device": plan.machine.device,
         "dtype": plan.dtype,
+        "revision": plan.run.model.revision,
         "pin_memory": plan.pin_memory,
         "num_parameters": arch.num_parameters,
         "num_layers": arch.num_layers,

@@ -309,6 +309,12 @@ def test_a_refusal_names_the_key_and_what_to_type_which_works(compose_run, overr
         (["hardware.ceilings.flops=-1"], "hardware.ceilings.flops"),
         (["hardware.host_memory_gib=-1"], "hardware.host_memory_gib"),
         (["hardware.dtypes=[float32]"], "hardware.dtypes"),
+        (["model.revision=v2"], "model.revision"),
+        (["model=local", "model.path=a/b", "model.revision=' '"], "model.revision"),
+        (
+            ["model=local", "model.path=a/b", "model.revision=v2", "weights=pretrained", "weights.path=c/d"],
+            "model.revision",
+        ),
     ],
     ids=str,
 )

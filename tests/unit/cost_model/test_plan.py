@@ -495,6 +495,17 @@ def test_dtype(plan_of, machine, model, dtypes, chosen):
     assert plan_of(model, on=machine(dtypes=dtypes)).dtype == chosen
 
 
+@pytest.mark.parametrize("model", ["opt-125m", "llama-3.1-8b"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_type_of_the_run_goes_before_the_type_of_the_model(make_plan, model, dtype):
+    assert make_plan(f"model={model}", f"dtype={dtype}").dtype == dtype
+
+
+def test_a_type_that_the_device_does_not_compute_in_is_refused(make_plan, machine):
+    with pytest.raises(ConfigError, match=r"dtype=float16 is not a type .* pass dtype=bfloat16, or dtype=null"):
+        make_plan("dtype=float16", on=machine("cpu", dtypes=("bfloat16",)))
+
+
 def test_a_float32_checkpoint_runs_in_the_best_type_of_the_device(make_plan):
     assert make_plan("model.architecture.dtype=float32").dtype == "float16"
 

@@ -14,13 +14,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class Hub(BaseHTTPRequestHandler):
     def do_HEAD(self):
+        commit = ("1" if "/resolve/v2/" in self.path else "0") * 40
         self.send_response(200)
-        for name, value in {"ETag": '"e"', "X-Repo-Commit": "0" * 40, "Content-Length": str(len(CONFIG))}.items():
+        for name, value in {"ETag": f'"{commit}"', "X-Repo-Commit": commit, "Content-Length": str(len(CONFIG))}.items():
             self.send_header(name, value)
         self.end_headers()
     def do_GET(self):
         self.do_HEAD()
-        self.wfile.write(CONFIG)
+        self.wfile.write(CONFIG.replace(b": 3", b": 5") if "/resolve/v2/" in self.path else CONFIG)
     def log_message(self, *arguments):
         pass
 
@@ -33,16 +34,18 @@ from zi_experiments.models import architecture
 from zi_experiments.config.composition import from_choices
 from zi_experiments.config.schema import ConfigError
 
-def layers(name):
-    run = from_choices({"model": "local"}, {"model.path": name, "model.name": "x", "name": "x"})
-    return architecture.load(run).num_layers
+def layers(name, revision=None):
+    run = from_choices({"model": "local"}, {"model.path": name, "model.revision": revision, "model.name": "x", "name": "x"})
+    found = architecture.load(run)
+    return found.num_layers, found.config._commit_hash[:1]
 
 print(layers("some/model"))
+print(layers("some/model", "v2"))
 server.shutdown()
 server.server_close()
 print(layers("some/model"))
 try:
-    print(layers("another/model"))
+    print(layers("another/model", "v2"))
 except ConfigError as error:
     print(error)
 print(os.environ.get("HF_HUB_OFFLINE"))
@@ -60,10 +63,11 @@ def test_a_hub_that_answers_is_asked_and_one_that_does_not_is_left_alone(tmp_pat
         timeout=60,
     )
 
-    there, cached, refused, offline = done.stdout.splitlines()
-    assert (there, cached) == ("3", "3")
+    assert not done.returncode, done.stderr
+    there, of_v2, cached, refused, offline = done.stdout.splitlines()
+    assert (there, of_v2, cached) == ("(3, '0')", "(5, '1')", "(3, '0')")
     assert refused.startswith(
-        "another/model is neither a Hugging Face model folder nor a hub name that can be read here"
+        "another/model@v2 is neither a Hugging Face model folder nor a hub name that can be read here"
     )
     assert offline == "1", "workers would ask again"
     assert "Retry" not in done.stderr
