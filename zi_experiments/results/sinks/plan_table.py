@@ -17,7 +17,7 @@ _MOST_SHOWN = 3  # improvements
 _PARTS = {
     "weights": "weights",
     "buffers: transfer, dequantization": "buffers",
-    "pool of experts": "experts",
+    "pool or cache of experts": "experts",
     "KV cache": "kv_cache",
     "activations and logits": "workspace",
     "processes and libraries": "processes",
