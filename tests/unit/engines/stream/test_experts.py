@@ -11,7 +11,7 @@ import torch
 from slabs import parameter
 
 from zi_experiments.config.schema import Quant
-from zi_experiments.cost_model import inventory
+from zi_experiments.cost_model import inventory, memory_fit
 from zi_experiments.engines import base
 from zi_experiments.engines.stream import placement, quantized
 from zi_experiments.engines.stream.expert_pool import InHostMemory, InPlace, Pool
@@ -304,3 +304,27 @@ def test_room_that_is_given_up_is_filled_again(load):
             assert pool_of(session).slabs.untyped_storage().nbytes() == 0
         pool_of(session).slabs.fill_(255)
         assert torch.equal(session.model(families.IDS).logits, expected)
+
+
+# so many layers that the cache is not small beside the buffers in front of the disk
+DEEP = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 10, "num_local_experts": 16}
+
+
+def test_host_memory_that_a_run_may_use_is_what_its_cache_takes(tmp_path, monkeypatch):
+    config = tiny.AutoConfig.for_model(
+        "mixtral", vocab_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=32, **DEEP
+    )
+    monkeypatch.setattr(families, "tiny_config", lambda family: config)
+    families.save_checkpoint(tmp_path / "checkpoint", "mixtral")
+    work = {"workload.batch_size": 1, "workload.prompt_len": 12, "workload.gen_len": families.GEN_LEN}
+    read = []
+    for resident in (0, "auto"):
+        settings = work | {"offload.resident": resident, "hardware.host_memory_gib": 0.015}
+        plan, session = families.load(tmp_path / "checkpoint", "int4", "nvme", engine="stream", **settings)
+        checked = verify(session, plan, silent())
+        assert (checked.problem, checked.tokens_equal) == (None, True)
+        assert plan.storage.host_cached_bytes == len(cache_of(session).slabs) * cache_of(session).sizes[0]
+        assert memory_fit.uses(plan)[0].total <= plan.machine.host_memory_bytes
+        read.append(session.routed().read)
+        session.close()
+    assert read[0] > 1.2 * read[1] > 0
