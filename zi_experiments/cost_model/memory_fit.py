@@ -9,7 +9,7 @@ from zi_experiments.units import gigabytes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Use:
-    """Bytes that a plan uses of one kind of memory: of each GPU, of the host, or of the disk."""
+    """Bytes that a plan uses of one kind of memory: of each GPU, of the host, or of the disk of each machine."""
 
     where: str  # "GPU", "host" or "disk"
     weights: int
@@ -31,7 +31,7 @@ def uses(plan: Plan) -> tuple[Use, ...]:
     if not weights or free is None:
         return _memory(plan)
     nothing = {"buffers": 0, "kv_cache": 0, "workspace": 0, "processes": 0}
-    return *_memory(plan), Use(where="disk", weights=weights, available=free, **nothing)
+    return *_memory(plan), Use(where="disk", weights=weights // plan.run.launch.nnodes, available=free, **nothing)
 
 
 def _memory(plan: Plan) -> tuple[Use, ...]:
@@ -54,14 +54,15 @@ def _memory(plan: Plan) -> tuple[Use, ...]:
 
 
 def _host(plan: Plan, *, copies: int, kv_cache: int, workspace: int) -> Use:
+    nodes = plan.run.launch.nnodes
     return Use(
         where="host",
-        weights=plan.placement.cpu_bytes + copies,
-        buffers=plan.storage.host_buffer_bytes - plan.storage.host_cached_bytes,
-        experts=plan.storage.host_cached_bytes,
-        kv_cache=kv_cache,
-        workspace=workspace,
-        processes=plan.process_bytes,
+        weights=(plan.placement.cpu_bytes + copies) // nodes,
+        buffers=(plan.storage.host_buffer_bytes - plan.storage.host_cached_bytes) // nodes,
+        experts=plan.storage.host_cached_bytes // nodes,
+        kv_cache=kv_cache // nodes,
+        workspace=workspace // nodes,
+        processes=plan.process_bytes // nodes,
         available=plan.machine.host_memory_bytes,
     )
 
@@ -91,6 +92,7 @@ def _verification_problem(plan: Plan) -> str | None:
             f"{gigabytes(beside, 1)}, and there are {gigabytes(use.available, 1)}"
         )
     host = next(each for each in uses(plan) if each.where == "host")
+    parked *= plan.run.hardware.num_gpus // plan.run.launch.nnodes
     if host.total + parked > host.available:
         return (
             f"verification moves {gigabytes(parked, 1)} of the GPU's weights to host memory for a while, beside "

@@ -107,8 +107,13 @@ class Spec:
         return LIBRARY_BYTES + (0 if self.machine.gpu_memory_is_capped else CONTEXT_BYTES)
 
     @property
+    def host_memory_bytes(self) -> int:
+        """Bytes of host memory that the run may use on all its machines, which hold equal shares of everything."""
+        return self.run.launch.nnodes * self.machine.host_memory_bytes
+
+    @property
     def process_bytes(self) -> int:
-        """Bytes of host memory that the worker processes take beside weights and KV cache."""
+        """Bytes of host memory that the worker processes of all ranks take beside weights and KV cache."""
         return WORKER_BYTES * self.run.hardware.num_gpus if self.machine.device == "cuda" else 0
 
     @cached_property

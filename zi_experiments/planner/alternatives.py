@@ -36,7 +36,7 @@ def one(run: Run, gpus_visible: int) -> Iterator[Change]:
     for group, choice in CHOICES:
         yield from _changed(run, f"{group}={choice}", partial(choose, group=group, choice=choice))
     for count in GPUS:
-        if run.hardware.num_gpus < count <= gpus_visible:
+        if run.hardware.num_gpus < count <= run.launch.nnodes * gpus_visible:
             yield from with_setting(run, "hardware.num_gpus", count)
 
 

@@ -142,7 +142,7 @@ def _pin(spec: Spec, storage: Storage) -> bool:
     if offload.pin_memory is not None:
         return offload.pin_memory
     host_bytes = storage.placement.cpu_bytes + storage.host_buffer_bytes
-    return storage.pins_by_default and host_bytes < 0.9 * spec.machine.host_memory_bytes
+    return storage.pins_by_default and host_bytes < 0.9 * spec.host_memory_bytes
 
 
 def _check_lengths(run: Run, arch: Architecture) -> None:

@@ -226,3 +226,28 @@ def test_a_record_has_what_is_taken_where(make_plan, machine):
     for use, found in zip(memory, memory_fit.uses(plan), strict=True):
         assert use["total"] == found.total == sum(use[name] for name in parts(found) if name != "available")
         assert re.fullmatch("GPU|host|disk", use["where"])
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "stream", "fsdp"])
+@pytest.mark.parametrize("where", [("offload=cpu",), ("offload=cpu", "kv_cache=cpu"), ("offload=nvme",)], ids=str)
+def test_each_machine_holds_what_its_own_ranks_have(uses, machine, engine, where):
+    if engine == "fsdp" and where != ("offload=cpu",):
+        pytest.skip("it has neither")
+    here = machine(disk_free_bytes=10**12)
+    settings = (f"engine={engine}", *where, "hardware.num_gpus=4", "plan_only=true", "verify=off")
+    one, two = uses(*settings, on=here), uses(*settings, "launch.nnodes=2", on=here)
+
+    assert parts(two["GPU"]) == parts(one["GPU"])
+    for place in one.keys() - {"GPU"}:
+        halves = {name: bytes_ // 2 for name, bytes_ in parts(one[place]).items()}
+        assert parts(two[place]) == halves | {"available": parts(one[place])["available"]}
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "stream"])
+def test_two_machines_hold_what_one_cannot(make_plan, machine, engine):
+    small = machine(host_memory_bytes=24 * GIB)
+    settings = ("model=opt-13b", "quant=fp16", "offload=cpu", f"engine={engine}", "hardware.num_gpus=2")
+
+    with pytest.raises(ConfigError, match="of host memory"):
+        make_plan(*settings, on=small)
+    make_plan(*settings, "launch.nnodes=2", "plan_only=true", on=small)

@@ -25,12 +25,13 @@ CPU_HIDDEN, CPU_EXPAND = 0.0, {Profile.tuned: 1.5, Profile.reference: 1.8}
 def storage(spec: Spec) -> Storage:
     """Return where DeepSpeed keeps the weights. Raises `ConfigError` when NVMe buffers do not fit in host memory."""
     placement, buffers = placement_of(stored(spec)), buffer_bytes_host(spec)
-    if buffers > spec.machine.host_memory_bytes:
+    if buffers > spec.host_memory_bytes:
         profile = (
             "" if spec.run.engine.profile is Profile.tuned else ", or engine.profile=tuned, which computes smaller ones"
         )
         raise ConfigError(
-            f"{buffer_count(spec)} NVMe buffers of {buffer_numel(spec)} elements take {gigabytes(buffers, 1)} of host memory "
+            f"{buffer_count(spec)} NVMe buffers of {buffer_numel(spec)} elements take "
+            f"{gigabytes(buffers // spec.run.launch.nnodes, 1)} of host memory "
             f"and {gigabytes(spec.machine.host_memory_bytes, 1)} are available: pass a smaller offload.buffer_count{profile}"
         )
     offloaded = spec.run.offload.device is not OffloadDevice.none

@@ -96,11 +96,11 @@ def _asynchronous_io(plan: Plan) -> Iterator[str]:
 
 
 def aio_requests(plan: Plan, queue_depth: int) -> int:
-    """Return how many asynchronous I/O requests DeepSpeed reserves (its io_setup of this depth), over all ranks.
+    """Return how many asynchronous I/O requests DeepSpeed reserves (its io_setup of this depth), over a machine's ranks.
 
     Two handles, to read and to write, each reserve them for the calling thread and for their own threads. There is one
     own thread with GPUDirect Storage. Source: measured in /proc/sys/fs/aio-nr.
     """
     aio = ds_config.build(plan, "")["aio"]
     threads = 1 if aio["use_gds"] else aio.get("intra_op_parallelism", 1)
-    return 2 * (1 + threads) * queue_depth * plan.run.hardware.num_gpus
+    return 2 * (1 + threads) * queue_depth * plan.run.hardware.num_gpus // plan.run.launch.nnodes

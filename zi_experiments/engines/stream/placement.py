@@ -296,7 +296,7 @@ def _room(spec: Spec) -> int:
     machine, ranks = spec.machine, spec.run.hardware.num_gpus
     outside = _outside_bytes(spec)
     if machine.gpu_memory_bytes is None:
-        return machine.host_memory_bytes * 9 // 10 // ranks - outside - spec.kv_cache_bytes - spec.reference_bytes
+        return spec.host_memory_bytes * 9 // 10 // ranks - outside - spec.kv_cache_bytes - spec.reference_bytes
     on_gpu = spec.run.kv_cache.device is CacheDevice.gpu
     kv = (spec.kv_cache_bytes if on_gpu else spec.kv_slot_bytes) // ranks
     # no room for the reference: weights are parked meanwhile, so the same layers are resident with verify=off
@@ -362,10 +362,11 @@ def _fitting_host(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
 
 
 def _host_room(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
-    """Return the bytes of host memory beside the buffers in front of the disk."""
+    """Return the bytes of host memory, of all machines, beside the buffers in front of the disk."""
     beside = BUFFERS * _largest(placed)
     if spec.machine.device == "cpu":
         expanded = spec.run.hardware.num_gpus * ELEMENT_BYTES * expanded_elements(placed)
         return _room(spec) - sum(layer.resident.nbytes for layer in placed) - beside - expanded
     beside += spec.kv_cache_bytes if spec.run.kv_cache.device is CacheDevice.cpu else 0
-    return spec.machine.host_memory_bytes * 8 // 10 - beside - spec.process_bytes - _parked_bytes(spec, placed)
+    beside += spec.process_bytes + spec.run.hardware.num_gpus * _parked_bytes(spec, placed)
+    return spec.host_memory_bytes * 8 // 10 - beside
