@@ -57,6 +57,8 @@ def _main() -> None:
         entry()
     except KeyboardInterrupt:
         signals.acknowledge()
+        if line := sweep.what_goes_on():
+            print(lines.fit(line, sys.stderr), file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         is_under_way = bool(composed or sweep.told())
@@ -111,10 +113,18 @@ def _run(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     if hydra_config.mode is RunMode.MULTIRUN:
         number, overrides = hydra_config.job.num, initial.overrides()
+        if joining.follows(cfg):
+            return
         try:
             run_job(cfg, keep=True, tell=lambda result: sweep.tell(number, overrides, result))
         except RunFailed:
             sweep.fail()  # an exception would have Hydra print the overrides, as if something were broken
+        except KeyboardInterrupt as interrupt:
+            sweep.requeue(str(interrupt))
+            raise
+        finally:
+            if environment.runs_a_job_elsewhere():
+                joining.leave(0)
         return
     try:
         run_job(cfg)

@@ -183,6 +183,16 @@ def runs_a_job_elsewhere() -> bool:
     return "ZI_SWEEP" in os.environ and os.environ["ZI_SWEEP_PID"] != str(os.getpid())
 
 
+def sweep_variables() -> dict[str, str]:
+    """Return what `set_sweep` has set, for a job that does not inherit it."""
+    return {name: os.environ[name] for name in ("ZI_SWEEP", "ZI_SWEEP_PID") if name in os.environ}
+
+
+def is_job_of_slurm() -> bool:
+    """Return whether this process runs a job that submitit has put into a queue of Slurm's."""
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
 def set_sweep(folder: Path) -> None:
     """Note that this process is a `-m` command with that folder, for processes that it starts too."""
     os.environ |= {"ZI_SWEEP": str(folder), "ZI_SWEEP_PID": str(os.getpid())}

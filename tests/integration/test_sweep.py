@@ -5,19 +5,23 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import hydra
 import pytest
 from cli import wait_for, workers
 from reliability import Faulty, fill
 
 from zi_experiments.config.folders import slug, sweep_name
+from zi_experiments.config.schema import conf_dir, register
 from zi_experiments.execution import sweep
 from zi_experiments.results import fingerprints
 from zi_experiments.results.record import Record, RunInfo
+from zi_experiments.runtime.locks import FolderLock
 
 MODEL = """
 name: small
@@ -232,6 +236,62 @@ def test_the_command_knows_of_jobs_in_other_processes(cli):
         table = done.stdout[done.stdout.index("2 runs") :]
         assert {word for word in table.split() if word in ("ok", "kept", "refused")} == statuses
     assert all(result["run"]["command"].startswith("python -m zi_experiments ") for result in cli.results())
+
+
+def test_a_job_that_is_preempted_is_put_into_the_queue_again(cli):
+    """It leaves the record of a run that was stopped, and the next try another."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    jobs = ("-m", *QUICK, "workload.repeats=600", "hydra/launcher=submitit_local")
+    process = cli.start_executed(*jobs, SUBMITIT_PREEMPT_SIGNAL="USR1")
+    first = job_at_work(cli)
+    os.kill(first, signal.SIGUSR1)
+    output = process.communicate(timeout=180)[0]
+
+    (result,) = cli.results()
+    (before,) = (json.loads(path.read_text()) for path in result["folder"].glob("result-*.json"))
+    assert process.returncode == 0, output
+    assert before["error"]["message"] == "stopped by SIGUSR1"
+    assert (before["status"], result["status"]) == ("killed", "ok")
+    assert cli.left() == "nothing"
+
+
+def job_at_work(cli):
+    """The number of the process whose job measures."""
+    end = time.monotonic() + 180
+    while not any("measure:" in path.read_text() for path in cli.folder.rglob("*_log.out")):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    (mark,) = cli.temporary.glob("zi-*/jobs/*")
+    return int(mark.name)
+
+
+def test_a_run_waits_for_another_job_that_has_it(tmp_path, capsys, monkeypatch):
+    """Jobs of an earlier command may still be in the queue."""
+    monkeypatch.setattr(sweep, "_run_lock", None)
+    held = FolderLock(tmp_path)
+    assert held.acquire()
+    waiting = threading.Thread(target=sweep._wait_for_run, args=[tmp_path])
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    held.release()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    sweep._run_lock.release()
+    assert f"waiting: another job carries out the run in {tmp_path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "nodes", "gpus"), [(["hardware.num_gpus=8", "launch.nnodes=2"], 2, 4), (["hardware=cpu"], 1, None)]
+)
+def test_the_settings_of_slurm_follow_from_those_of_the_run(typed, nodes, gpus):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    register()
+    with hydra.initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+        composed = hydra.compose("config", overrides=["hydra/launcher=slurm", *typed], return_hydra_config=True)
+
+    launcher = composed.hydra.launcher
+    assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (nodes, 1, gpus)
 
 
 def wait_for_both(cli):

@@ -257,6 +257,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("zi.env", _variable, replace=True)
     OmegaConf.register_new_resolver("zi.wandb_mode", lambda: environment.wandb_mode() or "auto", replace=True)
     OmegaConf.register_new_resolver("zi.choices", _choices, replace=True)
+    OmegaConf.register_new_resolver("zi.gpus_per_node", _gpus_per_node, replace=True)
     OmegaConf.register_new_resolver("zi.data", lambda name: str(PACKAGE / "data" / name), replace=True)
 
 
@@ -276,6 +277,13 @@ def _variable(name: str, default: Any) -> Any:
     return (
         [part.strip() for part in said.split(",")] if OmegaConf.is_list(default) or isinstance(default, list) else said
     )
+
+
+def _gpus_per_node(*, _root_: Any) -> int | None:
+    """Return how many GPUs a queue has to reserve on each machine; None for a run on processors."""
+    if _root_.hardware.device is DeviceType.cpu:
+        return None
+    return int(_root_.hardware.num_gpus) // int(_root_.launch.nnodes)
 
 
 def _folder(*, _root_: Any) -> str:

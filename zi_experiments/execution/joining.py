@@ -27,6 +27,8 @@ def take_launcher(arguments: list[str]) -> list[str]:
         return arguments
     typed = {each.partition("=")[0] for each in arguments}
     if found.endpoint is None and "launch.rdzv_endpoint" not in typed:
+        if found.number:
+            sys.exit(1)  # the first one says why
         raise ValueError(
             f"a launcher has started {found.processes} processes of this command and has not said where they meet: "
             "pass launch.rdzv_endpoint=node0:29500, for example: the machine of the first process, and a port that is "
@@ -47,7 +49,27 @@ class Nodes(Callback):
         _join(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if "BasicLauncher" in config.hydra.launcher._target_:  # others start processes for jobs
+            _join(config)
+
+
+def follows(config: DictConfig) -> bool:
+    """Return whether this process has carried out its part of a job that Slurm runs on several machines.
+
+    The first process of the job returns False, once it has met the others; so does one that is alone.
+    """
+    global _launched
+    if not environment.is_job_of_slurm() or (found := environment.launched()) is None:
+        return False
+    _launched = found
+    environment.forget_launcher()
+    if config.launch.rdzv_endpoint is None:
+        config.launch.rdzv_endpoint = found.endpoint
+    try:
         _join(config)
+    except SystemExit:
+        return True  # submitit waits for a result
+    return False
 
 
 def _join(config: DictConfig) -> None:

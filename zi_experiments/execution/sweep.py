@@ -46,25 +46,73 @@ class Sweep(Callback):
             text = "refused: another process runs this sweep: wait for it, or pass hydra.sweep.dir=/another/folder"
             sys.exit(lines.fit(text, sys.stderr))
         folder = scratch.for_temporary_files(uuid.uuid4().hex[:12])
+        if "SlurmLauncher" in str(config.hydra.launcher.get("_target_")):
+            global _is_in_queue
+            _is_in_queue = True
+            # other machines see the folder of the sweep
+            folder = Path(config.hydra.sweep.dir).absolute() / folder.name
         atexit.register(scratch.Scratch(folder).close)
         environment.set_sweep(folder)
         (folder / "output").write_text(config.hydra.sweep.dir)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"command_line": sys.argv}
+        return {"command_line": sys.argv, "sweep": environment.sweep_variables()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Do what Hydra needs to compose a job in a process that has not run `main`."""
         sys.argv = state["command_line"]
+        environment.set_variables(state["sweep"])
         register()
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if environment.runs_a_job_elsewhere():
-            signals.install()
-            multiprocessing.set_start_method("spawn", force=True)  # joblib's own method is unknown to workers
+        if not environment.runs_a_job_elsewhere():
+            return
+        _take_requeue()
+        signals.install()
+        multiprocessing.set_start_method("spawn", force=True)  # joblib's own method is unknown to workers
+        of_several = environment.launched()
+        if of_several is None or of_several.number == 0:
+            _wait_for_run(Path(config.hydra.runtime.output_dir))
+        if not environment.is_job_of_slurm():
             _mark().parent.mkdir(exist_ok=True)
             _mark().touch()
             threading.Thread(target=_end_with_the_command, name="sweep", daemon=True).start()
+
+
+_is_in_queue = False  # whether the jobs of this command are in a queue, and outlive it
+_requeue: tuple[int, Callable[[int, Any], None]] | None = None
+_run_lock: FolderLock | None = None
+
+
+def _take_requeue() -> None:
+    """Note the handler by which submitit puts a job that is preempted into the queue again, and its signal."""
+    global _requeue
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        handler = signal.getsignal(number)
+        if getattr(handler, "__name__", "") == "checkpoint_and_try_requeue":
+            assert callable(handler)
+            _requeue = (number, handler)
+
+
+def requeue(interrupt: str) -> None:
+    """Put this job into its queue again, and end this process, if that signal says that it is preempted."""
+    if _requeue is not None and signal.Signals(_requeue[0]).name == interrupt:
+        number, handler = _requeue
+        handler(number, None)
+
+
+def _wait_for_run(folder: Path) -> None:
+    """Hold the folder of this process's run, once a job of an earlier submission that has the same run has ended."""
+    global _run_lock
+    if _run_lock is not None:
+        _run_lock.release()
+    _run_lock, is_waiting = FolderLock(folder), False
+    with suppress(OSError):  # a filesystem without locks
+        while not _run_lock.acquire():
+            if not is_waiting:
+                print(f"waiting: another job carries out the run in {folder}", flush=True)
+                is_waiting = True
+            time.sleep(_LOOK_S)
 
 
 def _end_with_the_command() -> None:
@@ -79,15 +127,28 @@ def tell(number: int, overrides: list[str], result: dict[str, Any]) -> None:
     """Report a job to the command: its number, its overrides, and its record."""
     folder = environment.sweep()
     assert folder is not None
+    text = json.dumps([overrides, result])
     with suppress(FileNotFoundError):  # the command has ended
-        (folder / f"{number}.json").write_text(json.dumps([overrides, result]))
+        (folder / f".{number}.json").write_text(text)
+        (folder / f".{number}.json").replace(folder / f"{number}.json")
     _mark().unlink(missing_ok=True)
 
 
 def fail() -> None:
     """Report to the command that a job is not ok."""
     if folder := environment.sweep():
-        (folder / "failed").touch()
+        with suppress(FileNotFoundError):
+            (folder / "failed").touch()
+
+
+def what_goes_on() -> str | None:
+    """Return what is to be said of jobs that go on when this command is stopped; None: there are none."""
+    if not _is_in_queue:
+        return None
+    return (
+        "jobs in the queue go on: type the same command again to see their results, or scancel --name=zi_experiments "
+        "to have none"
+    )
 
 
 def has_failed() -> bool:
@@ -132,10 +193,11 @@ def _mark() -> Path:
 def turn(devices: list[str], count: int, say: Callable[[str], None]) -> Iterator[list[str]]:
     """Yield `count` of `devices` that no other job of the sweep uses meanwhile, since sharing would distort the times.
 
-    Waits for them, and says so. Yields all devices if jobs run one after another, in the process of the command.
+    Waits for them, and says so. Yields all devices if jobs run one after another, in the process of the command, and if
+    Slurm has reserved them.
     """
     folder = environment.sweep()
-    if folder is None or not environment.runs_a_job_elsewhere():
+    if folder is None or not environment.runs_a_job_elsewhere() or environment.is_job_of_slurm():
         yield devices
         return
     with ExitStack() as held:
