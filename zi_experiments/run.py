@@ -298,9 +298,10 @@ class _Job:
 
 
 def _as_read(arch: architecture.Architecture) -> dict[str, Any]:
-    """Return what reading the model tells about its checkpoint: the commit on the hub, and the tensors not loaded."""
-    commit = getattr(arch.config, "_commit_hash", None)
-    return ({"commit": commit} if commit else {}) | {"ignored_tensors": list(arch.ignored_tensors)}
+    """Return what reading the model tells about its checkpoint: commit on the hub, format, and the tensors not loaded."""
+    commit, stored = getattr(arch.config, "_commit_hash", None), arch.stored
+    form = {"format": stored.format, "bits_per_parameter": stored.bits_per_parameter} if stored else {}
+    return ({"commit": commit} if commit else {}) | form | {"ignored_tensors": list(arch.ignored_tensors)}
 
 
 def _settle_caches(console: Console) -> None:

@@ -125,11 +125,6 @@ def tied_with_head_alone(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
 
 
-def fp8(folder: Path) -> None:
-    stripped_fp8(folder)
-    configure(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-
-
 def stripped_fp8(folder: Path) -> None:
     llama(folder)
 
@@ -140,26 +135,6 @@ def stripped_fp8(folder: Path) -> None:
             tensors[name] = (tensors[name].float() * 4).to(torch.float8_e4m3fn)
 
     rewrite(folder, quantize)
-
-
-def mxfp4(folder: Path) -> None:
-    write(folder, "gpt_oss", GPT_OSS)
-
-    def quantize(tensors: dict) -> None:
-        for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
-            experts, rows, columns = tensors.pop(name).shape
-            codes = torch.arange(experts * rows * columns // 2) % 251
-            tensors[f"{name}_blocks"] = codes.to(torch.uint8).view(experts, columns, rows // 32, 16)
-            tensors[f"{name}_scales"] = torch.full((experts, columns, rows // 32), 120, dtype=torch.uint8)
-
-    rewrite(folder, quantize)
-    plain_parts = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    configure(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": plain_parts})
-
-
-def gptq(folder: Path) -> None:
-    llama(folder)
-    configure(folder, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
 
 
 def generating(**values):
@@ -229,10 +204,7 @@ CASES = {
     "tied, with the head alone": tied_with_head_alone,
     "tied, with an equal head": tied_with_equal_head,
     "tied, with another head": tied_with_another_head,
-    "FP8": fp8,
     "FP8, without its `quantization_config`": stripped_fp8,
-    "MXFP4": mxfp4,
-    "GPTQ": gptq,
     "`use_cache: false` in `config.json`": configured(use_cache=False),
     "`use_cache: false` in `generation_config.json`": generating(use_cache=False),
     "beams in `generation_config.json`": generating(num_beams=4, early_stopping=True),

@@ -214,7 +214,11 @@ def plain(folder: Path, bits: int, dtype: torch.dtype | None = None, **groups: i
     """The checkpoint in plain transformers, its matrices quantized and expanded again below 16 bits."""
     device, best = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.bfloat16)
     dtype = dtype or best
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    return group_quantized(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device), bits, **groups)
+
+
+def group_quantized(model, bits: int, **groups: int):
+    """The model with its matrices quantized and expanded again below 16 bits."""
     if bits < 16:
         done = set()
         for path, module in model.named_modules():

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from zi_experiments.config.schema import Quant
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.spec import ELEMENT_BYTES
-from zi_experiments.models import weights
-from zi_experiments.models.architecture import Parameter, decoder_layers, is_quantizable, local_or_hub
+from zi_experiments.models import conversion, weights
+from zi_experiments.models.architecture import Parameter, decoder_layers, is_quantizable, source_of
 
 Layer = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -62,8 +62,12 @@ class Reference(Protocol):
 def of(plan: Plan, device: Any, host_memory_bytes: int) -> Reference:
     """Return the reference of a loaded plan: whole if a checkpoint fits in host memory, else layer by layer."""
     fits = ELEMENT_BYTES * plan.architecture.num_parameters < 0.9 * host_memory_bytes
-    if plan.run.weights.path is not None and fits:
-        with suppress(ImportError):  # of a package that the checkpoint asks for, and the plan does not need
+    stored = plan.architecture.stored
+    # ImportError: of a package that the checkpoint asks for, and the plan does not need; the others: transformers refuses
+    # FP8 whose blocks do not divide a weight
+    refused = (ImportError, RuntimeError, ValueError) if stored and stored.is_quantized else (ImportError,)
+    if plan.run.weights.path is not None and fits and (stored is None or stored.is_expanded_by_transformers):
+        with suppress(*refused):
             return Whole(plan, device)
     return LayerByLayer(plan, device)
 
@@ -111,16 +115,19 @@ def _plain(plan: Plan) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.quantizers import AutoQuantizationConfig
+    from transformers.utils.quantization_config import GgufConfig
 
     run = plan.run
     assert run.weights.path is not None
-    path = local_or_hub(run.weights.path)
-    how: dict[str, Any] = {"trust_remote_code": run.trust_remote_code}
+    path, file = source_of(run.weights.path)
+    how: dict[str, Any] = file | {"trust_remote_code": run.trust_remote_code}
     if commit := getattr(plan.architecture.config, "_commit_hash", None):
         how["revision"] = commit
-    if getattr(plan.architecture.config, "quantization_config", None) is not None:
+    if file:
+        how["quantization_config"] = GgufConfig(dequantize=True)
+    elif plan.architecture.stored and plan.architecture.stored.is_quantized:
         how["quantization_config"] = AutoQuantizationConfig.from_pretrained(path, dequantize=True, **how)
-    with weights.without_zero3():
+    with conversion.without_zero3():
         return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, plan.dtype), return_dict=True, **how)
 
 

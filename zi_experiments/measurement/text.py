@@ -7,7 +7,7 @@ from typing import Any
 
 from zi_experiments.config.schema import ConfigError, Workload
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.models.architecture import is_refused_code, local_or_hub, refused_code
+from zi_experiments.models.architecture import is_refused_code, refused_code, source_of
 
 KEYS = ("text", "prompts")  # of a workload, in which a text file is named
 
@@ -97,10 +97,10 @@ def tokenizer(plan: Plan) -> Any | None:
 
     path, trusted = plan.run.weights.path, plan.run.trust_remote_code
     assert path is not None
-    source = local_or_hub(path)
+    source, how = source_of(path)
     commit = getattr(plan.architecture.config, "_commit_hash", None)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted, revision=commit or "main")
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted, revision=commit or "main", **how)
     except Exception as error:  # a broken file can raise any error
         if is_refused_code(error, trusted):
             raise ConfigError(refused_code(path, get_tokenizer_config(source)["auto_map"])) from error

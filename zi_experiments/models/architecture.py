@@ -55,6 +55,16 @@ class KVLayer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StoredAs:
+    """How the weights are stored in a checkpoint."""
+
+    format: str  # the quantization method, or the type of most weights
+    bits_per_parameter: float | None  # scales included; None: its files are not here yet
+    is_quantized: bool
+    is_expanded_by_transformers: bool  # False: quantized, and plain transformers cannot expand it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """Everything that a plan needs to know about a model."""
 
@@ -72,6 +82,7 @@ class Architecture:
     has_own_cache: bool  # its own class for the KV cache or for states; it accepts no other cache
     # tensors in the checkpoint that the model leaves out on purpose
     ignored_tensors: tuple[str, ...] = field(default=(), repr=False)
+    stored: StoredAs | None = None  # in the checkpoint; None: random weights, or nothing is known before it is loaded
 
     @property
     def is_routed(self) -> bool:
@@ -123,14 +134,17 @@ def _from_numbers(model: Model) -> Any:
 def _from_path(path: str, trusted: bool, revision: str | None) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
 
-    source = local_or_hub(path)
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+    source, how = source_of(path)
+    if not how and Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ConfigError(f"{source} has no config.json, so it is not a Hugging Face model folder: {_ANOTHER}")
     if Path(source).is_dir() and revision is not None:
-        raise ConfigError(f"model.revision={revision} is of the hub, and {path} is a folder: pass model.revision=null")
+        raise ConfigError(
+            f"model.revision={revision} is of the hub, and {path} is on this machine: pass model.revision=null"
+        )
     if not Path(source).is_dir():
         hub.settle()
-    how = {} if revision is None else {"revision": revision}
+    if revision is not None:
+        how["revision"] = revision
     try:
         # trust_remote_code=None would ask on the terminal
         found = AutoConfig.from_pretrained(source, trust_remote_code=trusted, **how)
@@ -140,7 +154,8 @@ def _from_path(path: str, trusted: bool, revision: str | None) -> Any:
             raise ConfigError(refused_code(path, auto_map)) from error
         if Path(source).is_dir():
             problem = printable(" ".join(str(error).split()) or type(error).__name__)
-            raise ConfigError(f"{path}: its config.json cannot be read ({problem}): {_ANOTHER}") from error
+            file = Path(path).name if is_gguf(path) else "config.json"
+            raise ConfigError(f"{path}: its {file} cannot be read ({problem}): {_ANOTHER}") from error
         raise ConfigError(
             f"{hub.named(path, revision)} is neither a Hugging Face model folder nor a hub name that can be read here "
             f"({reason(error)}): "
@@ -185,9 +200,22 @@ def printable(text: str) -> str:
 
 
 def local_or_hub(path: str) -> str:
-    """Return the folder at `path`, with `~` resolved; if there is none, `path` itself as a name on the hub."""
-    folder = Path(path).expanduser()
-    return str(folder) if folder.is_dir() else path
+    """Return the folder or GGUF file at `path`, with `~` resolved; if there is none, `path` as a name on the hub."""
+    found = Path(path).expanduser()
+    return str(found) if found.is_dir() or is_gguf(path) else path
+
+
+def is_gguf(path: str) -> bool:
+    """Return whether a path is of a GGUF file, that exists or not: no name on the hub ends so."""
+    return path.endswith(".gguf")
+
+
+def source_of(path: str) -> tuple[str, dict[str, str]]:
+    """Return what transformers' `from_pretrained` takes for a path: a folder or hub name, and further arguments."""
+    source = local_or_hub(path)
+    if not is_gguf(path):
+        return source, {}
+    return str(Path(source).parent), {"gguf_file": Path(source).name}
 
 
 def model_class(config: Any) -> Any:
@@ -244,7 +272,7 @@ def describe(config: Any, name: str) -> Architecture:
     """
     given, config = config, text_part(config)
     _refuse_encoder(config, name)
-    model = _empty(_without_data(config), name)
+    model = empty_model(_without_data(config), name)
     attention = _unavailable_attention(config)
     if attention is not None:
         config = deepcopy(config)
@@ -292,8 +320,8 @@ def text_part(config: Any) -> Any:
     return text
 
 
-def _empty(config: Any, name: str) -> Any:
-    """Return the model on the meta device."""
+def empty_model(config: Any, name: str) -> Any:
+    """Return the model of a configuration on the meta device; `name` is the model's name in error messages."""
     import torch
 
     config_class = model_class(config)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from zi_experiments.config.schema import ConfigError
+from zi_experiments.models import gguf_file
 from zi_experiments.models.architecture import local_or_hub, printable, reason
+from zi_experiments.models.hub import WEIGHT_FILES
 
-# file names in the order in which transformers looks for them
-_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _DISTRIBUTED = "shard-[0-9]*-model-*.safetensors"
 _LARGEST_HEADER = 100_000_000  # bytes of JSON that safetensors accepts
 
@@ -31,8 +31,12 @@ class Checkpoint:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that determine what the model computes."""
-        return (self.folder / "config.json", *self.weights)
+        """The files that determine what the model computes; a GGUF file has the configuration too."""
+        return self.weights if self.is_gguf else (self.folder / "config.json", *self.weights)
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.weights[0].suffix == ".gguf"
 
     @property
     def num_bytes(self) -> int:
@@ -45,6 +49,8 @@ def find(path: str) -> Checkpoint | None:
     Raises `ConfigError` when it has no weights, or an index that names missing files or files outside the folder.
     """
     folder = Path(local_or_hub(path))
+    if folder.is_file():
+        return Checkpoint(folder=folder.parent, weights=(folder,))
     if not folder.is_dir():
         return None
     if distributed := next(folder.glob(_DISTRIBUTED), None):  # newer versions of transformers would load it first
@@ -52,7 +58,7 @@ def find(path: str) -> Checkpoint | None:
             f"{folder} is a distributed checkpoint ({printable(distributed.name)}): save it whole with save_pretrained, "
             "and pass weights.path=… of that"
         )
-    names = _named_in_config(folder / "config.json") or _NAMES
+    names = _named_in_config(folder / "config.json") or WEIGHT_FILES
     found = next((folder / name for name in names if os.path.isfile(folder / name)), None)
     if found is None:
         raise ConfigError(
@@ -114,7 +120,7 @@ def check(path: str) -> None:
                 head = opened.read(40)
             if head.startswith(b"version https://git-lfs"):
                 raise ConfigError(f"{file} is only a Git LFS pointer to the weights: git lfs pull")
-            _check_safetensors(file) if file.suffix == ".safetensors" else _check_pickle(file)
+            _CHECKS.get(file.suffix, _check_pickle)(file)
         except OSError as error:
             raise ConfigError(
                 f"{file} cannot be read ({error.strerror}): pass weights.path=… of one that can"
@@ -178,3 +184,6 @@ def _check_pickle(file: Path) -> None:
             f"{file} is not a file that torch.save has written, or is damaged ({reason(error)}): "
             "copy or download it again"
         ) from error
+
+
+_CHECKS = {".safetensors": _check_safetensors, ".gguf": gguf_file.check}

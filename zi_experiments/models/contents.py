@@ -4,8 +4,7 @@ Only the headers of its files are read. Tensor data is read only to compare two 
 configuration, or stored under one name in two files.
 """
 
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -13,16 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from zi_experiments.config.schema import ConfigError, Run
-from zi_experiments.models import architecture, checkpoint, weights
-from zi_experiments.models.architecture import Architecture, local_or_hub, model_class, printable, quietly, reason
+from zi_experiments.models import architecture, checkpoint, conversion, formats, gguf_file, opening, stored
+from zi_experiments.models.architecture import (
+    Architecture,
+    StoredAs,
+    is_gguf,
+    local_or_hub,
+    model_class,
+    printable,
+    quietly,
+    reason,
+)
 from zi_experiments.models.checkpoint import Checkpoint
+from zi_experiments.models.conversion import Resolved
+from zi_experiments.models.opening import Opened
 
-# quantization methods that transformers expands to 16 bits while it loads, and that are tested here
-EXPANDED = ("fp8", "mxfp4")
-# causal masks that older versions of transformers stored; for some families it reports them as unexpected
-_MASKS = re.compile(r"\.attn\.((attention\.)?(masked_)?bias|causal_mask)$")
 _MOST_NAMES = 4  # of tensors in one message
-Tensors = dict[str, Any]  # by name in a file
 
 
 def load(run: Run) -> Architecture:
@@ -31,50 +36,74 @@ def load(run: Run) -> Architecture:
     Raises `ConfigError` for unexpected or missing tensors and tensors of wrong shapes, and for other invalid files that
     keep transformers from loading the checkpoint.
     """
+    import torch
+
+    for named in (run.model.path, run.weights.path):
+        if named is not None and is_gguf(named):
+            gguf_file.check(Path(local_or_hub(named)))
     found = architecture.load(run)
     path = run.weights.path
+    settings = _forget_quantization(found.config)
     if path is None:
-        _forget_quantization(found.config)
-        return found
+        return replace(found, notes=(*found.notes, *_dropped(settings)))
     checkpoint.check(path)
-    _expand_quantization(found.config, path)
-    stored = _stored(path, found.config)
-    if stored is None:
-        return found
-    _check_generation(path, stored.folder)
-    return _held(found, stored, path, run.model.name)
+    if settings is not None:
+        formats.check(settings, path)
+    files = _files(path, found.config)
+    if files is None:
+        return replace(found, stored=_stored_as(settings, None))
+    if not files.is_gguf:
+        _check_generation(path, files.folder)
+    opened = opening.open_files(files, found.config, torch.bfloat16)
+    held = _held(found, files, opened, path, run.model.name)
+    return replace(held, stored=_stored_as(settings, opened))
 
 
-def quantization(config: Any) -> str | None:
-    """Return the method by which a checkpoint's weights are already quantized; None: they are not."""
-    stored = getattr(config, "quantization_config", None)
-    return str(stored.get("quant_method", "an unnamed method")) if stored is not None else None
-
-
-def _forget_quantization(config: Any) -> None:
-    # random weights are made in 16 bits
-    if quantization(config) is not None:
-        del config.quantization_config
-
-
-def _expand_quantization(config: Any, path: str) -> None:
-    method = quantization(config)
-    if method is None:
-        return
-    if method not in EXPANDED:
-        raise ConfigError(
-            f"{path} holds weights that are quantized by {printable(method)}, which cannot be expanded to 16 bits here: "
-            "pass weights.path=… of a 16-bit checkpoint of the model, or weights=random"
+def _stored_as(settings: Mapping[str, Any] | None, opened: Opened | None) -> StoredAs | None:
+    if opened is not None:
+        return StoredAs(
+            format=opened.format,
+            bits_per_parameter=opened.bits_per_parameter,
+            is_quantized=opened.is_quantized,
+            is_expanded_by_transformers=opened.is_of_transformers,
         )
-    # otherwise transformers computes with the quantized weights on some GPUs
-    config.quantization_config |= {"dequantize": True}
+    if settings is None:
+        return None
+    # on the hub; whether transformers expands it is seen when its files are here
+    return StoredAs(
+        format=formats.describe(settings),
+        bits_per_parameter=None,
+        is_quantized=True,
+        is_expanded_by_transformers=formats.is_of_transformers(settings, {}),
+    )
 
 
-def _stored(path: str, config: Any) -> Checkpoint | None:
+def _dropped(settings: Mapping[str, Any] | None) -> Iterator[str]:
+    if settings is not None:
+        yield (
+            f"the model is published with weights quantized by {printable(formats.describe(settings))}: "
+            "random weights are made in 16 bits, and quantized as quant says"
+        )
+
+
+def _forget_quantization(config: Any) -> Mapping[str, Any] | None:
+    """Return how a checkpoint's weights are quantized already, and remove it from the configuration; None: they are not.
+
+    Engines get plain 16-bit weights. transformers would otherwise compute with the quantized ones on some GPUs.
+    """
+    found = None
+    for part in (config.get_text_config(), config):
+        if (settings := getattr(part, "quantization_config", None)) is not None:
+            found = settings if isinstance(settings, Mapping) else settings.to_dict()
+            del part.quantization_config
+    return found
+
+
+def _files(path: str, config: Any) -> Checkpoint | None:
     """Return the checkpoint in a folder, or of a hub name if it is complete in the hub's cache; else None."""
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(local_or_hub(path)).is_dir():
+    if Path(local_or_hub(path)).exists():
         return checkpoint.find(path)
     cached = try_to_load_from_cache(path, "config.json", revision=getattr(config, "_commit_hash", None))
     with suppress(ConfigError):  # incomplete: transformers downloads the rest, or raises
@@ -98,31 +127,30 @@ def _check_generation(path: str, folder: Path) -> None:
         ) from error
 
 
-def _held(found: Architecture, stored: Checkpoint, path: str, name: str) -> Architecture:
-    headers = {file: _headers(file) for file in stored.weights}
-    _check_index(path, stored.index, headers)
-    model, report, ignored = _loaded_without_data(found.config, headers, path)
-    _refuse(path, report)
-    if any(not _are_equal(headers, *names) for names in _tied_twice(model, headers)):
+def _held(found: Architecture, files: Checkpoint, opened: Opened, path: str, name: str) -> Architecture:
+    _check_index(path, files.index, opened.names)
+    resolved = _resolved(found.config, opened, path)
+    _refuse(path, resolved.report)
+    if any(not _are_equal(resolved, opened, *names) for names in _tied_twice(resolved)):
         config = deepcopy(found.config)
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         found = architecture.describe(config, name)
-    return replace(found, ignored_tensors=tuple(sorted(ignored)))
+    return replace(found, ignored_tensors=tuple(sorted(resolved.ignored)))
 
 
-def _check_index(path: str, index: dict[str, Path], headers: dict[Path, Tensors]) -> None:
+def _check_index(path: str, index: dict[str, Path], names: dict[Path, set[str]]) -> None:
     """Raise `ConfigError` if the index leads to other tensors than those that plain transformers loads.
 
     transformers follows the index only when it reads weights in place. Otherwise it loads all tensors in the files; if two
     have the same name, that of the last file.
     """
-    last = {name: file for file, tensors in headers.items() for name in tensors}
+    last = {name: file for file, within in names.items() for name in within}
     for name, file in index.items():
         other = last.get(name, file)
         if other == file or other.suffix != ".safetensors":
             continue
-        is_twice = name in headers[file]
-        if not is_twice or not _same(_tensor(file, name), _tensor(other, name)):
+        is_twice = name in names[file]
+        if not is_twice or not _same(*(stored.in_file(one)[name].read("cpu", None) for one in (file, other))):
             raise ConfigError(
                 f"{path}: its index names {printable(file.name)} for {printable(name)}, but "
                 f"{printable(other.name)} has {'another tensor of that name' if is_twice else 'it'}: "
@@ -130,63 +158,16 @@ def _check_index(path: str, index: dict[str, Path], headers: dict[Path, Tensors]
             )
 
 
-def _headers(file: Path) -> Tensors:
-    """Return the tensors of a file, on the meta device."""
-    import torch
-    from safetensors import safe_open
-    from transformers.modeling_utils import load_state_dict
-
-    if file.suffix != ".safetensors":
-        with torch.serialization.skip_data():  # as in checkpoint.py: meta alone may read the tensors
-            pickled: Tensors = load_state_dict(file, map_location="meta")
-        return pickled
-    with safe_open(file, framework="numpy") as opened:  # torch maps files as writable, which needs free memory
-        names = opened.keys()
-        return {name: _without_data(opened.get_slice(name)) for name in names}
-
-
-def _without_data(part: Any) -> Any:
-    import torch
-    from transformers.modeling_utils import str_to_torch_dtype
-
-    dtype = str_to_torch_dtype.get(part.get_dtype(), torch.uint8)  # if torch lacks the type, only the shape counts
-    return torch.empty(part.get_shape(), dtype=dtype, device="meta")
-
-
-def _loaded_without_data(config: Any, headers: dict[Path, Tensors], path: str) -> tuple[Any, dict[str, Any], set[str]]:
-    """Return the model on the meta device, transformers' loading report, and the tensors that it ignores on purpose."""
+def _resolved(config: Any, opened: Opened, path: str) -> Resolved:
     import torch
 
-    plain = model_class(config)
-    ignored: set[str] = set()
-
-    def adjust(self: Any, loading_info: Any) -> None:
-        before = set(loading_info.unexpected_keys)
-        plain._adjust_missing_and_unexpected_keys(self, loading_info)
-        loading_info.unexpected_keys -= {name for name in loading_info.unexpected_keys if _MASKS.search(name)}
-        ignored.update(before - loading_info.unexpected_keys)
-
-    # keeps the name, by which transformers finds its conversions
-    observed: Any = type(
-        plain.__name__, (plain,), {"_adjust_missing_and_unexpected_keys": adjust, "__module__": plain.__module__}
-    )
     try:
-        with weights.without_zero3(), quietly():
-            model, report = observed.from_pretrained(
-                None,
-                config=config,
-                state_dict={name: meta for tensors in headers.values() for name, meta in tensors.items()},
-                dtype=torch.bfloat16,
-                device_map={"": "meta"},
-                ignore_mismatched_sizes=True,  # the report lists them
-                output_loading_info=True,
-            )
+        return conversion.resolve(config, opened.tensors, torch.bfloat16)
     except Exception as error:
         raise ConfigError(
-            f"{path} cannot be loaded as {plain.__name__} ({reason(error)}): "
+            f"{path} cannot be loaded as {model_class(config).__name__} ({reason(error)}): "
             "pass weights.path=… of another checkpoint, or weights=random"
         ) from error
-    return model, report, ignored
 
 
 def _refuse(path: str, report: dict[str, Any]) -> None:
@@ -214,34 +195,22 @@ def _listed(texts: Collection[str]) -> str:
     return f"{first} and {len(texts) - _MOST_NAMES} more" if len(texts) > _MOST_NAMES else first
 
 
-def _tied_twice(model: Any, headers: dict[Path, Tensors]) -> list[tuple[str, str]]:
-    """Return pairs of tensor names that the configuration ties to one parameter, but that are both stored in the files.
+def _tied_twice(resolved: Resolved) -> list[tuple[str, str]]:
+    """Return pairs of parameters that the configuration ties to one, but that are both stored in the files.
 
     Without data, transformers cannot tell whether the two are equal, and does not tie them.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    pairs = [
+    model, recipes = resolved.model, resolved.recipes
+    return [
         (target, source)
         for target, source in model.all_tied_weights_keys.items()
-        if model.get_parameter(target) is not model.get_parameter(source)
+        if model.get_parameter(target) is not model.get_parameter(source) and {target, source} <= recipes.keys()
     ]
-    if not pairs:
-        return []
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    state, prefix = model.state_dict(), model.base_model_prefix
-    stored = {
-        rename_source_key(name, renamings, [], prefix, state)[0]: name
-        for tensors in headers.values()
-        for name in tensors
-    }
-    return [(stored[target], stored[source]) for target, source in pairs]
 
 
-def _are_equal(headers: dict[Path, Tensors], *names: str) -> bool:
-    """Return whether the tensors of two names have the same values; the files are mapped into memory."""
-    one, other = (_tensor(next(file for file, tensors in headers.items() if name in tensors), name) for name in names)
+def _are_equal(resolved: Resolved, opened: Opened, *names: str) -> bool:
+    """Return whether two parameters have the same values; the files are mapped into memory."""
+    one, other = (resolved.recipes[name].make(resolved.model, opened.tensors, "cpu")[name] for name in names)
     return _same(one, other)
 
 
@@ -249,13 +218,3 @@ def _same(one: Any, other: Any) -> bool:
     import torch
 
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-
-
-def _tensor(file: Path, name: str) -> Any:
-    from safetensors import safe_open
-    from transformers.modeling_utils import load_state_dict
-
-    if file.suffix != ".safetensors":
-        return load_state_dict(file)[name]
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name)

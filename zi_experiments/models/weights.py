@@ -1,14 +1,13 @@
 """Values of parameters by name: random, or from a checkpoint."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from zlib import crc32
 
 from zi_experiments.config.schema import ConfigError, Weights, WeightSource
-from zi_experiments.models.architecture import local_or_hub, model_class, reason
+from zi_experiments.models import checkpoint, hub, opening
+from zi_experiments.models.architecture import model_class, reason
+from zi_experiments.models.checkpoint import Checkpoint
+from zi_experiments.models.conversion import Recipe, resolve, without_zero3
 
 
 class RandomWeights:
@@ -41,63 +40,59 @@ class RandomWeights:
 class PretrainedWeights:
     """The weights of a checkpoint as plain transformers loads them, with one parameter in memory at a time.
 
-    Its files are read in place. Only tensors that transformers stores differently from the checkpoint (stacked experts,
-    `.bin` files) are written to a temporary folder, until `close`.
+    Its files are read in place, and nothing is written. Weights that are quantized already are expanded to `dtype`; of
+    stacked experts one at a time.
     """
 
     def __init__(self, path: str, config: Any, dtype: Any) -> None:
-        self._folder = TemporaryDirectory(prefix="zi-checkpoint-")
-        with without_zero3():
-            self._model = load_model(path, config, dtype, device_map={"": "disk"}, offload_folder=self._folder.name)
+        opened = opening.open_files(_present(path, config), config, dtype)
+        self._tensors = opened.tensors
+        resolved = resolve(config, opened.tensors, dtype)
+        self._model, self._recipes = resolved.model, resolved.recipes
         tied = self._model.all_tied_weights_keys
+        if missing := sorted(set(resolved.report["missing_keys"]) - set(tied)):
+            raise ConfigError(
+                f"{path} has no weights for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''} ({len(missing)} of "
+                "the model's parameters): pass weights.path=… of a checkpoint that has them, or weights=random"
+            )
         # files may store a tied parameter under either of its names
         self._tied = tied | {source: target for target, source in tied.items()}
 
     def fill(self, name: str, tensor: Any) -> None:
         """Fill a parameter's tensor in place, on its device."""
-        try:
-            self._fill(name, tensor)
-        except KeyError:
-            self._fill(self._tied[name], tensor)
+        name = name if name in self._recipes else self._tied[name]
+        recipe = self._recipes[name]
+        if tensor.dim() == 3 and recipe.is_by_expert(len(tensor)):
+            for index in range(len(tensor)):
+                tensor[index : index + 1].copy_(self._made(recipe, tensor.device, index)[name])
+        else:
+            tensor.copy_(self._made(recipe, tensor.device)[name])
 
-    def _fill(self, name: str, tensor: Any) -> None:
-        from accelerate.utils import align_module_device
-
-        owner, _, attribute = name.rpartition(".")
-        module = self._model.get_submodule(owner)
-        with align_module_device(module, tensor.device):
-            tensor.copy_(getattr(module, attribute))
+    def _made(self, recipe: Recipe, device: Any, index: int | None = None) -> dict[str, Any]:
+        return recipe.make(self._model, self._tensors, device, index)
 
     def buffers(self) -> dict[str, Any]:
         """Return the checkpoint's buffers by name."""
-        return dict(self._model.named_buffers())
+        held = [(name, buffer) for name, buffer in self._model.named_buffers() if name in self._recipes]
+        return {name: self._made(self._recipes[name], "cpu")[name].to(buffer.dtype) for name, buffer in held}
 
     def close(self) -> None:
-        self._folder.cleanup()
+        self._tensors = {}
 
 
-def load_model(path: str, config: Any, dtype: Any, **how: Any) -> Any:
-    """Return the model of `config` with the weights of a checkpoint, as `from_pretrained(**how)` loads it.
-
-    Raises `ConfigError` when it cannot be downloaded, or lacks weights, which transformers would initialise.
-    """
+def _present(path: str, config: Any) -> Checkpoint:
+    """Return the files of a checkpoint, those on the hub downloaded. Raises `ConfigError` if they cannot be."""
+    if (found := checkpoint.find(path)) is not None:
+        return found
     try:
-        model, report = model_class(config).from_pretrained(
-            local_or_hub(path), config=config, dtype=dtype, output_loading_info=True, **how
-        )
+        folder = hub.download(path, getattr(config, "_commit_hash", None))
     except OSError as error:
-        if Path(local_or_hub(path)).is_dir():
-            raise
         raise ConfigError(
             f"{path} cannot be downloaded from the hub ({reason(error)}): pass weights.path=… of a folder, or weights=random"
         ) from error
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    if missing := sorted(set(report["missing_keys"]) - tied):
-        raise ConfigError(
-            f"{path} has no weights for {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''} ({len(missing)} of the "
-            "model's parameters): pass weights.path=… of a checkpoint that has them, or weights=random"
-        )
-    return model
+    found = checkpoint.find(str(folder))
+    assert found is not None
+    return found
 
 
 def of(weights: Weights, config: Any, dtype: Any) -> RandomWeights | PretrainedWeights:
@@ -116,21 +111,13 @@ def empty_model(weights: RandomWeights | PretrainedWeights, config: Any, dtype: 
     with without_zero3(), init_empty_weights(include_buffers=False), no_init_weights():
         model = model_class(config)._from_config(config, dtype=dtype)
     model.tie_weights()
-    stored = weights.buffers()
-    for name, buffer in model.named_buffers():
-        owner, _, key = name.rpartition(".")
-        model.get_submodule(owner)._buffers[key] = stored.get(name, buffer).to(device)
+    fill_buffers(model, weights, device)
     return model.eval()
 
 
-@contextmanager
-def without_zero3() -> Iterator[None]:
-    """Let transformers build a plain model even while this process has one under ZeRO-3."""
-    from transformers.integrations import deepspeed
-
-    zero3 = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = zero3
+def fill_buffers(model: Any, weights: RandomWeights | PretrainedWeights, device: Any = None) -> None:
+    """Give a model the buffers of its checkpoint, and move all of them to `device`; None: to where they are."""
+    stored = weights.buffers()
+    for name, buffer in list(model.named_buffers()):
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner)._buffers[key] = stored.get(name, buffer).to(device or buffer.device)

@@ -1,12 +1,12 @@
 """DeepSpeed ZeRO-Inference: ZeRO stage 3 with parameters on the GPU, in host memory or on disk, quantized or not."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zi_experiments.config.schema import ConfigError, Run, WeightSource
+from zi_experiments.config.schema import ConfigError, Run
 from zi_experiments.cost_model.inventory import Stored
 from zi_experiments.cost_model.plan import Plan, Storage
 from zi_experiments.cost_model.spec import Spec
@@ -17,8 +17,8 @@ from zi_experiments.engines.deepspeed.pinned import register_swap_buffers
 from zi_experiments.engines.deepspeed.prerequisites import problems
 from zi_experiments.engines.disk_access import MOST_IN_FLIGHT, check_one_folder, reading
 from zi_experiments.engines.hf_session import HFSession, host_cache
+from zi_experiments.models import weights
 from zi_experiments.models.architecture import model_class
-from zi_experiments.models.weights import RandomWeights, load_model
 from zi_experiments.runtime import distributed
 from zi_experiments.runtime.progress import Progress
 from zi_experiments.system.disk import Disk
@@ -49,12 +49,7 @@ def check(run: Run) -> None:
 
 
 def storage(spec: Spec) -> Storage:
-    """Return where ZeRO stage 3 keeps the weights.
-
-    Raises `ConfigError` for a checkpoint that is quantized already: transformers expands it without ZeRO-3.
-    """
-    if _is_pretrained(spec) and getattr(spec.architecture.config, "quantization_config", None) is not None:
-        raise ConfigError("engine=deepspeed cannot load weights that are quantized already: pass engine=stream")
+    """Return where ZeRO stage 3 keeps the weights."""
     return placement.storage(spec)
 
 
@@ -111,7 +106,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         checking_writes(),
         pinning,
     ):
-        model = _from_checkpoint(plan, progress) if _is_pretrained(plan) else _from_nothing(plan, progress)
+        model = _filled(plan, progress)
         if plan.pin_memory:
             register_swap_buffers(model)
     quantized.expand_in_forward(model)
@@ -129,39 +124,22 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     )
 
 
-def _is_pretrained(spec: Spec) -> bool:
-    return spec.run.weights.source is WeightSource.pretrained
+def _filled(plan: Plan, progress: Progress) -> Any:
+    """Return the model as from an empty checkpoint, each parameter filled and quantized before it is partitioned."""
+    config, quantize = plan.architecture.config, _quantizer(plan)
+    with closing(weights.of(plan.run.weights, config, _dtype(plan))) as source:
 
+        def prepare(name: str, parameter: Any) -> None:
+            source.fill(name, parameter.data)
+            quantize(name, parameter)
+            # transformers would otherwise gather every parameter to initialise it again, into packed INT4 bytes too
+            parameter._is_hf_initialized = True
+            progress.advance(_bytes(parameter))
 
-def _from_nothing(plan: Plan, progress: Progress) -> Any:
-    """Return the model with random weights: from an empty checkpoint, each parameter filled before it is stored."""
-    weights = RandomWeights(plan.run.weights.seed)
-    quantize = _quantizer(plan)
-
-    def prepare(name: str, parameter: Any) -> None:
-        weights.fill(name, parameter.data)
-        quantize(name, parameter)
-        # transformers would otherwise gather every parameter to initialise it again, into packed INT4 bytes too
-        parameter._is_hf_initialized = True
-        progress.advance(_bytes(parameter))
-
-    config = plan.architecture.config
-    with patches.partitioning_at_the_end(model_class(config), prepare):
-        return model_class(config).from_pretrained(None, config=config, state_dict={}, dtype=_dtype(plan))
-
-
-def _from_checkpoint(plan: Plan, progress: Progress) -> Any:
-    """Return the model with a checkpoint's weights, each converted to the run's dtype before it is quantized."""
-    path = plan.run.weights.path
-    assert path is not None
-
-    def convert(held: Any, tensor: Any) -> Any:
-        progress.advance(_bytes(held))
-        return quantized.pack(held, tensor) if quantized.is_quantized(held) else tensor
-
-    config = plan.architecture.config
-    with patches.partitioning_at_the_end(model_class(config), _quantizer(plan)), patches.loading(convert):
-        return load_model(path, config, _dtype(plan))
+        with patches.partitioning_at_the_end(model_class(config), prepare):
+            model = model_class(config).from_pretrained(None, config=config, state_dict={}, dtype=_dtype(plan))
+        weights.fill_buffers(model, source)
+        return model
 
 
 def _quantizer(plan: Plan) -> Callable[[str, Any], None]:

@@ -75,23 +75,6 @@ def not_quantizing() -> AbstractContextManager[None]:
     return replaced(partition_parameters, "WEIGHT_QUANTIZATION_LAYERS", lambda original: ())
 
 
-def loading(convert: Callable[[Any, Any], Any]) -> AbstractContextManager[None]:
-    """Let each parameter or buffer take `convert(its present value, tensor)` instead of a checkpoint's `tensor`."""
-    from torch import nn
-
-    def wrap(original: Any) -> Any:
-        def load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any) -> None:
-            mine = {
-                prefix + name: held for name, held in (self._parameters | self._buffers).items() if held is not None
-            }
-            converted = {name: convert(held, state_dict[name]) for name, held in mine.items() if name in state_dict}
-            original(self, converted, prefix, *args)
-
-        return load_from_state_dict
-
-    return replaced(nn.Module, "_load_from_state_dict", wrap)
-
-
 def keeping_arange() -> AbstractContextManager[None]:
     """Keep the dtype of `torch.arange` while a model is built.
 

@@ -27,20 +27,6 @@ def is_quantized(parameter: Any) -> bool:
     return getattr(parameter, "weight_quantized", False)
 
 
-def pack(parameter: Any, tensor: Any) -> Any:
-    """Return a checkpoint's tensor packed as a quantized parameter stores it.
-
-    It is converted to the parameter's dtype first, on the device: scales in another dtype would be read with the wrong
-    bits, which gives noise.
-    """
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.inference.quantization.utils import concat_to_compat_param
-
-    dtype = parameter.dtype
-    parts = parameter.quantizer.quantize(tensor.to(get_accelerator().current_device_name(), dtype))
-    return concat_to_compat_param(*(part.view(dtype) for part in parts), return_param=False)
-
-
 def expand_in_forward(model: Any) -> None:
     """Let each module with quantized parameters see them expanded while its `forward` runs."""
     for module in model.modules():
