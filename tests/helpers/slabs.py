@@ -12,13 +12,14 @@ from zi_experiments.config.schema import Quant
 from zi_experiments.engines.stream import quantized
 from zi_experiments.engines.stream.slab import expanded_views, experts_in, lay_out, plain_views
 from zi_experiments.models.architecture import Parameter
+from zi_experiments.models.packing import groupwise
 
 
 def packed(weights, bits, group_size, group_dim):
     """A slab of these weights, with its layout; vectors and biases stay as they are, and `routed` ones are experts."""
     quant = Quant(name="", bits=bits, group_size=group_size, group_dim=group_dim)
     parameters = [(name, parameter(name, w)) for name, w in weights.items()]
-    layout = lay_out(parameters, {p.name for _, p in parameters if p.quantizable}, quant)
+    layout = lay_out(parameters, packings(parameters, quant))
     slab = torch.zeros(layout.nbytes, dtype=torch.uint8)
     for place in layout.quantized:
         quantized.pack(weights[place.name], slab, layout, place)
@@ -28,6 +29,11 @@ def packed(weights, bits, group_size, group_dim):
     for name, view in plain_views(slab, layout, next(iter(weights.values())).dtype).items():
         view.copy_(weights[name])
     return slab, layout
+
+
+def packings(parameters, quant):
+    """How these parameters, given with their names in the layer, are stored."""
+    return {} if quant.bits == 16 else {p.name: groupwise(quant) for _, p in parameters if p.quantizable}
 
 
 def parameter(name, weight):

@@ -12,6 +12,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from zi_experiments.config.schema import Quant
 from zi_experiments.engines.stream.quantized import expand, pack
 from zi_experiments.engines.stream.slab import Layout, Place
+from zi_experiments.models.packing import groupwise
 from zi_experiments.runtime.pinned_memory import host_empty
 
 COPY_BYTES = 1 << 29  # of one copy: larger than caches, and much longer than its launch
@@ -136,8 +137,8 @@ def cache_bytes_per_s(dtype: torch.dtype) -> float:
 
 def expand_elements_per_s(dtype: torch.dtype, device: str) -> float:
     """Return the rate at which the stream engine expands INT4 weights in groups of 64 on that device."""
-    place = Place(name="weight", shape=WEIGHTS[device], start=0)
-    layout = Layout(plain=(), quantized=(place,), quant=INT4, shares=1)
+    place = Place(name="weight", shape=WEIGHTS[device], start=0, packing=groupwise(INT4))
+    layout = Layout(plain=(), quantized=(place,))
     slab = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
     pack(torch.randn(place.shape, dtype=dtype, device=device), slab, layout, place)
     out = torch.empty(layout.elements, dtype=dtype, device=device)

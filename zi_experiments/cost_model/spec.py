@@ -4,10 +4,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 
 from zi_experiments.config.schema import CacheDevice, Run
 from zi_experiments.cost_model.inventory import Home
 from zi_experiments.models.architecture import Architecture, Parameter
+from zi_experiments.models.packing import Packing, groupwise
 from zi_experiments.system.machines import Machine
 
 ELEMENT_BYTES = 2  # every run computes in a 16-bit type
@@ -36,19 +38,19 @@ class Spec:
     machine: Machine
     dtype: str
 
+    def packing(self, parameter: Parameter) -> Packing | None:
+        """Return how a parameter is stored quantized; None if it is kept in 16 bits."""
+        if self.run.quant.bits == 16 or not parameter.quantizable:
+            return None
+        return groupwise(self.run.quant)
+
     def is_quantized(self, parameter: Parameter) -> bool:
-        return self.run.quant.bits < 16 and parameter.quantizable
+        return self.packing(parameter) is not None
 
     def stored_numel(self, parameter: Parameter) -> int:
-        """Return the 16-bit elements that one parameter takes in the reference's format, over all ranks.
-
-        A quantized weight consists of packed integers, then a 16-bit scale and a 16-bit minimum per group.
-        """
-        if not self.is_quantized(parameter):
-            return parameter.numel
-        quant = self.run.quant
-        assert quant.group_size is not None
-        return parameter.numel * quant.bits // 16 + 2 * (parameter.numel // quant.group_size)
+        """Return the 16-bit elements that one parameter takes, over all ranks."""
+        packing = self.packing(parameter)
+        return parameter.numel if packing is None else ceil(packing.nbytes(parameter.shape) / ELEMENT_BYTES)
 
     @property
     def device_home(self) -> Home:

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from zi_experiments.config.schema import Quant
+from zi_experiments.engines.stream.slab import Span
+from zi_experiments.models.packing import Format
 
 BLOCK = 2048  # elements that one program expands
 
@@ -112,21 +113,19 @@ def expand_spans(
     scales: torch.Tensor,
     minima: torch.Tensor,
     out: torch.Tensor,
-    matrices: list[tuple[int, int, int, int]],
-    quant: Quant,
+    spans: list[Span],
+    format: Format,
     chosen: torch.Tensor | None,
 ) -> None:
-    """Expand `matrices` (first element, rows, columns, target) of several slabs; parts have the shape (slabs, …).
+    """Expand spans of several slabs; parts have the shape (slabs, …).
 
-    Those of the `chosen` slabs, or of all, follow one another in `out` from element `target` on.
+    Those of the `chosen` slabs, or of all, follow one another in `out` from the target of a span on.
     """
-    bits, group_size = quant.bits, quant.group_size
-    assert group_size is not None
-    along_rows = quant.group_dim == 1
+    bits, group_size, along_rows = format.bits, format.group_numel, format.group[0] == 1
     slabs = len(codes) if chosen is None else len(chosen)
     strides = codes.stride(0), scales.stride(0)
-    for start, rows, columns, target in matrices:
-        count = rows * columns
+    for span in spans:
+        start, count, columns, target = span.start, span.numel, span.columns, span.target
         grid = (triton.cdiv(count, BLOCK), slabs)
         kernel: Any
         if along_rows and group_size & (group_size - 1) == 0 and group_size <= BLOCK:

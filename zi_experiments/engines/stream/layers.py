@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from math import ceil
 from typing import Any
 
 import torch
 from torch import nn
 
+from zi_experiments.cost_model.spec import ELEMENT_BYTES
 from zi_experiments.engines.stream.expert_pool import Source as ExpertSource
 from zi_experiments.engines.stream.experts import RoutedExperts
 from zi_experiments.engines.stream.few_tokens import FewTokens
@@ -91,7 +93,8 @@ class StreamedLayer:
                 continue
             numel, is_resident = parameter.numel(), _lies_in(parameter, resident)
             if is_resident or _lies_in(parameter, streamed):
-                numel = self._placed.resident.packed_numel(numel)
+                packing = (self._placed.resident if is_resident else self._placed.streamed).packings[name]
+                numel = ceil(packing.nbytes(parameter.shape) / ELEMENT_BYTES)
             yield name, numel, is_resident or _lies_in(parameter, self.resident)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:

@@ -53,7 +53,8 @@ class Loader:
         """Yield name and value, on the device, of parameters outside the layers; quantized ones stay expanded."""
         for parameter in self._parameters.values():
             if parameter.layer is None:
-                layout = lay_out([("weight", parameter)], self._quantized([parameter]), self._plan.run.quant)
+                packing = self._plan.packing(parameter)
+                layout = lay_out([("weight", parameter)], {parameter.name: packing} if packing else {})
                 value = self._value(parameter)
                 if layout.quantized:
                     slab = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device)
@@ -167,9 +168,6 @@ class Loader:
         value = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
         self._weights.fill(parameter.name, value)
         return value
-
-    def _quantized(self, parameters: list[Parameter]) -> set[str]:
-        return {p.name for p in parameters if self._plan.is_quantized(p)}
 
     def _made(self, placed: list[LayerPlacement], shares: list[int]) -> Iterator[torch.Tensor | None]:
         """Yield host memory for each slab, pinned by other threads a few slabs ahead; None for slabs on disk."""

@@ -259,12 +259,12 @@ def _split(spec: Spec, layers: list[_Layer], streamed: list[tuple[str, ...]]) ->
 
     @cache
     def with_streamed(layer: _Layer, chosen: tuple[str, ...]) -> LayerPlacement:
-        quantized = {p.name for _, p in layer.parameters if spec.is_quantized(p)}
+        packings = {p.name: packing for _, p in layer.parameters if (packing := spec.packing(p))}
         stays = [(name, p) for name, p in layer.parameters if _unit(name, p) not in chosen]
         goes = [(name, p) for name, p in layer.parameters if _unit(name, p) in chosen]
         return LayerPlacement(
-            resident=lay_out(stays, quantized, spec.run.quant),
-            streamed=lay_out(goes, quantized, spec.run.quant, shares=spec.run.hardware.num_gpus),
+            resident=lay_out(stays, packings),
+            streamed=lay_out(goes, packings, shares=spec.run.hardware.num_gpus),
             on_disk=False,
         )
 

@@ -4,12 +4,10 @@ With `n` = 2^bits − 1 and the smallest and largest value of a group, scale = n
 round((x − smallest) · scale), and a weight is code / scale + smallest, each step rounded to the 16-bit type.
 """
 
-from math import prod
-
 import torch
 
-from zi_experiments.config.schema import Quant
-from zi_experiments.engines.stream.slab import Layout, Place, experts_in, plain_experts
+from zi_experiments.engines.stream.slab import Layout, Place, Span, experts_in, plain_experts
+from zi_experiments.models.packing import Format
 
 WIDEST_GROUP = 128  # of those that packed weights are multiplied with
 BLOCK = 1 << 26  # elements that are packed at a time, so that temporaries stay small
@@ -19,29 +17,26 @@ def pack(weight: torch.Tensor, slab: torch.Tensor, layout: Layout, place: Place)
     """Quantize a matrix (rows, columns), or a stack of them, into its place in a slab of bytes on the same device."""
     codes, scales, minima = _parts(slab, layout, weight.dtype)
     rows = weight.reshape(-1, weight.shape[-1])
-    group_size, per_byte = layout.quant.group_size, 8 // layout.quant.bits
-    assert group_size is not None
+    assert layout.format is not None
+    group_size, per_byte = layout.format.group_numel, 8 // layout.format.bits
     step = max(1, BLOCK // rows.shape[1] // group_size) * group_size
     for first in range(0, len(rows), step):
         block = rows[first : first + step]
-        start = place.start + first * rows.shape[1]
-        integers, scale, minimum = _quantize(block, layout.quant)
+        start, group = place.start + first * rows.shape[1], place.group + first * rows.shape[1] // group_size
+        integers, scale, minimum = _quantize(block, layout.format)
         if per_byte == 2:
             integers = integers[0::2] << 4 | integers[1::2]
         codes[start // per_byte :][: len(integers)] = integers
-        scales[start // group_size :][: len(scale)] = scale
-        minima[start // group_size :][: len(minimum)] = minimum
+        scales[group:][: len(scale)] = scale
+        minima[group:][: len(minimum)] = minimum
 
 
-def _quantize(rows: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _quantize(rows: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the integers as bytes, the scales and the minima of some rows, each flat."""
-    assert quant.group_dim is not None
-    groups = rows.unflatten(  # type: ignore[no-untyped-call]
-        quant.group_dim, (-1, quant.group_size)
-    )
-    within = quant.group_dim + 1
-    low, high = torch.aminmax(groups, dim=within, keepdim=True)
-    largest = 2**quant.bits - 1
+    dim = 1 if _is_along_rows(format) else 0
+    groups = rows.unflatten(dim, (-1, format.group_numel))  # type: ignore[no-untyped-call]
+    low, high = torch.aminmax(groups, dim=dim + 1, keepdim=True)
+    largest = 2**format.bits - 1
     scale = largest / (high - low)
     # a group of values so close that its scale overflows gets codes of zero, as the kernel expects
     codes = ((groups - low) * scale).nan_to_num_(0.0, posinf=0.0).round_().clamp_(0, largest).to(torch.uint8)
@@ -58,7 +53,7 @@ def expand(slab: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
 def expand_own(slab: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
     """Expand the quantized parameters beside experts."""
     if layout.own_elements:
-        _expand(slab[None], layout, out, [(*span, span[0]) for span in spans(layout)])
+        _expand(slab[None], layout, out, own_spans(layout))
 
 
 def expand_experts(experts: torch.Tensor, each: Layout, out: torch.Tensor, chosen: torch.Tensor | None = None) -> None:
@@ -67,18 +62,16 @@ def expand_experts(experts: torch.Tensor, each: Layout, out: torch.Tensor, chose
     `chosen`, int64 on the device of `experts`, has the rows to expand; without it all are.
     """
     count = len(experts) if chosen is None else len(chosen)
-    matrices = [(place, prod(place.shape) // place.shape[-1], place.shape[-1]) for place in each.quantized]
-    _expand(experts, each, out, [(p.start, rows, columns, count * p.start) for p, rows, columns in matrices], chosen)
+    _expand(experts, each, out, [place.span(count * place.start) for place in each.quantized], chosen)
 
 
 def multiplies(layout: Layout, like: torch.Tensor) -> bool:
     """Return whether `multiply_packed` supports all matrices of a layout, on the device of a tensor."""
-    size = layout.quant.group_size or 0
-    groups = layout.quant.group_dim == 1 and 0 < size <= WIDEST_GROUP and not size & (size - 1)
-    matrices = (
-        all(len(place.shape) == 2 and place.shape[1] % size == 0 for place in layout.quantized) if groups else False
-    )
-    return uses_kernel(like) and matrices and bool(layout.quantized)
+    if layout.format is None or not _is_along_rows(layout.format) or not uses_kernel(like):
+        return False
+    size = layout.format.group_numel
+    matrices = all(len(place.shape) == 2 and place.shape[1] % size == 0 for place in layout.quantized)
+    return matrices and size <= WIDEST_GROUP and not size & (size - 1)
 
 
 def multiply_packed(
@@ -105,74 +98,72 @@ def multiply_packed(
     if out is None:
         out = x.new_empty(len(pairs[0]), columns if transposed else rows)
     biases = plain_experts(slabs, layout, x.dtype)[bias] if bias else None
-    parts, quant = _parts(slabs, layout, x.dtype), layout.quant
-    assert quant.group_size is not None
+    parts, format = _parts(slabs, layout, x.dtype), layout.format
+    assert format is not None
     multiply(
-        x.contiguous(), pairs, parts, biases, out, start=place.start, shape=(rows, columns), bits=quant.bits,
-        group_size=quant.group_size, by_columns=transposed,
+        x.contiguous(), pairs, parts, biases, out, start=place.start, shape=(rows, columns), bits=format.bits,
+        group_size=format.group_numel, by_columns=transposed,
     )  # fmt: skip
     return out
 
 
 def _expand(
-    slabs: torch.Tensor,
-    layout: Layout,
-    out: torch.Tensor,
-    matrices: list[tuple[int, int, int, int]],
-    chosen: torch.Tensor | None = None,
+    slabs: torch.Tensor, layout: Layout, out: torch.Tensor, spans: list[Span], chosen: torch.Tensor | None = None
 ) -> None:
-    """Expand `matrices` of all, or of the chosen, rows of `slabs`, given as (first element, rows, columns, target).
+    """Expand the spans of all, or of the chosen, rows of `slabs`.
 
-    The first of them is expanded into `out` from element `target` on, and the others follow it.
+    Those of the first row are expanded into `out` from their targets on, and those of others follow them.
     """
+    if layout.format is None:
+        return
     if uses_kernel(slabs):
         from zi_experiments.engines.stream.kernel import expand_spans  # Triton comes with CUDA builds of torch
 
-        expand_spans(*_parts(slabs, layout, out.dtype), out, matrices, layout.quant, chosen)
+        expand_spans(*_parts(slabs, layout, out.dtype), out, spans, layout.format, chosen)
         return
     for index, row in enumerate(range(len(slabs)) if chosen is None else chosen.tolist()):
         parts = _parts(slabs[row], layout, out.dtype)
-        for start, rows, columns, target in matrices:
-            first = target + index * rows * columns
-            _expand_matrix(parts, (start, rows, columns), out[first : first + rows * columns], layout.quant)
+        for span in spans:
+            _expand_span(parts, span, out[span.target + index * span.numel :][: span.numel], layout.format)
 
 
 def uses_kernel(slabs: torch.Tensor) -> bool:
     return slabs.is_cuda
 
 
-def _expand_matrix(
-    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    span: tuple[int, int, int],
-    target: torch.Tensor,
-    quant: Quant,
+def _expand_span(
+    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor], span: Span, target: torch.Tensor, format: Format
 ) -> None:
-    (codes, scales, minima), (start, rows, columns) = parts, span
-    group_size, per_byte = quant.group_size, 8 // quant.bits
-    assert group_size is not None
-    packed = codes[start // per_byte :][: rows * columns // per_byte]
+    codes, scales, minima = parts
+    group_size, per_byte = format.group_numel, 8 // format.bits
+    packed = codes[span.start // per_byte :][: span.numel // per_byte]
     if per_byte == 2:
         target[0::2] = packed >> 4
         target[1::2] = packed & 15
     else:
         target.copy_(packed)
-    shape = (-1, group_size, columns) if quant.group_dim == 0 else (-1, group_size)
-    groups = (-1, 1, columns) if quant.group_dim == 0 else (-1, 1)
-    count = rows * columns // group_size
-    scale, minimum = (part[start // group_size :][:count].view(groups) for part in (scales, minima))
+    along_rows = _is_along_rows(format)
+    shape = (-1, group_size) if along_rows else (-1, group_size, span.columns)
+    groups = (-1, 1) if along_rows else (-1, 1, span.columns)
+    scale, minimum = (part[span.group :][: span.numel // group_size].view(groups) for part in (scales, minima))
     target.view(shape).div_(scale).add_(minimum)
 
 
-def spans(layout: Layout) -> list[tuple[int, int, int]]:
-    """Return the spans that are expanded one at a time: (first element, rows, columns).
+def own_spans(layout: Layout) -> list[Span]:
+    """Return the spans of the quantized parameters beside experts.
 
     Groups along rows are contiguous, whatever the shape of a matrix, so all matrices are one span. Groups across rows
     depend on the columns of their matrix.
     """
-    if layout.quant.group_dim == 1:
-        assert layout.quant.group_size is not None
-        return [(0, layout.own_elements // layout.quant.group_size, layout.quant.group_size)]
-    return [(place.start, (place.end - place.start) // place.shape[-1], place.shape[-1]) for place in layout.quantized]
+    assert layout.format is not None
+    if _is_along_rows(layout.format):
+        size = layout.format.group_numel
+        return [Span(start=0, group=0, matrices=1, rows=layout.own_elements // size, columns=size, target=0)]
+    return [place.span(place.start) for place in layout.quantized]
+
+
+def _is_along_rows(format: Format) -> bool:
+    return format.group[0] == 1
 
 
 def _parts(slab: torch.Tensor, layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

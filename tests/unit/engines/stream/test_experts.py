@@ -8,7 +8,7 @@ import families
 import pytest
 import tiny
 import torch
-from slabs import parameter
+from slabs import packings, parameter
 
 from zi_experiments.config.schema import Quant
 from zi_experiments.cost_model import inventory, memory_fit
@@ -43,7 +43,7 @@ class Stack:
         }
         quant = Quant(name="", bits=bits, group_size=32 if bits < 16 else None, group_dim=1 if bits < 16 else None)
         parameters = [(name, parameter(name, weight)) for name, weight in weights.items()]
-        layout = lay_out(parameters, {p.name for _, p in parameters if p.quantizable and bits < 16}, quant)
+        layout = lay_out(parameters, packings(parameters, quant))
         slab = torch.zeros(layout.nbytes, dtype=torch.uint8)
         self.experts, self.each = experts_in(slab, layout), layout.experts.each
         for name, view in plain_views(slab, layout, torch.bfloat16).items():

@@ -13,6 +13,7 @@ from zi_experiments.engines.stream import placement
 from zi_experiments.engines.stream.slab import ALIGNMENT, PAGE, lay_out
 from zi_experiments.measurement.verification import GEN_LEN, PROMPT_LEN, SEQUENCES
 from zi_experiments.models.architecture import Parameter
+from zi_experiments.models.packing import groupwise
 
 GIB = 1 << 30
 MODELS = ("opt-125m", "opt-30b", "bloom-7b1", "mixtral-8x7b", "llama-3.1-70b", "qwen3-30b-a3b")
@@ -133,27 +134,31 @@ def test_parameters_of_odd_sizes_are_aligned(group_size):
         (name, Parameter(name=name, shape=shape, quantizable=True, layer=0)) for name, shape in shapes.items()
     ]
 
-    check_layout(lay_out(parameters, {"b", "d"}, Quant(name="", bits=4, group_size=group_size, group_dim=1), 3))
-    check_layout(lay_out(parameters, set(), Quant(name="", bits=16, group_size=None, group_dim=None), 3))
-    check_layout(lay_out([], set(), Quant(name="", bits=16, group_size=None, group_dim=None), 1))
+    packing = groupwise(Quant(name="", bits=4, group_size=group_size, group_dim=1))
+    check_layout(lay_out(parameters, {"b": packing, "d": packing}, 3))
+    check_layout(lay_out(parameters, {}, 3))
+    check_layout(lay_out([], {}, 1))
 
 
 def check_layout(layout):
-    for places, end in ((layout.plain, layout.regions[0].start // 2), (layout.quantized, layout.own_elements)):
+    for places, end in ((layout.plain, layout.plain_bytes // 2), (layout.quantized, layout.own_elements)):
         starts = [place.start for place in places]
         assert all(2 * start % ALIGNMENT == 0 for start in starts)
         ends = [place.end for place in places]
         assert all(one <= next_one for one, next_one in zip(ends, [*starts, end][1:], strict=False)), "none overlaps"
-    integers, scales, minima = layout.regions
-    assert all(region.start % ALIGNMENT == 0 for region in layout.regions)
-    assert integers.stop == scales.start
-    assert scales.stop == minima.start
-    assert minima.stop <= layout.nbytes
+    assert layout.plain_bytes <= layout.nbytes
+    assert bool(layout.regions) == bool(layout.quantized)
     if layout.quantized:
-        groups = layout.own_elements // layout.quant.group_size
-        assert integers.stop - integers.start >= layout.own_elements * layout.quant.bits // 8
+        integers, scales, minima = layout.regions
+        assert all(region.start % ALIGNMENT == 0 for region in layout.regions)
+        assert layout.plain_bytes == integers.start
+        assert integers.stop == scales.start
+        assert scales.stop == minima.start
+        assert minima.stop <= layout.nbytes
+        groups = layout.own_elements // layout.format.group_numel
+        assert integers.stop - integers.start >= layout.own_elements * layout.format.bits // 8
         assert scales.stop - scales.start == minima.stop - minima.start >= 2 * groups
-        assert all(place.start % layout.quant.group_size == 0 for place in layout.quantized)
+        assert all(place.start == place.group * layout.format.group_numel for place in layout.quantized)
     if layout.experts:
         check_layout(layout.experts.each)
         assert layout.nbytes >= layout.own_bytes + layout.experts.count * layout.experts.each.nbytes

@@ -1,0 +1,63 @@
+"""How quantized weights are stored: codes, and numbers that a group of them shares. Figures only."""
+
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from math import ceil, prod
+
+from zi_experiments.config.schema import Quant
+
+
+class Code(Enum):
+    """What a code means."""
+
+    asymmetric = "asymmetric"  # an integer, divided by the group's scale, plus its minimum
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Format:
+    """The codes of a matrix lie row after row, and so do the groups that it is divided into."""
+
+    name: str
+    code: Code
+    bits: int  # of a code
+    group: tuple[int, int]  # rows and columns of the codes that share numbers; those at an edge may be fewer
+    numbers: tuple[int, ...]  # bytes of each number of a group: a scale and, of asymmetric codes, a minimum
+
+    @property
+    def group_numel(self) -> int:
+        """Codes of a whole group."""
+        return self.group[0] * self.group[1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packing:
+    """How one parameter is stored in a format."""
+
+    format: Format
+
+    def codes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Return the matrices, and the rows and columns of codes of each, that a parameter of this shape has."""
+        return prod(shape[:-2]), shape[-2], shape[-1]
+
+    def groups(self, shape: tuple[int, ...]) -> int:
+        """Return the number of groups of a parameter of this shape."""
+        matrices, rows, columns = self.codes(shape)
+        return matrices * ceil(rows / self.format.group[0]) * ceil(columns / self.format.group[1])
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes that such a parameter takes: packed codes, and the numbers of its groups."""
+        return prod(self.codes(shape)) * self.format.bits // 8 + self.groups(shape) * sum(self.format.numbers)
+
+
+@cache
+def _groupwise(bits: int, group_size: int, group_dim: int) -> Packing:
+    group = (1, group_size) if group_dim == 1 else (group_size, 1)
+    return Packing(format=Format(name=f"INT{bits}", code=Code.asymmetric, bits=bits, group=group, numbers=(2, 2)))
+
+
+def groupwise(quant: Quant) -> Packing:
+    """Return DeepSpeed's format, in which any matrix can be stored that its groups divide."""
+    assert quant.group_size is not None
+    assert quant.group_dim is not None
+    return _groupwise(quant.bits, quant.group_size, quant.group_dim)
