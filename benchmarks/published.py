@@ -192,7 +192,7 @@ def _section(table: Table) -> str:
 def _line(row: Row, plan: Plan) -> str:
     run, bound, most = plan.run, lower_bound(plan), bound_of(row, plan)
     held = {"none": "GPU", "cpu": "host", "nvme": "NVMe"}[run.offload.device.value]
-    bits = "16 bits" if run.quant.bits == 16 else f"INT{run.quant.bits}"
+    bits = f"INT{run.quant.bits}" if run.quant.is_quantized else "16 bits"
     limits = [LIMITS[bound.limited_by]]
     if row.figure == "total_tok_per_s" and bound.prefill_limited_by != bound.limited_by:
         limits = [f"prefill {LIMITS[bound.prefill_limited_by]}", f"decode {limits[0]}"]

@@ -113,9 +113,18 @@ class Offload:
 @dataclass
 class Quant:
     name: str
-    bits: int
+    bits: int | None  # null: the format in which checkpoints of the model are published
     group_size: int | None
     group_dim: int | None
+
+    @property
+    def is_native(self) -> bool:
+        return self.bits is None
+
+    @property
+    def is_quantized(self) -> bool:
+        """False if all weights are kept in 16 bits."""
+        return self.bits != 16
 
 
 @dataclass

@@ -98,9 +98,10 @@ def _texts(run: Run) -> str | None:
 
 def _quant(run: Run) -> str | None:
     quant = run.quant
-    if quant.bits == 16:
+    if quant.is_native or not quant.is_quantized:
         if quant.group_size is not None or quant.group_dim is not None:
-            return "quant.group_size and quant.group_dim mean nothing for 16-bit weights: pass quant=int4 or quant=int8"
+            kind = "the format of a checkpoint" if quant.is_native else "16-bit weights"
+            return f"quant.group_size and quant.group_dim mean nothing for {kind}: pass quant=int4 or quant=int8"
         return None
     if quant.bits not in (4, 8):
         return f"quant.bits={quant.bits} is not supported: pass quant=int4, quant=int8 or quant=fp16"

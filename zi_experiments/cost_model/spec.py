@@ -40,12 +40,25 @@ class Spec:
 
     def packing(self, parameter: Parameter) -> Packing | None:
         """Return how a parameter is stored quantized; None if it is kept in 16 bits."""
-        if self.run.quant.bits == 16 or not parameter.quantizable:
+        if self.run.quant.is_native:
+            return parameter.native
+        if not self.run.quant.is_quantized or not parameter.quantizable:
             return None
         return groupwise(self.run.quant)
 
     def is_quantized(self, parameter: Parameter) -> bool:
         return self.packing(parameter) is not None
+
+    @cached_property
+    def experts_are_quantized(self) -> bool:
+        """True if the weights of experts are, which transformers' interface for experts computes."""
+        return any(self.is_quantized(p) for p in self.architecture.parameters if p.experts)
+
+    @cached_property
+    def formats(self) -> tuple[str, ...]:
+        """Names of the formats of quantized weights."""
+        packings = (self.packing(p) for p in self.architecture.parameters)
+        return tuple(dict.fromkeys(packing.format.name for packing in packings if packing))
 
     def stored_numel(self, parameter: Parameter) -> int:
         """Return the 16-bit elements that one parameter takes, over all ranks."""

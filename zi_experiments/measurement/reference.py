@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from zi_experiments.config.schema import Quant
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.spec import ELEMENT_BYTES
+from zi_experiments.measurement.dequantized import dequantized
 from zi_experiments.models import conversion, weights
 from zi_experiments.models.architecture import Parameter, decoder_layers, is_quantizable, source_of
 
@@ -29,6 +30,7 @@ def round_trip(weight: Any, quant: Quant) -> Any:
         for matrix, place in zip(weight, expanded, strict=True):
             place.copy_(round_trip(matrix, quant))
         return expanded
+    assert quant.bits is not None
     assert quant.group_dim is not None
     groups = weight.unflatten(quant.group_dim, (-1, quant.group_size))
     within = quant.group_dim + 1
@@ -85,7 +87,7 @@ class Whole:
 
         gc.freeze()  # `close` need not look through what is there already: all that was imported
         self._model = _plain(plan)
-        if plan.run.quant.bits < 16:
+        if plan.run.quant.is_quantized and not plan.run.quant.is_native:
             _quantize(self._model, plan.run.quant, device)
         if device.type != "cpu":
             cpu_offload(self._model, execution_device=device)
@@ -217,6 +219,11 @@ class LayerByLayer:
     def _value(self, parameter: Parameter) -> Any:
         import torch
 
+        packing = self._plan.packing(parameter)
+        if self._plan.run.quant.is_native and packing is not None:
+            assert isinstance(self._weights, weights.RandomWeights)
+            packed = self._weights.packed(parameter.name, parameter.shape, packing, self._device)
+            return dequantized(packed, packing.format, parameter.shape, self._dtype)
         tensor = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
         self._weights.fill(parameter.name, tensor)
         return round_trip(tensor, self._plan.run.quant) if self._plan.is_quantized(parameter) else tensor

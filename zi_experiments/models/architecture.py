@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from zi_experiments.config.schema import ConfigError, Model, Run, WeightSource
-from zi_experiments.models import hub
+from zi_experiments.models import hub, native
+from zi_experiments.models.packing import Packing
 
 _LONGEST_QUOTE = 300  # characters
 _ANOTHER = "pass model=opt-125m, or model=local model.path=… of another"
@@ -31,6 +32,7 @@ class Parameter:
     # name of its module, if that computes each token with the experts that a router selects for it, one of which is
     # `tensor[i]`, through transformers' interface for experts; None for other parameters
     experts: str | None = None
+    native: Packing | None = None  # how checkpoints store it, if they store it quantized
 
     @property
     def numel(self) -> int:
@@ -379,6 +381,7 @@ def _parameters(model: Any, layers_name: str) -> Iterator[Parameter]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     experts = _experts(model, layers_name)
+    packings = native.packings(model, experts)
     for name, parameter in model.named_parameters():
         layers = {_layer_index(one, layers_name) for one in names[id(parameter)]}
         layer = layers.pop() if len(layers) == 1 else None
@@ -388,6 +391,7 @@ def _parameters(model: Any, layers_name: str) -> Iterator[Parameter]:
             quantizable=is_quantizable(model, name),
             layer=layer,
             experts=experts.get(name) if layer is not None and len(names[id(parameter)]) == 1 else None,
+            native=packings.get(name),
         )
 
 

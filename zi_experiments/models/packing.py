@@ -12,6 +12,8 @@ class Code(Enum):
     """What a code means."""
 
     asymmetric = "asymmetric"  # an integer, divided by the group's scale, plus its minimum
+    e4m3 = "e4m3"  # a number of 4 bits of exponent and 3 of mantissa, times the group's scale
+    e2m1 = "e2m1"  # the same of 2 and 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +24,9 @@ class Format:
     code: Code
     bits: int  # of a code
     group: tuple[int, int]  # rows and columns of the codes that share numbers; those at an edge may be fewer
-    numbers: tuple[int, ...]  # bytes of each number of a group: a scale and, of asymmetric codes, a minimum
+    # bytes of each number of a group: a scale and, of asymmetric codes, a minimum. One byte is an exponent of 2, two are a
+    # number of the run's 16-bit type, four are a float32
+    numbers: tuple[int, ...]
 
     @property
     def group_numel(self) -> int:
@@ -35,10 +39,13 @@ class Packing:
     """How one parameter is stored in a format."""
 
     format: Format
+    parts: int = 1  # matrices that its rows consist of, each with groups of its own
+    transposed: bool = False  # whether its codes are those of the transposed matrix
 
     def codes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Return the matrices, and the rows and columns of codes of each, that a parameter of this shape has."""
-        return prod(shape[:-2]), shape[-2], shape[-1]
+        rows, columns = shape[:-3:-1] if self.transposed else shape[-2:]
+        return prod(shape[:-2]) * self.parts, rows // self.parts, columns
 
     def groups(self, shape: tuple[int, ...]) -> int:
         """Return the number of groups of a parameter of this shape."""
@@ -60,4 +67,5 @@ def groupwise(quant: Quant) -> Packing:
     """Return DeepSpeed's format, in which any matrix can be stored that its groups divide."""
     assert quant.group_size is not None
     assert quant.group_dim is not None
+    assert quant.bits is not None
     return _groupwise(quant.bits, quant.group_size, quant.group_dim)

@@ -4,10 +4,12 @@ from typing import Any
 from zlib import crc32
 
 from zi_experiments.config.schema import ConfigError, Weights, WeightSource
-from zi_experiments.models import checkpoint, hub, opening
+from zi_experiments.models import checkpoint, hub, native, opening
 from zi_experiments.models.architecture import model_class, reason
 from zi_experiments.models.checkpoint import Checkpoint
 from zi_experiments.models.conversion import Recipe, resolve, without_zero3
+from zi_experiments.models.native import Packed
+from zi_experiments.models.packing import Packing
 
 
 class RandomWeights:
@@ -22,13 +24,19 @@ class RandomWeights:
 
     def fill(self, name: str, tensor: Any) -> None:
         """Fill a parameter's tensor in place, on its device."""
-        import torch
-
         if tensor.dim() < 2:
             tensor.fill_(1.0 if name.endswith("weight") else 0.0)
             return
-        generator = torch.Generator(tensor.device).manual_seed(crc32(f"{self._seed} {name}".encode()))
-        tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+        tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=self._generator(name, tensor.device))
+
+    def packed(self, name: str, shape: tuple[int, ...], packing: Packing, device: Any) -> Packed:
+        """Return codes and scales of a parameter of this shape, on a device."""
+        return native.random(packing, shape, self._generator(name, device))
+
+    def _generator(self, name: str, device: Any) -> Any:
+        import torch
+
+        return torch.Generator(device).manual_seed(crc32(f"{self._seed} {name}".encode()))
 
     def buffers(self) -> dict[str, Any]:
         return {}

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
 
-from zi_experiments.config.schema import CacheDevice, ConfigError, OffloadDevice, Run, Verify
+from zi_experiments.config.schema import CacheDevice, ConfigError, OffloadDevice, Run, Verify, WeightSource
 from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.plan import Plan, Storage
 from zi_experiments.cost_model.spec import Spec
 from zi_experiments.engines import base
+from zi_experiments.models import native
 from zi_experiments.models.architecture import Architecture, Parameter
 from zi_experiments.planner import alternatives
 from zi_experiments.planner.alternatives import Change
@@ -33,6 +34,7 @@ def _draft(run: Run, arch: Architecture, machine: Machine) -> Plan:
     base.check(run)
     _check_lengths(run, arch)
     _check_cache(run, arch)
+    _check_native(run, arch)
     _check_groups(run, arch)
     if machine.device == "cpu":
         _check_choices(run)
@@ -184,20 +186,37 @@ def _check_experts(spec: Spec) -> None:
         )
 
 
+def _check_native(run: Run, arch: Architecture) -> None:
+    """Raise `ConfigError` if weights are to stay in a checkpoint's own format, and there is none that is known."""
+    if not run.quant.is_native:
+        return
+    if run.weights.source is WeightSource.pretrained:
+        raise ConfigError("quant=native has random weights only: pass weights=random, or quant=fp16")
+    if any(p.native for p in arch.parameters):
+        return
+    key = "+model.architecture.quantization_config"
+    example = f"{key}={{quant_method:fp8,weight_block_size:[128,128]}}" if run.model.architecture else "quant=fp16"
+    raise ConfigError(
+        f"quant=native keeps weights as {native.FORMATS}, and {run.model.name} is published in neither: "
+        f"pass quant=int4, or {example}, or model=gpt-oss-20b"
+    )
+
+
 def _check_groups(run: Run, arch: Architecture) -> None:
     quant = run.quant
-    if quant.bits == 16:
+    if quant.is_native or not quant.is_quantized:
         return
+    assert quant.bits is not None
     assert quant.group_size is not None
     assert quant.group_dim is not None
     quantizable = [p for p in arch.parameters if p.quantizable]
-    dim = quant.group_dim
+    dim, bits = quant.group_dim, quant.bits
 
     def works(group_size: int, group_dim: int) -> bool:
-        return all(_can_group(p, quant.bits, group_dim, group_size) for p in quantizable)
+        return all(_can_group(p, bits, group_dim, group_size) for p in quantizable)
 
     for p in quantizable:
-        if not _can_group(p, quant.bits, dim, quant.group_size):
+        if not _can_group(p, bits, dim, quant.group_size):
             choices = [f"quant.group_size={size}" for size in (32, 64, 128) if works(size, dim)]
             if not choices and any(works(size, 1 - dim) for size in (32, 64, 128)):
                 choices = [f"quant.group_dim={1 - dim}"]

@@ -113,7 +113,7 @@ def test_a_flag_is_told_to_be_a_setting():
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("quant.bits=four", "quant.bits takes an integer: pass quant.bits=4"),
+        ("quant.bits=four", "quant.bits takes an integer, or null: pass quant.bits=4"),
         ("weights.seed=1.5", "weights.seed takes an integer: pass weights.seed=0"),
         ("plan_only=maybe", "plan_only takes true or false: pass plan_only=False"),
         ("verify=perhaps", "verify takes on or off: pass verify=on"),

@@ -40,7 +40,9 @@ CONFIG_NAME = "ds_config"
 
 
 def check(run: Run) -> None:
-    """Raise `ConfigError` when no profile is set, or several folders are."""
+    """Raise `ConfigError` for several folders, no profile, or weights that are to stay in a checkpoint's own format."""
+    if run.quant.is_native:
+        raise ConfigError("engine=deepspeed has no quant=native: pass quant=int4, or engine=stream")
     if run.engine.profile is None:
         raise ConfigError(
             "engine.profile=null is not a profile of engine=deepspeed: pass engine.profile=tuned, or reference"

@@ -23,7 +23,7 @@ def build(plan: Plan, nvme_path: str | None = None) -> dict[str, Any]:
         "train_batch_size": run.workload.batch_size,
         "wall_clock_breakdown": False,
     }
-    if run.quant.bits < 16:
+    if run.quant.is_quantized:
         config["weight_quantization"] = {
             "quantized_initialization": {
                 "num_bits": run.quant.bits,

@@ -47,7 +47,7 @@ def stored(plan: Plan) -> dict[str, Stored]:
 
 def requirements(plan: Plan) -> Iterator[str]:
     """Yield what Triton lacks to compile the kernel that expands quantized weights on a GPU."""
-    if plan.machine.device == "cuda" and plan.run.quant.bits < 16:
+    if plan.machine.device == "cuda" and plan.run.quant.is_quantized:
         need = "Triton compiles the kernel that expands quantized weights"
         yield from toolchain.lacking(need, toolchain.c_compiler(), toolchain.python_headers())
 

@@ -30,9 +30,8 @@ def _weights(code, scale, reciprocal, minimum, dtype: tl.constexpr):  # type: ig
 
 
 @triton.jit
-def _row(chosen):  # type: ignore[no-untyped-def]
-    """Return which slab the program expands: its own number, or the chosen one at that place."""
-    index = tl.program_id(1).to(tl.int64)
+def _slab(chosen, index):  # type: ignore[no-untyped-def]
+    """Return which slab is expanded: `index` itself, or the chosen one at that place."""
     return tl.load(chosen + index) if chosen is not None else index
 
 
@@ -54,7 +53,7 @@ def _expand_groups(  # type: ignore[no-untyped-def]
 ):
     """Groups along rows: a program expands `block` groups, as the rows of its tile."""
     dtype: tl.constexpr = out.dtype.element_ty
-    row = _row(chosen)
+    row = _slab(chosen, tl.program_id(1).to(tl.int64))
     group = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = group < groups
     first = start // group_size + group
@@ -94,7 +93,7 @@ def _expand_elements(  # type: ignore[no-untyped-def]
     block: tl.constexpr,
 ):
     """Groups of any shape: each weight looks up its own group."""
-    row = _row(chosen)
+    row = _slab(chosen, tl.program_id(1).to(tl.int64))
     element = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = element < count
     code = tl.load(codes + row * codes_stride + (start + element) // (8 // bits), mask=inside, other=0)
@@ -109,18 +108,13 @@ def _expand_elements(  # type: ignore[no-untyped-def]
 
 
 def expand_spans(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    minima: torch.Tensor,
-    out: torch.Tensor,
-    spans: list[Span],
-    format: Format,
-    chosen: torch.Tensor | None,
+    parts: list[torch.Tensor], out: torch.Tensor, spans: list[Span], format: Format, chosen: torch.Tensor | None
 ) -> None:
-    """Expand spans of several slabs; parts have the shape (slabs, …).
+    """Expand spans of several slabs; the parts, integers, scales and minima, have the shape (slabs, …).
 
     Those of the `chosen` slabs, or of all, follow one another in `out` from the target of a span on.
     """
+    codes, scales, minima = parts
     bits, group_size, along_rows = format.bits, format.group_numel, format.group[0] == 1
     slabs = len(codes) if chosen is None else len(chosen)
     strides = codes.stride(0), scales.stride(0)

@@ -15,6 +15,7 @@ from zi_experiments.cost_model.plan import Plan
 from zi_experiments.engines.stream.host_cache import HostCache
 from zi_experiments.engines.stream.placement import BUFFERS, LayerPlacement
 from zi_experiments.engines.stream.quantized import expand, pack
+from zi_experiments.engines.stream.scaled import write
 from zi_experiments.engines.stream.slab import (
     Layout,
     Place,
@@ -55,13 +56,14 @@ class Loader:
             if parameter.layer is None:
                 packing = self._plan.packing(parameter)
                 layout = lay_out([("weight", parameter)], {parameter.name: packing} if packing else {})
-                value = self._value(parameter)
                 if layout.quantized:
                     slab = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device)
-                    pack(value, slab, layout, layout.quantized[0])
+                    self._pack(parameter.name, slab[None], layout, layout.quantized[0])
                     expanded = torch.empty(layout.elements, dtype=self._dtype, device=self._device)
                     expand(slab, layout, expanded)
                     value = expanded_views(expanded, layout)["weight"]
+                else:
+                    value = self._value(parameter)
                 self._progress.advance(value.nbytes)
                 yield parameter.name, value
 
@@ -156,8 +158,18 @@ class Loader:
             yield place.name, partial(self._pack, f"{prefix}.{place.name}", experts, each, place)
 
     def _pack(self, name: str, slabs: torch.Tensor, layout: Layout, place: Place) -> None:
-        """Quantize a parameter into its place in a slab, or a stack of them into slabs of shape (experts, bytes)."""
-        value = self._value(self._parameters[name]).view(len(slabs), *place.shape)
+        """Quantize a parameter into its place in a slab, or a stack of them into slabs of shape (experts, bytes).
+
+        One that is quantized already is copied as it is.
+        """
+        parameter = self._parameters[name]
+        if self._plan.run.quant.is_native:
+            assert parameter.native is not None
+            assert isinstance(self._weights, RandomWeights)
+            packed = self._weights.packed(name, parameter.shape, parameter.native, self._device)
+            write(packed, slabs, layout, place)
+            return
+        value = self._value(parameter).view(len(slabs), *place.shape)
         for slab, one in zip(slabs, value, strict=True):
             pack(one, slab, layout, place)
 

@@ -14,6 +14,7 @@ from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.stream import routing
 from zi_experiments.engines.stream.slab import Layout, lay_out
 from zi_experiments.models.architecture import Parameter
+from zi_experiments.models.packing import Packing
 
 OVERLAP = Overlap(
     hidden=1.0,
@@ -88,13 +89,18 @@ def is_routed(spec: Spec, placed: Sequence[LayerPlacement]) -> bool:
     copies = spec.machine.device == "cuda" and routing.stacks(streamed)
     reads = spec.run.offload.device is OffloadDevice.nvme
     # what is neither read, nor crosses, nor is expanded costs nothing
-    saves = spec.run.quant.bits < 16 or bool(copies) or reads
+    saves = spec.experts_are_quantized or bool(copies) or reads
     return saves and routing.pays(spec) and not any(layout.own_bytes for layout in streamed)
 
 
 def steps_in_place(spec: Spec, placed: Sequence[LayerPlacement]) -> bool:
     """Return whether decode steps copy nothing but experts."""
     return is_routed(spec, placed) or not any(layer.streamed.nbytes for layer in placed)
+
+
+def _multiplies_packed(spec: Spec) -> bool:
+    """Return whether there is a kernel that multiplies weights as they are packed."""
+    return spec.run.quant.is_quantized and not spec.run.quant.is_native
 
 
 def _is_recorded(spec: Spec, is_routed: bool) -> bool:
@@ -169,7 +175,7 @@ def storage(spec: Spec) -> Storage:
         streamed_bytes_per_step=routing.per_step(spec, streamed, copied) if copied else None,
         disk_bytes_per_step=routing.per_step(spec, streamed, copied, read) if read else None,
         routes=is_routed(spec, placed),
-        packed_tokens=PACKED_TOKENS if on_gpu and steps_in_place(spec, placed) and spec.run.quant.bits < 16 else 0,
+        packed_tokens=PACKED_TOKENS if on_gpu and steps_in_place(spec, placed) and _multiplies_packed(spec) else 0,
         recorded=on_gpu and steps_in_place(spec, placed) and _is_recorded(spec, is_routed(spec, placed)),
         host_buffer_bytes=BUFFERS * largest + cached + (0 if on_gpu else ranks * expanded),
         gpu_buffer_bytes=_buffer_bytes(spec, placed) if on_gpu else 0,
@@ -220,11 +226,11 @@ def share_slots(spec: Spec) -> int:
 def _layers(spec: Spec) -> list[_Layer]:
     """Return the decoder layers, in the order in which they run."""
     parameters = sorted((p for p in spec.architecture.parameters if p.layer is not None), key=lambda p: p.layer or 0)
-    kinds: dict[tuple[tuple[str, tuple[int, ...], bool], ...], _Layer] = {}
+    kinds: dict[tuple[tuple[str, tuple[int, ...], Packing | None], ...], _Layer] = {}
     layers = []
     for _, group in groupby(parameters, lambda p: p.layer):
         named = tuple((name_in_layer(p), p) for p in group)
-        kind = tuple((name, p.shape, p.quantizable) for name, p in named)
+        kind = tuple((name, p.shape, spec.packing(p)) for name, p in named)
         if kind not in kinds:
             sizes = Counter[str]()
             for name, p in named:
@@ -332,7 +338,7 @@ def _buffer_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
 def _ring_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
     """Return the bytes of the slots for layers, and of the buffers that weights are expanded into or gathered in."""
     expert, gathered = routing.slot_bytes([layer.streamed for layer in placed]), 0
-    if expert and spec.run.quant.bits == 16 and is_routed(spec, placed):
+    if expert and not spec.experts_are_quantized and is_routed(spec, placed):
         gathered = expert * routing.at_once(spec, expert)
     return _slot_bytes(spec, placed) + ELEMENT_BYTES * expanded_elements(placed) + gathered
 

@@ -146,7 +146,7 @@ def _by_columns(  # type: ignore[no-untyped-def]
 def multiply(
     x: torch.Tensor,
     pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    parts: list[torch.Tensor],
     biases: torch.Tensor | None,
     out: torch.Tensor,
     *,

@@ -1,13 +1,16 @@
-"""DeepSpeed's groupwise asymmetric format: packed into slabs when a model is loaded, expanded before a layer runs.
+"""Quantized weights: packed into slabs when a model is loaded, expanded before a layer runs.
 
-With `n` = 2^bits − 1 and the smallest and largest value of a group, scale = n / (largest − smallest), code =
-round((x − smallest) · scale), and a weight is code / scale + smallest, each step rounded to the 16-bit type.
+DeepSpeed's groupwise asymmetric format is here, those of checkpoints are in `scaled`. With `n` = 2^bits − 1 and the smallest
+and largest value of a group, scale = n / (largest − smallest), code = round((x − smallest) · scale), and a weight is
+code / scale + smallest, each step rounded to the 16-bit type.
 """
 
 import torch
 
+from zi_experiments.cost_model.spec import ELEMENT_BYTES
+from zi_experiments.engines.stream import scaled
 from zi_experiments.engines.stream.slab import Layout, Place, Span, experts_in, plain_experts
-from zi_experiments.models.packing import Format
+from zi_experiments.models.packing import Code, Format
 
 WIDEST_GROUP = 128  # of those that packed weights are multiplied with
 BLOCK = 1 << 26  # elements that are packed at a time, so that temporaries stay small
@@ -67,7 +70,9 @@ def expand_experts(experts: torch.Tensor, each: Layout, out: torch.Tensor, chose
 
 def multiplies(layout: Layout, like: torch.Tensor) -> bool:
     """Return whether `multiply_packed` supports all matrices of a layout, on the device of a tensor."""
-    if layout.format is None or not _is_along_rows(layout.format) or not uses_kernel(like):
+    if layout.format is None or layout.format.code is not Code.asymmetric or not uses_kernel(like):
+        return False
+    if not _is_along_rows(layout.format):
         return False
     size = layout.format.group_numel
     matrices = all(len(place.shape) == 2 and place.shape[1] % size == 0 for place in layout.quantized)
@@ -116,24 +121,25 @@ def _expand(
     """
     if layout.format is None:
         return
+    is_scaled = layout.format.code is not Code.asymmetric
     if uses_kernel(slabs):
-        from zi_experiments.engines.stream.kernel import expand_spans  # Triton comes with CUDA builds of torch
+        from zi_experiments.engines.stream import kernel, scaled_kernel  # Triton comes with CUDA builds of torch
 
-        expand_spans(*_parts(slabs, layout, out.dtype), out, spans, layout.format, chosen)
+        by_kernel = scaled_kernel.expand_spans if is_scaled else kernel.expand_spans
+        by_kernel(_parts(slabs, layout, out.dtype), out, spans, layout.format, chosen)
         return
+    by_torch = scaled.expand_span if is_scaled else _expand_span
     for index, row in enumerate(range(len(slabs)) if chosen is None else chosen.tolist()):
         parts = _parts(slabs[row], layout, out.dtype)
         for span in spans:
-            _expand_span(parts, span, out[span.target + index * span.numel :][: span.numel], layout.format)
+            by_torch(parts, span, out[span.target + index * span.numel :][: span.numel], layout.format)
 
 
 def uses_kernel(slabs: torch.Tensor) -> bool:
     return slabs.is_cuda
 
 
-def _expand_span(
-    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor], span: Span, target: torch.Tensor, format: Format
-) -> None:
+def _expand_span(parts: list[torch.Tensor], span: Span, target: torch.Tensor, format: Format) -> None:
     codes, scales, minima = parts
     group_size, per_byte = format.group_numel, 8 // format.bits
     packed = codes[span.start // per_byte :][: span.numel // per_byte]
@@ -152,11 +158,11 @@ def _expand_span(
 def own_spans(layout: Layout) -> list[Span]:
     """Return the spans of the quantized parameters beside experts.
 
-    Groups along rows are contiguous, whatever the shape of a matrix, so all matrices are one span. Groups across rows
-    depend on the columns of their matrix.
+    DeepSpeed's groups along rows are contiguous, whatever the shape of a matrix, so all matrices are one span. Other groups
+    depend on the shape of their matrix.
     """
     assert layout.format is not None
-    if _is_along_rows(layout.format):
+    if layout.format.code is Code.asymmetric and _is_along_rows(layout.format):
         size = layout.format.group_numel
         return [Span(start=0, group=0, matrices=1, rows=layout.own_elements // size, columns=size, target=0)]
     return [place.span(place.start) for place in layout.quantized]
@@ -166,7 +172,9 @@ def _is_along_rows(format: Format) -> bool:
     return format.group[0] == 1
 
 
-def _parts(slab: torch.Tensor, layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the integers, scales and minima of a slab, or of several: of shape (…, bytes)."""
-    codes, scales, minima = (slab[..., region] for region in layout.regions)
-    return codes, scales.view(dtype), minima.view(dtype)
+def _parts(slab: torch.Tensor, layout: Layout, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return the codes of a slab, or of several (of shape (slabs, bytes)), and each number of their groups."""
+    assert layout.format is not None
+    codes, *numbers = (slab[..., region] for region in layout.regions)
+    types = {1: torch.uint8, ELEMENT_BYTES: dtype, 4: torch.float32}
+    return [codes, *(part.view(types[each]) for part, each in zip(numbers, layout.format.numbers, strict=True))]

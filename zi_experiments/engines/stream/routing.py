@@ -46,7 +46,7 @@ def least_slots(spec: Spec) -> int:
 def at_once(spec: Spec, expert_bytes: int) -> int:
     """Return the most experts that are computed at a time: in 16 bits few, since they are gathered in a buffer."""
     most = least_slots(spec)
-    return most if spec.run.quant.bits < 16 else min(most, max(1, COPIED_TOGETHER // expert_bytes))
+    return most if spec.experts_are_quantized else min(most, max(1, COPIED_TOGETHER // expert_bytes))
 
 
 def stacks(layouts: Sequence[Layout]) -> list[Stack]:

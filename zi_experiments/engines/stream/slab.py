@@ -40,7 +40,15 @@ class Place:
         """Return what is expanded into a buffer of 16-bit elements from `target` on."""
         assert self.packing is not None
         matrices, rows, columns = self.packing.codes(self.shape)
-        return Span(start=self.start, group=self.group, matrices=matrices, rows=rows, columns=columns, target=target)
+        return Span(
+            start=self.start,
+            group=self.group,
+            matrices=matrices,
+            rows=rows,
+            columns=columns,
+            transposed=self.packing.transposed,
+            target=target,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +60,7 @@ class Span:
     matrices: int
     rows: int  # of codes in each matrix
     columns: int
+    transposed: bool = False  # whether the codes are those of the transposed matrices
     target: int  # the first element of the buffer that they are expanded into
 
     @property

@@ -136,9 +136,9 @@ def show_plan(name: str, plan: Plan, prediction: Prediction, console: Console) -
     )
     cache = gigabytes(plan.kv_cache_bytes)
     lines.say(f"weights {gigabytes(plan.weight_bytes)} ({split}){_copies(plan)}, KV cache {cache}", console)
-    if plan.run.quant.bits < 16:
+    if plan.run.quant.is_quantized:
         text = _quantized(plan)
-        few = f"warning: only {text}" if plan.quantized_fraction < 0.9 else ""
+        few = f"warning: only {text}" if plan.quantized_fraction < 0.9 and not plan.run.quant.is_native else ""
         lines.say("" if few else text, console, head=few, style="yellow")
     bound = lower_bound(plan)
     if bound.decode_step_s and bound.limited_by:
@@ -165,7 +165,9 @@ def _copies(plan: Plan) -> str:
 
 def _quantized(plan: Plan) -> str:
     """Return how much of the model is quantized, its bits per parameter, and what is kept in 16 bits, as text."""
-    share = f"{100 * plan.quantized_fraction:.0f} % of the parameters quantized to {plan.run.quant.bits} bits"
+    bits = plan.run.quant.bits
+    how = f"quantized to {bits} bits" if bits is not None else f"in {' and '.join(plan.formats)}"
+    share = f"{100 * plan.quantized_fraction:.0f} % of the parameters {how}"
     if kept := plan.quantized_fraction - plan.packed_fraction:
         share += (
             f"; engine={plan.run.engine.name} keeps {100 * kept:.0f} % (embeddings and head) dequantized in 16 bits"

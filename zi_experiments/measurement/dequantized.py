@@ -1,0 +1,35 @@
+"""What weights in a checkpoint's own format are, by transformers' functions: nothing of the engines is used."""
+
+from typing import Any
+
+from zi_experiments.models.native import Packed
+from zi_experiments.models.packing import Code, Format
+
+
+def dequantized(packed: Packed, format: Format, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return a parameter of this shape and 16-bit type."""
+    import torch
+
+    if format.code is Code.e2m1:
+        return _of_mxfp4(packed, dtype).view(shape)
+    matrices = zip(packed.codes, packed.scales, strict=True)
+    return torch.stack([_of_blocks(codes, scales, format, dtype) for codes, scales in matrices]).view(shape)
+
+
+def _of_blocks(codes: Any, scales: Any, format: Format, dtype: Any) -> Any:
+    """Return a matrix. transformers divides it into equal blocks, so that those at its edges are made whole before."""
+    import torch
+    from torch.nn.functional import pad
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    rows, columns = codes.shape
+    room = scales.shape[1] * format.group[1] - columns, scales.shape[0] * format.group[0] - rows
+    whole = pad(codes, (0, room[0], 0, room[1])).view(torch.float8_e4m3fn)
+    return Fp8Dequantize(None)._dequantize_one(whole, scales, output_dtype=dtype)[:rows, :columns]
+
+
+def _of_mxfp4(packed: Packed, dtype: Any) -> Any:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks = packed.codes.unflatten(-1, (packed.scales.shape[-1], -1))
+    return convert_moe_packed_tensors(blocks, packed.scales, dtype=dtype)
