@@ -168,6 +168,8 @@ SHORT_PROMPT = ("workload.prompt_len=128", *workload())
 ONE = "workload.batch_size=1"
 CAPPED = (ONE, "offload.resident=auto")
 FROM_DISK = (ONE, "workload.prompt_len=128", *workload(8, 1, 0))
+BLOCKS = "+model.architecture.quantization_config={quant_method:fp8,weight_block_size:[128,128]}"
+WHOLE = ("workload.batch_size=64", "workload.prompt_len=128", *workload(6, 1))  # sequences use all experts of a layer
 MICRO_TARGETS = (times("one micro-batch", 7.0, "opt-13b-fp16/stream"),)
 CASES = (
     case("opt-13b-fp16", "stream", "opt-13b cpu fp16", STREAM, *workload(), targets=FP16_TARGETS),
@@ -213,6 +215,15 @@ CASES = (
             targets=(times("before", 2.0, before),),
         )
         for name, before in BEFORE.items()
+    ),
+    # whole layers in the format in which a model is published, and in 16 bits
+    *(
+        case(f"native-{model}", engine, f"{model} cpu {quant}", STREAM, *more, *WHOLE, targets=targets)
+        for model, more in (("gpt-oss-20b", ()), ("qwen3-30b-a3b", (BLOCKS,)))
+        for engine, quant, targets in (
+            ("stream", "native", (of_link(0.97), times("16 bits", 1.7, f"native-{model}/stream-fp16"))),
+            ("stream-fp16", "fp16", (of_link(0.97),)),
+        )
     ),
     # verification has made four passes before the first that is measured, so that nothing is left to warm up
     case("opt-6.7b-nvme", "stream", "opt-6.7b nvme fp16", STREAM, *workload(4, 2, 0), targets=(of_disk(0.95),)),
