@@ -8,6 +8,18 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers import AutoQuantizationConfig
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+INT4 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head", "re:.*self_attn.*"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+        }
+    },
+}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
 
 
@@ -20,7 +32,7 @@ def save(folder, architecture, source, stated, dtype) -> None:
             source.fill(p.name, value)
             tensors |= unstacked(p, value)
         else:
-            tensors |= stored(p, source.packed(p.name, p.shape, p.native, torch.device("cpu")))
+            tensors |= stored(p, source.packed(p.name, p.shape, p.native, dtype, torch.device("cpu")))
     folder.mkdir()
     architecture.config.save_pretrained(folder)
     file = folder / "config.json"
@@ -29,16 +41,21 @@ def save(folder, architecture, source, stated, dtype) -> None:
 
 
 def stored(p, packed) -> dict[str, torch.Tensor]:
-    if p.native.format.bits == 4:
+    if p.native.transposed:
         blocks = packed.codes.unflatten(-1, (-1, 16))
         return {f"{p.name}_blocks": blocks, f"{p.name}_scales": packed.scales}
-    pairs = list(zip(packed.codes.view(torch.float8_e4m3fn), packed.scales, strict=True))
+    pairs = list(zip(packed.codes, packed.scales, strict=True))
     owner, _, key = p.name.rpartition(".")
     keys = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(key)
     names = [p.name] if keys is None else [f"{owner}.{e}.{one}.weight" for e in range(p.shape[0]) for one in keys]
     tensors = {}
     for name, (codes, scales) in zip(names, pairs, strict=True):
-        tensors |= {name: codes.clone(), f"{name}_scale_inv": scales.clone()}
+        if p.native.format.bits == 8:
+            tensors |= {name: codes.clone().view(torch.float8_e4m3fn), f"{name}_scale_inv": scales.clone()}
+        else:
+            shape = torch.tensor([len(codes), 2 * codes.shape[1]])
+            tensors |= {f"{name}_packed": codes.clone().view(torch.int32), f"{name}_scale": scales.clone()}
+            tensors |= {f"{name}_shape": shape}
     return tensors
 
 

@@ -23,6 +23,16 @@ MODELS = {
         native.FP8 | {"modules_to_not_convert": ["lm_head", "model.layers.1.self_attn"]},
         GROUPED | EXPERTS | {"hidden_size": 128, "num_experts": 8, "moe_intermediate_size": 48},
     ),
+    "llama-int4": (
+        "llama",
+        native.INT4 | {"ignore": ["lm_head", "model.layers.0.mlp.up_proj"]},
+        GROUPED | {"hidden_size": 64, "intermediate_size": 96},
+    ),
+    "qwen3_moe-int4": (
+        "qwen3_moe",
+        native.INT4,
+        GROUPED | EXPERTS | {"hidden_size": 64, "num_experts": 8, "moe_intermediate_size": 32},
+    ),
     "gpt_oss": (
         "gpt_oss",
         native.MXFP4,
@@ -55,6 +65,9 @@ def loaded(compose_run, tmp_path, model, *overrides):
         ("qwen3_moe", "cpu", 0),
         ("qwen3_moe", "cpu", "auto"),
         ("qwen3_moe", "nvme", 0.5),
+        ("llama-int4", "cpu", 0.5),
+        ("qwen3_moe-int4", "cpu", 0),
+        ("qwen3_moe-int4", "nvme", "auto"),
         ("gpt_oss", "cpu", 0),
         ("gpt_oss", "cpu", 0.5),
         ("gpt_oss", "nvme", "auto"),

@@ -9,7 +9,7 @@ from math import ceil
 from zi_experiments.config.schema import CacheDevice, Run
 from zi_experiments.cost_model.inventory import Home
 from zi_experiments.models.architecture import Architecture, Parameter
-from zi_experiments.models.packing import Packing, groupwise
+from zi_experiments.models.packing import Format, Packing, groupwise
 from zi_experiments.system.machines import Machine
 
 ELEMENT_BYTES = 2  # every run computes in a 16-bit type
@@ -55,10 +55,10 @@ class Spec:
         return any(self.is_quantized(p) for p in self.architecture.parameters if p.experts)
 
     @cached_property
-    def formats(self) -> tuple[str, ...]:
-        """Names of the formats of quantized weights."""
+    def formats(self) -> tuple[Format, ...]:
+        """The formats of quantized weights."""
         packings = (self.packing(p) for p in self.architecture.parameters)
-        return tuple(dict.fromkeys(packing.format.name for packing in packings if packing))
+        return tuple(dict.fromkeys(packing.format for packing in packings if packing))
 
     def stored_numel(self, parameter: Parameter) -> int:
         """Return the 16-bit elements that one parameter takes, over all ranks."""

@@ -12,8 +12,9 @@ def dequantized(packed: Packed, format: Format, shape: tuple[int, ...], dtype: A
 
     if format.code is Code.e2m1:
         return _of_mxfp4(packed, dtype).view(shape)
+    of_matrix = _of_integers if format.code is Code.signed else _of_blocks
     matrices = zip(packed.codes, packed.scales, strict=True)
-    return torch.stack([_of_blocks(codes, scales, format, dtype) for codes, scales in matrices]).view(shape)
+    return torch.stack([of_matrix(codes, scales, format, dtype) for codes, scales in matrices]).view(shape)
 
 
 def _of_blocks(codes: Any, scales: Any, format: Format, dtype: Any) -> Any:
@@ -26,6 +27,19 @@ def _of_blocks(codes: Any, scales: Any, format: Format, dtype: Any) -> Any:
     room = scales.shape[1] * format.group[1] - columns, scales.shape[0] * format.group[0] - rows
     whole = pad(codes, (0, room[0], 0, room[1])).view(torch.float8_e4m3fn)
     return Fp8Dequantize(None)._dequantize_one(whole, scales, output_dtype=dtype)[:rows, :columns]
+
+
+def _of_integers(codes: Any, scales: Any, format: Format, dtype: Any) -> Any:
+    """Return a matrix as compressed-tensors decompresses it, which transformers has do it."""
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    how = {"type": "int", "symmetric": True, "strategy": "group", "group_size": format.group[1]}
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=format.bits, **how))
+    shape = torch.tensor([codes.shape[0], codes.shape[1] * 8 // format.bits])
+    stored = {"weight_packed": codes.view(torch.int32), "weight_scale": scales, "weight_shape": shape}
+    return BaseCompressor.get_value_from_registry("pack-quantized").decompress(stored, scheme)["weight"].to(dtype)
 
 
 def _of_mxfp4(packed: Packed, dtype: Any) -> Any:

@@ -222,7 +222,7 @@ class LayerByLayer:
         packing = self._plan.packing(parameter)
         if self._plan.run.quant.is_native and packing is not None:
             assert isinstance(self._weights, weights.RandomWeights)
-            packed = self._weights.packed(parameter.name, parameter.shape, packing, self._device)
+            packed = self._weights.packed(parameter.name, parameter.shape, packing, self._dtype, self._device)
             return dequantized(packed, packing.format, parameter.shape, self._dtype)
         tensor = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
         self._weights.fill(parameter.name, tensor)

@@ -14,6 +14,7 @@ class Code(Enum):
     asymmetric = "asymmetric"  # an integer, divided by the group's scale, plus its minimum
     e4m3 = "e4m3"  # a number of 4 bits of exponent and 3 of mantissa, times the group's scale
     e2m1 = "e2m1"  # the same of 2 and 1
+    signed = "signed"  # an integer from −2^(bits−1) on, stored without a sign, times the group's scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +52,11 @@ class Packing:
         """Return the number of groups of a parameter of this shape."""
         matrices, rows, columns = self.codes(shape)
         return matrices * ceil(rows / self.format.group[0]) * ceil(columns / self.format.group[1])
+
+    def undivided(self, shape: tuple[int, ...]) -> int | None:
+        """Return the columns of codes if groups in a row do not divide them, else None. Blocks may be smaller at an edge."""
+        columns = self.codes(shape)[2]
+        return columns if self.format.group[0] == 1 and columns % self.format.group[1] else None
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes that such a parameter takes: packed codes, and the numbers of its groups."""

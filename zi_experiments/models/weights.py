@@ -29,9 +29,9 @@ class RandomWeights:
             return
         tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=self._generator(name, tensor.device))
 
-    def packed(self, name: str, shape: tuple[int, ...], packing: Packing, device: Any) -> Packed:
-        """Return codes and scales of a parameter of this shape, on a device."""
-        return native.random(packing, shape, self._generator(name, device))
+    def packed(self, name: str, shape: tuple[int, ...], packing: Packing, dtype: Any, device: Any) -> Packed:
+        """Return codes and scales of a parameter of this shape, for runs in that 16-bit type, on a device."""
+        return native.random(packing, shape, dtype, self._generator(name, device))
 
     def _generator(self, name: str, device: Any) -> Any:
         import torch

@@ -192,12 +192,18 @@ def _check_native(run: Run, arch: Architecture) -> None:
         return
     if run.weights.source is WeightSource.pretrained:
         raise ConfigError("quant=native has random weights only: pass weights=random, or quant=fp16")
+    for p in arch.parameters:
+        if p.native is not None and (size := p.native.undivided(p.shape)):
+            raise ConfigError(
+                f"{p.native.format.name} has groups of {p.native.format.group[1]}, which do not divide the {size} inputs of "
+                f"{p.name} {list(p.shape)}: pass quant=fp16"
+            )
     if any(p.native for p in arch.parameters):
         return
     key = "+model.architecture.quantization_config"
     example = f"{key}={{quant_method:fp8,weight_block_size:[128,128]}}" if run.model.architecture else "quant=fp16"
     raise ConfigError(
-        f"quant=native keeps weights as {native.FORMATS}, and {run.model.name} is published in neither: "
+        f"quant=native keeps weights as {native.FORMATS}, and {run.model.name} is published in none of them: "
         f"pass quant=int4, or {example}, or model=gpt-oss-20b"
     )
 

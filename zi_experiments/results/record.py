@@ -106,7 +106,7 @@ def describe_plan(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "num_layers": arch.num_layers,
         "layer_class": ", ".join(arch.layer_classes),
         "notes": list(plan.notes),
-        "formats": list(plan.formats),
+        "formats": [each.name for each in plan.formats],
         "quantized_fraction": plan.quantized_fraction,
         "packed_fraction": plan.packed_fraction,
         "bits_per_weight": plan.bits_per_weight,

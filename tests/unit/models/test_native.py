@@ -36,7 +36,7 @@ def test_shipped_models_are_quantized_where_their_publisher_does_it(make_plan, m
         f"model={model}", *NATIVE, "verify=off", on=machine(host_memory_bytes=2 * 10**12, gpu_memory_bytes=10**12)
     )
 
-    assert plan.formats == (format,)
+    assert [each.name for each in plan.formats] == [format]
     assert {name.removesuffix(".weight").rpartition(".")[2] for name in in_16_bits(plan)} == {
         *left,
         "embed_tokens",
@@ -74,6 +74,8 @@ def test_nothing_changes_for_other_quantizations(make_plan, machine, quant):
     "stated",
     [
         "{quant_method:gptq,bits:4}",
+        "{quant_method:compressed-tensors,format:pack-quantized,config_groups:{a:{targets:[Linear],weights:{num_bits:3}}}}",
+        "{quant_method:compressed-tensors,config_groups:null}",
         "{quant_method:fp8}",
         "{quant_method:fp8,weight_block_size:null}",
         "{quant_method:fp8,weight_block_size:[128]}",
@@ -91,9 +93,38 @@ def test_a_format_that_is_not_known_is_refused(refusal, machine, stated):
 
 
 def test_a_model_that_is_published_in_16_bits_is_refused_and_so_are_other_engines(refusal, machine):
-    assert "opt-125m is published in neither" in refusal("model=opt-125m", *NATIVE, on=machine())
+    assert "opt-125m is published in none of them" in refusal("model=opt-125m", *NATIVE, on=machine())
     for engine in ("deepspeed", "accelerate", "fsdp"):
         assert f"engine={engine}" in refusal("model=gpt-oss-20b", "quant=native", f"engine={engine}", on=machine())
+
+
+def test_groups_have_to_divide_the_inputs(refusal, machine):
+    numbers = ("model.architecture.intermediate_size=2832",)
+    said = refusal("model=gpt-oss-20b", *numbers, *NATIVE, on=machine())
+
+    assert "MXFP4 has groups of 32, which do not divide the 2832 inputs of model.layers.0.mlp.experts.down_proj" in said
+
+
+def test_patterns_of_compressed_tensors(make_plan, machine):
+    """Kimi-K2-Thinking's: only its experts are quantized, which are linear layers of their own in checkpoints."""
+    weights = "{num_bits:4,type:int,symmetric:true,strategy:group,group_size:32,actorder:null}"
+    ignore = r"[lm_head,'re:.*self_attn.*','re:.*shared_experts.*','re:.*mlp\.(gate|up|gate_up|down)_proj.*']"
+    groups = f"{{a:{{targets:[Linear],weights:{weights}}}}}"
+    stated = f"{{quant_method:compressed-tensors,format:pack-quantized,ignore:{ignore},config_groups:{groups}}}"
+    plan = make_plan(
+        *(
+            "model=kimi-k2",
+            "~model.architecture.quantization_config",
+            f"+model.architecture.quantization_config={stated}",
+        ),
+        *(*NATIVE, "verify=off"),
+        on=machine(host_memory_bytes=2 * 10**12, gpu_memory_bytes=10**12),
+    )
+    packed = {p.name.rpartition(".mlp.")[2] for p in plan.architecture.parameters if p.native}
+
+    assert packed == {"experts.gate_up_proj", "experts.down_proj"}
+    assert [each.name for each in plan.formats] == ["INT4"]
+    assert 4.5 < plan.bits_per_weight < 4.8
 
 
 def test_exponents_as_scales(make_plan, machine):
@@ -108,8 +139,8 @@ def test_random_codes_give_weights_of_an_ordinary_size(compose_run, describe, mo
     parameters = [p for p in describe(compose_run(f"model={model}", "engine=stream")).parameters if p.native]
     for p in (parameters[0], parameters[-1]):
         shape = (2, *p.shape[1:]) if len(p.shape) == 3 else p.shape
-        one = RandomWeights(1).packed(p.name, shape, p.native, "cpu")
-        again, other = (RandomWeights(seed).packed(p.name, shape, p.native, "cpu") for seed in (1, 2))
+        one = RandomWeights(1).packed(p.name, shape, p.native, torch.bfloat16, "cpu")
+        again, other = (RandomWeights(seed).packed(p.name, shape, p.native, torch.bfloat16, "cpu") for seed in (1, 2))
         columns = p.native.codes(shape)[2]
         numbers = one.codes.view(torch.float8_e4m3fn).float() if p.native.format.code is Code.e4m3 else None
         if numbers is not None:
@@ -126,7 +157,7 @@ def test_random_codes_give_weights_of_an_ordinary_size(compose_run, describe, mo
 
 def test_all_codes_are_drawn(compose_run, describe):
     (p, *_) = [p for p in describe(compose_run("model=deepseek-v3", "engine=stream")).parameters if p.native]
-    found: Packed = random(p.native, (512, 512), torch.Generator().manual_seed(0))
+    found: Packed = random(p.native, (512, 512), torch.bfloat16, torch.Generator().manual_seed(0))
 
     assert found.codes.unique().numel() == 254
     assert found.scales.unique().numel() == 16

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from zi_experiments.config.schema import Run
+from zi_experiments.config.schema import Run, Verify
 from zi_experiments.cost_model.inventory import Home, Inventory, Stored, held, home_on
 from zi_experiments.cost_model.plan import Plan, Storage
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
@@ -20,6 +21,7 @@ from zi_experiments.engines.modules import device_of, names_of, put
 from zi_experiments.engines.stream import placement, routing
 from zi_experiments.models import weights
 from zi_experiments.models.architecture import decoder_layers
+from zi_experiments.models.packing import Code
 from zi_experiments.runtime import distributed
 from zi_experiments.runtime.progress import Progress
 from zi_experiments.system import toolchain
@@ -46,10 +48,16 @@ def stored(plan: Plan) -> dict[str, Stored]:
 
 
 def requirements(plan: Plan) -> Iterator[str]:
-    """Yield what Triton lacks to compile the kernel that expands quantized weights on a GPU."""
+    """Yield what Triton lacks to compile the kernel that expands quantized weights on a GPU, and what verification lacks."""
     if plan.machine.device == "cuda" and plan.run.quant.is_quantized:
         need = "Triton compiles the kernel that expands quantized weights"
         yield from toolchain.lacking(need, toolchain.c_compiler(), toolchain.python_headers())
+    if (
+        plan.run.verify is Verify.on
+        and any(one.code is Code.signed for one in plan.formats)
+        and not find_spec("compressed_tensors")
+    ):
+        yield "transformers verifies this format with compressed-tensors: pip install compressed-tensors loguru"
 
 
 def disk_access(run: Run, folders: Sequence[Path]) -> Disk:

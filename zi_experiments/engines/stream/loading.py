@@ -166,7 +166,7 @@ class Loader:
         if self._plan.run.quant.is_native:
             assert parameter.native is not None
             assert isinstance(self._weights, RandomWeights)
-            packed = self._weights.packed(name, parameter.shape, parameter.native, self._device)
+            packed = self._weights.packed(name, parameter.shape, parameter.native, self._dtype, self._device)
             write(packed, slabs, layout, place)
             return
         value = self._value(parameter).view(len(slabs), *place.shape)

@@ -45,8 +45,12 @@ def _numbers(codes: torch.Tensor, format: Format, dtype: torch.dtype) -> torch.T
     """Return the numbers that bytes of codes mean, of shape (rows, columns): exact in both 16-bit types."""
     if format.code is Code.e4m3:
         return codes.view(torch.float8_e4m3fn).to(dtype)
+    if format.bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)
+    if format.code is Code.signed:
+        return codes.to(dtype).sub_(2 ** (format.bits - 1))
     table = torch.tensor(E2M1, dtype=dtype, device=codes.device)
-    return torch.stack((table[(codes & 15).int()], table[(codes >> 4).int()]), -1).flatten(1)
+    return table[codes.int()]
 
 
 def _factors(scales: torch.Tensor) -> torch.Tensor:

@@ -12,19 +12,22 @@ from zi_experiments.models.packing import Code, Format
 
 TILE = (32, 128)  # rows and columns of the codes that one program expands
 TRANSPOSED_TILE = (64, 64)  # the same where rows become columns: both sides are long enough for memory
-MANTISSA = {Code.e4m3: 3, Code.e2m1: 1}  # bits
-BIAS = {Code.e4m3: 7, Code.e2m1: 1}  # of the exponent
+MANTISSA = {Code.e4m3: 3, Code.e2m1: 1, Code.signed: 0}  # bits; integers have none
+BIAS = {Code.e4m3: 7, Code.e2m1: 1, Code.signed: 0}  # of the exponent
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _number(code, bits: tl.constexpr, mantissa: tl.constexpr, bias: tl.constexpr):  # type: ignore[no-untyped-def]
-    # moved into the bits of a float16, whose exponent has another bias; its subnormal numbers become subnormal ones
     code = code.to(tl.int16)
-    magnitude = code & ((1 << (bits - 1)) - 1)
-    moved = (magnitude << (10 - mantissa)) | ((code >> (bits - 1)) << 15)
-    number = moved.to(tl.float16, bitcast=True).to(tl.float32) * (2.0 ** (15 - bias))
-    if bits == 8:
-        number = tl.where(magnitude == 127, float("nan"), number)
+    if mantissa == 0:
+        number = (code - (1 << (bits - 1))).to(tl.float32)
+    else:
+        # moved into the bits of a float16, whose exponent has another bias; its subnormal numbers become subnormal ones
+        magnitude = code & ((1 << (bits - 1)) - 1)
+        moved = (magnitude << (10 - mantissa)) | ((code >> (bits - 1)) << 15)
+        number = moved.to(tl.float16, bitcast=True).to(tl.float32) * (2.0 ** (15 - bias))
+        if bits == 8:
+            number = tl.where(magnitude == 127, float("nan"), number)
     return number
 
 

@@ -166,7 +166,7 @@ def _copies(plan: Plan) -> str:
 def _quantized(plan: Plan) -> str:
     """Return how much of the model is quantized, its bits per parameter, and what is kept in 16 bits, as text."""
     bits = plan.run.quant.bits
-    how = f"quantized to {bits} bits" if bits is not None else f"in {' and '.join(plan.formats)}"
+    how = f"quantized to {bits} bits" if bits is not None else f"in {' and '.join(each.name for each in plan.formats)}"
     share = f"{100 * plan.quantized_fraction:.0f} % of the parameters {how}"
     if kept := plan.quantized_fraction - plan.packed_fraction:
         share += (

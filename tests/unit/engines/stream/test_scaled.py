@@ -1,7 +1,12 @@
 """Codes of checkpoints, written into a slab and expanded by torch or by the Triton kernel, are what transformers expands."""
 
+from itertools import product
+
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import dequantize
 from slabs import by_kernel, compare_kernel_interpreted
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -15,6 +20,8 @@ from zi_experiments.models.packing import Code, Format, Packing
 BLOCKS = Format(name="FP8", code=Code.e4m3, bits=8, group=(128, 128), numbers=(4,))
 SMALL_BLOCKS = Format(name="FP8", code=Code.e4m3, bits=8, group=(4, 32), numbers=(1,))
 MXFP4 = Format(name="MXFP4", code=Code.e2m1, bits=4, group=(1, 32), numbers=(1,))
+INT4 = Format(name="INT4", code=Code.signed, bits=4, group=(1, 32), numbers=(2,))
+INT8 = Format(name="INT8", code=Code.signed, bits=8, group=(1, 8), numbers=(2,))
 # shapes of parameters, with the parts of their rows; `routed` ones are stacks of experts
 CASES = {
     "blocks": (BLOCKS, {"a": ((128, 256), 1), "b": ((200, 300), 1), "c": ((3, 5), 1)}),
@@ -24,20 +31,23 @@ CASES = {
     ),
     "exponents": (SMALL_BLOCKS, {"a": ((12, 96), 1), "routed.up": ((3, 8, 64), 1)}),
     "mxfp4": (MXFP4, {"routed.up": ((3, 96, 40), 1), "routed.down": ((3, 64, 36), 1), "a": ((2, 32, 6), 1)}),
+    "int4": (INT4, {"a": ((12, 96), 1), "routed.up": ((3, 2 * 6, 64), 2), "routed.down": ((3, 10, 32), 1)}),
+    "int8": (INT8, {"a": ((12, 96), 1), "b": ((3, 4, 8), 1)}),
 }
 
 
 class Slab:
     """Random codes of all values, and scales from the smallest to the largest, in a slab."""
 
-    def __init__(self, format, shapes):
+    def __init__(self, format, shapes, dtype):
         generator = torch.Generator().manual_seed(0)
         transposed, self.packed, parameters, packings = format is MXFP4, {}, [], {}
+        self.dtype = dtype
         for name, (shape, parts) in shapes.items():
             packing = Packing(format=format, parts=parts, transposed=transposed)
             experts = "layers.0" if name.startswith("routed") else None
             parameters.append((name, Parameter(name=name, shape=shape, quantizable=True, layer=0, experts=experts)))
-            packings[name], self.packed[name] = packing, packed(packing, shape, generator)
+            packings[name], self.packed[name] = packing, packed(packing, shape, dtype, generator)
         self.layout = lay_out(parameters, packings)
         self.bytes = torch.full((self.layout.nbytes,), 85, dtype=torch.uint8)
         for place in self.layout.quantized:
@@ -45,19 +55,19 @@ class Slab:
         for place in self.layout.experts.each.quantized if self.layout.experts else ():
             scaled.write(self.packed[place.name], experts_in(self.bytes, self.layout), self.layout.experts.each, place)
 
-    def expanded(self, dtype):
-        out = torch.full((self.layout.elements,), torch.nan, dtype=dtype)
+    def expanded(self):
+        out = torch.full((self.layout.elements,), torch.nan, dtype=self.dtype)
         quantized.expand(self.bytes, self.layout, out)
         return expanded_views(out, self.layout)
 
-    def chosen(self, experts, dtype):
+    def chosen(self, experts):
         each = self.layout.experts.each
-        out = torch.full((self.layout.experts.elements(len(experts)),), torch.nan, dtype=dtype)
+        out = torch.full((self.layout.experts.elements(len(experts)),), torch.nan, dtype=self.dtype)
         quantized.expand_experts(experts_in(self.bytes, self.layout), each, out, torch.tensor(experts))
         return expanded_experts(out, each, len(experts))
 
 
-def packed(packing, shape, generator):
+def packed(packing, shape, dtype, generator):
     (matrices, rows, columns), format = packing.codes(shape), packing.format
     codes = torch.randint(256, (matrices, rows, columns * format.bits // 8), generator=generator).to(torch.uint8)
     if format.code is Code.e4m3:
@@ -65,12 +75,18 @@ def packed(packing, shape, generator):
     grid = matrices, -(-rows // format.group[0]), -(-columns // format.group[1])
     if format.numbers == (1,):
         return Packed(codes=codes, scales=torch.randint(255, grid, generator=generator).to(torch.uint8))
-    exponents = torch.randint(-60, 60, grid, generator=generator)
-    return Packed(codes=codes, scales=torch.rand(grid, generator=generator) * 2.0**exponents)
+    largest = 10 if format.numbers == (2,) else 60  # of which codes of zero make something in 16 bits
+    exponents = torch.randint(-largest, largest, grid, generator=generator)
+    scales = torch.rand(grid, generator=generator) * 2.0**exponents
+    return Packed(codes=codes, scales=scales.to(dtype) if format.numbers == (2,) else scales)
 
 
 def by_transformers(one, format, shape, dtype):
     """A parameter; blocks at the edge of a matrix are dequantized by themselves, since transformers knows whole ones only."""
+    if format.code is Code.signed:
+        return torch.stack(
+            [by_compressed_tensors(*pair, format) for pair in zip(one.codes, one.scales, strict=True)]
+        ).view(shape)
     if format is MXFP4:
         blocks = one.codes.unflatten(-1, (-1, 16))
         return convert_moe_packed_tensors(blocks, one.scales, dtype=dtype).view(shape)
@@ -86,48 +102,56 @@ def by_transformers(one, format, shape, dtype):
     return out.view(shape)
 
 
+def by_compressed_tensors(codes, scales, format):
+    unpacked = unpack_from_int32(
+        codes.view(torch.int32), format.bits, torch.Size([len(codes), codes.shape[1] * 8 // format.bits])
+    )
+    args = QuantizationArgs(num_bits=format.bits, strategy="group", group_size=format.group[1])
+    return dequantize(unpacked, scales, args=args)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_expanded_is_what_transformers_dequantizes(case, dtype):
     format, shapes = CASES[case]
-    slab = Slab(format, shapes)
-    found = slab.expanded(dtype)
+    slab = Slab(format, shapes, dtype)
+    found = slab.expanded()
 
     assert set(found) == set(shapes)
     for name, weight in found.items():
         expected = by_transformers(slab.packed[name], format, shapes[name][0], dtype)
         assert torch.equal(weight, expected), name
-        assert weight.isinf().any() or weight.numel() < 500 or dtype is torch.bfloat16, "extremes are among them"
+        if dtype is torch.float16 and format.numbers != (2,) and weight.numel() > 500:
+            assert weight.isinf().any(), "extremes are among them"
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "routed.up" in CASES[name][1]])
 def test_chosen_experts_are_expanded_in_their_order(case):
-    slab = Slab(*CASES[case])
-    whole = slab.expanded(torch.bfloat16)
+    slab = Slab(*CASES[case], torch.bfloat16)
+    whole = slab.expanded()
 
-    for name, found in slab.chosen([2, 0], torch.bfloat16).items():
+    for name, found in slab.chosen([2, 0]).items():
         assert torch.equal(found, whole[name][[2, 0]]), name
 
 
 def compare_kernel():
     """In a process whose Triton interprets: the kernel against torch."""
-    for case, cell in CASES.items():
-        slab = Slab(*cell)
-        for dtype in (torch.float16, torch.bfloat16):
-            theirs = slab.expanded(dtype)
-            some = slab.chosen([2, 0], dtype) if slab.layout.experts else {}
-            with by_kernel():
-                mine = slab.expanded(dtype)
-                pairs = [(name, mine[name], theirs[name]) for name in theirs]
-                pairs += [
-                    (name, found, some[name]) for name, found in (slab.chosen([2, 0], dtype) if some else {}).items()
-                ]
-            for name, one, other in pairs:
-                if dtype is torch.float16:
-                    assert torch.equal(one, other), (case, name)
-                else:  # Triton's interpreter cuts bfloat16 off where a GPU rounds to nearest
-                    near = torch.isclose(one.float(), other.float(), rtol=2**-7, atol=2**-126)
-                    assert (near | other.isinf()).all(), (case, name)
+    for (case, cell), dtype in product(CASES.items(), (torch.float16, torch.bfloat16)):
+        slab = Slab(*cell, dtype)
+        theirs = slab.expanded() | some(slab)
+        with by_kernel():
+            mine = slab.expanded() | some(slab)
+        for name, expected in theirs.items():
+            if dtype is torch.float16:
+                assert torch.equal(mine[name], expected), (case, name)
+            else:  # Triton's interpreter cuts bfloat16 off where a GPU rounds to nearest
+                near = torch.isclose(mine[name].float(), expected.float(), rtol=2**-7, atol=2**-126)
+                assert (near | expected.isinf()).all(), (case, name)
+
+
+def some(slab):
+    found = slab.chosen([2, 0]) if slab.layout.experts else {}
+    return {f"some of {name}": weight for name, weight in found.items()}
 
 
 def test_the_kernel_expands_what_torch_does():
