@@ -13,8 +13,11 @@ def dequantized(packed: Packed, format: Format, shape: tuple[int, ...], dtype: A
     if format.code is Code.e2m1:
         return _of_mxfp4(packed, dtype).view(shape)
     of_matrix = _of_integers if format.code is Code.signed else _of_blocks
-    matrices = zip(packed.codes, packed.scales, strict=True)
-    return torch.stack([of_matrix(codes, scales, format, dtype) for codes, scales in matrices]).view(shape)
+    found = torch.empty(shape, dtype=dtype, device=packed.codes.device)
+    matrices = found.view(*packed.codes.shape[:2], -1)
+    for matrix, codes, scales in zip(matrices, packed.codes, packed.scales, strict=True):
+        matrix.copy_(of_matrix(codes, scales, format, dtype))
+    return found
 
 
 def _of_blocks(codes: Any, scales: Any, format: Format, dtype: Any) -> Any:

@@ -57,7 +57,7 @@ def requirements(plan: Plan) -> Iterator[str]:
         and any(one.code is Code.signed for one in plan.formats)
         and not find_spec("compressed_tensors")
     ):
-        yield "transformers verifies this format with compressed-tensors: pip install compressed-tensors loguru"
+        yield "transformers verifies this format with compressed-tensors: pip install compressed-tensors"
 
 
 def disk_access(run: Run, folders: Sequence[Path]) -> Disk:

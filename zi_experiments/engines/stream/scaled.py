@@ -3,6 +3,7 @@
 The product is rounded to 32 bits and then to the run's 16-bit type, as transformers does.
 """
 
+from functools import cache
 from itertools import product
 
 import torch
@@ -38,28 +39,41 @@ def expand_span(parts: list[torch.Tensor], span: Span, target: torch.Tensor, for
     )
     for matrix, scale, out in matrices:
         numbers = _numbers(matrix, format, target.dtype)
-        _multiply(numbers, _factors(scale), format.group, out.T if span.transposed else out)
+        _scale(numbers, _factors(scale, target.dtype), format.group)
+        out.copy_(numbers.T if span.transposed else numbers)
 
 
 def _numbers(codes: torch.Tensor, format: Format, dtype: torch.dtype) -> torch.Tensor:
     """Return the numbers that bytes of codes mean, of shape (rows, columns): exact in both 16-bit types."""
+    table = _table(format, dtype).to(codes.device)
+    of_bytes = table.view(torch.int32 if format.bits == 4 else torch.int16).flatten()
+    found = of_bytes.index_select(0, codes.flatten().int())
+    return found.view(dtype).view(len(codes), -1)
+
+
+@cache
+def _table(format: Format, dtype: torch.dtype) -> torch.Tensor:
+    """Return the numbers that each byte of codes means, of shape (256, codes in a byte)."""
+    codes = torch.arange(256, dtype=torch.uint8)[:, None]
     if format.code is Code.e4m3:
         return codes.view(torch.float8_e4m3fn).to(dtype)
     if format.bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)
+        codes = torch.cat((codes & 15, codes >> 4), 1)
     if format.code is Code.signed:
         return codes.to(dtype).sub_(2 ** (format.bits - 1))
-    table = torch.tensor(E2M1, dtype=dtype, device=codes.device)
-    return table[codes.int()]
+    return torch.tensor(E2M1, dtype=dtype).index_select(0, codes.flatten().int()).view(codes.shape)
 
 
-def _factors(scales: torch.Tensor) -> torch.Tensor:
-    """Return scales in 32 bits; those of one byte are exponents."""
-    return scales.view(torch.float8_e8m0fnu).float() if scales.dtype == torch.uint8 else scales.float()
+def _factors(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return scales as what a product with numbers of a 16-bit type is exact in, before it is rounded to that type."""
+    if scales.dtype != torch.uint8:
+        return scales
+    # bfloat16 has all exponents
+    return scales.view(torch.float8_e8m0fnu).to(dtype if dtype is torch.bfloat16 else torch.float32)
 
 
-def _multiply(numbers: torch.Tensor, factors: torch.Tensor, group: tuple[int, int], out: torch.Tensor) -> None:
-    """Write numbers times the factors of their groups to `out`; first all whole groups, then those at the edges."""
+def _scale(numbers: torch.Tensor, factors: torch.Tensor, group: tuple[int, int]) -> None:
+    """Multiply numbers with the factors of their groups, in place: first whole groups, then those at the edges."""
     for rows, columns in product(
         *(_whole_and_rest(size, each) for size, each in zip(numbers.shape, group, strict=True))
     ):
@@ -67,8 +81,7 @@ def _multiply(numbers: torch.Tensor, factors: torch.Tensor, group: tuple[int, in
         first = rows.start // group[0], columns.start // group[1]
         count = (rows.stop - rows.start) // height, (columns.stop - columns.start) // width
         factor = factors[first[0] :, first[1] :][: count[0], : count[1]]
-        shape = count[0], height, count[1], width
-        torch.mul(numbers[rows, columns].view(shape), factor[:, None, :, None], out=out[rows, columns].view(shape))
+        numbers[rows, columns].view(count[0], height, count[1], width).mul_(factor[:, None, :, None])
 
 
 def _whole_and_rest(size: int, group: int) -> list[slice]:
