@@ -29,6 +29,11 @@ ROUTED_KEYS = (
 VERIFIED_SEQUENCES, VERIFIED_TOKENS = 4, 19  # size of the verified pass; tokens of each sequence, prompt and generated
 
 
+def drawn_evenly(experts: int, each: int, tokens: float) -> float:
+    """Return how many of a layer's experts so many tokens are routed to, if `each` of a token's are drawn evenly."""
+    return experts * (1 - (1 - each / experts) ** tokens)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """A run, its model and machine, and the 16-bit type in which it computes."""
@@ -210,7 +215,7 @@ class Spec:
 
     def distinct_experts(self, tokens: float) -> float:
         """Return how many of a layer's experts so many tokens are routed to, if each token's are drawn evenly."""
-        return self.experts * (1 - (1 - self.routed_experts / self.experts) ** tokens) if self.experts else 0.0
+        return drawn_evenly(self.experts, self.routed_experts, tokens) if self.experts else 0.0
 
     def active(self, size: Callable[[Parameter], int]) -> int:
         """Return the total `size` of the decoder layers' weights that one token uses."""

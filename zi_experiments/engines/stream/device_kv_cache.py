@@ -1,9 +1,10 @@
 """KV cache of the stream engine, allocated for the whole pass at the start, so that no decode step allocates."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from zi_experiments.config.schema import CacheDevice
 from zi_experiments.cost_model.plan import Plan
@@ -32,7 +33,7 @@ class DeviceCache(Cache):  # type: ignore[misc]
     """A KV cache on the device: room for `capacity` tokens of each of `sequences`; it grows when a pass needs more.
 
     More sequences share that room, so that the verification of a run takes no more memory than the run.
-    Layers other than full attention, such as sliding windows, stay as transformers makes them.
+    Layers other than full attention and sliding windows stay as transformers makes them.
     """
 
     layers: list[Any]
@@ -48,18 +49,20 @@ class DeviceCache(Cache):  # type: ignore[misc]
         kept = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, _RoomyLayer)}
         self.layers = DynamicCache(config=self._config).layers
         for index, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
-                self.layers[index] = (
-                    kept[index].emptied() if index in kept else _RoomyLayer(self._capacity, self._sequences)
-                )
+            if index in kept:
+                self.layers[index] = kept[index].emptied()
+            elif type(layer) is DynamicLayer:
+                self.layers[index] = _RoomyLayer(self._capacity, self._sequences)
+            elif type(layer) is DynamicSlidingWindowLayer:
+                self.layers[index] = _WindowLayer(self._capacity, self._sequences, layer.sliding_window)
 
     def has_room(self) -> bool:
         """Return whether all layers have keys and values, and room for another token."""
         return all(isinstance(layer, _RoomyLayer) and layer.has_room() for layer in self.layers)
 
-    def room(self) -> tuple[int, ...]:
-        """Return where the room of the first layer is, and for how many tokens: it is another one after it has grown."""
-        return (self.layers[0].rooms[0].data_ptr(), self.layers[0].rooms[0].shape[2])
+    def rooms(self) -> tuple[int, ...]:
+        """Return where the rooms of the layers are: they are elsewhere after they have grown."""
+        return tuple(layer.rooms[0].data_ptr() for layer in self.layers)
 
     def advance(self) -> None:
         """Count a token that was written to the rooms of all layers."""
@@ -95,22 +98,64 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
             self.is_initialized = True
         if not self._fits(key_states, total):
             self._grow((key_states, value_states), total)
-        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
-            room[:, :, self.held : total] = states
+        self.keys, self.values = self._append((key_states, value_states), total)
         self.held = total
-        self.keys, self.values = (room[:, :, :total] for room in self.rooms)
         return self.keys, self.values
+
+    def _append(self, new: tuple[torch.Tensor, torch.Tensor], total: int) -> Iterator[torch.Tensor]:
+        """Write keys and values into the rooms. Yield what attention reads."""
+        for room, states in zip(self.rooms, new, strict=True):
+            room[:, :, self.held : total] = states
+            yield room[:, :, :total]
 
     def _fits(self, states: torch.Tensor, total: int) -> bool:
         return bool(self.rooms) and self.rooms[0].shape[0] == states.shape[0] and self.rooms[0].shape[2] >= total
 
     def _grow(self, new: tuple[torch.Tensor, torch.Tensor], total: int) -> None:
         old, self.rooms = self.rooms, []
-        share = min(self._capacity, self._capacity * self._sequences // new[0].shape[0])
         for index, states in enumerate(new):
             batch, heads, _, head_dim = states.shape
             # what attention masks must be finite: it is multiplied by zero
-            room = states.new_zeros(batch, heads, max(share, total), head_dim)
+            room = states.new_zeros(batch, heads, self._size(batch, total), head_dim)
             if self.held:
                 room[:, :, : self.held] = old[index][:, :, : self.held]
             self.rooms.append(room)
+
+    def _size(self, batch: int, total: int) -> int:
+        """Return for how many tokens there is to be room, of so many sequences with so many tokens each."""
+        return max(min(self._capacity, self._capacity * self._sequences // batch), total)
+
+
+class _WindowLayer(_RoomyLayer):
+    """The same with a sliding window: room for its tokens, in a ring, where the latest replaces the oldest."""
+
+    is_sliding = True
+
+    def __init__(self, capacity: int, sequences: int, window: int) -> None:
+        super().__init__(capacity, sequences)
+        self.sliding_window = window
+
+    def has_room(self) -> bool:
+        return self.is_initialized and self.held > 0 and (self._is_ring() or self.held < self.rooms[0].shape[2])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        before = min(self.held, self.sliding_window - 1)
+        return before + query_length, self.held - before
+
+    def _append(self, new: tuple[torch.Tensor, torch.Tensor], total: int) -> Iterator[torch.Tensor]:
+        size, device, known = self.rooms[0].shape[2], new[0].device, min(self.held, self.sliding_window - 1)
+        before = torch.arange(self.held - known, self.held, device=device) % size
+        kept = torch.arange(max(self.held, total - size), total, device=device) % size
+        for room, states in zip(self.rooms, new, strict=True):
+            earlier = room.index_select(2, before)
+            room.index_copy_(2, kept, states[:, :, -len(kept) :])
+            yield torch.cat([earlier, states], 2)  # in the order of the tokens
+
+    def _fits(self, states: torch.Tensor, total: int) -> bool:
+        return super()._fits(states, total) or (self._is_ring() and self.rooms[0].shape[0] == states.shape[0])
+
+    def _is_ring(self) -> bool:
+        return bool(self.rooms) and self.rooms[0].shape[2] == self.sliding_window
+
+    def _size(self, batch: int, total: int) -> int:
+        return min(self.sliding_window, super()._size(batch, total))

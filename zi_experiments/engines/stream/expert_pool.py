@@ -22,6 +22,18 @@ class Group:
 class Source(Protocol):
     """Where the experts of one layer come from."""
 
+    @property
+    def slabs(self) -> torch.Tensor:
+        """`slabs` of all groups: uint8 of shape (slabs, bytes of an expert)."""
+
+    @property
+    def has_all(self) -> bool:
+        """Whether row n of `slabs` is always expert n."""
+
+    @property
+    def at_once(self) -> int:
+        """So many experts, or fewer, stay valid until the next are asked for."""
+
     def bring(self, experts: list[int]) -> Iterator[Group]:
         """Yield groups of the layer's `experts`; each is valid until the next one is asked for."""
 
@@ -29,11 +41,13 @@ class Source(Protocol):
 class InPlace:
     """Experts that are computed from where they are stored."""
 
+    has_all = True
+
     def __init__(self, slabs: torch.Tensor) -> None:
-        self._slabs = slabs
+        self.slabs, self.at_once = slabs, len(slabs)
 
     def bring(self, experts: list[int]) -> Iterator[Group]:
-        yield Group(experts=experts, slabs=self._slabs, rows=experts)
+        yield Group(experts=experts, slabs=self.slabs, rows=experts)
 
 
 class Supply(Protocol):
@@ -100,7 +114,7 @@ class Pool:
 
     def __init__(self, supply: Supply, slots: int, at_once: int, device: torch.device) -> None:
         """Groups have at most `at_once` experts, no more than `slots`."""
-        self._supply, self._at_once = supply, at_once
+        self._supply, self.at_once, self.sizes = supply, at_once, supply.sizes
         self.slabs = torch.empty(slots, max(supply.sizes), dtype=torch.uint8, device=device)
         self._side: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._slots = Slots(len(supply.sizes), slots)
@@ -119,8 +133,8 @@ class Pool:
         """Yield groups of a layer's experts: first those that are there, then the others as they arrive."""
         # all at once: a disk should not wait while a part of them is computed
         self._supply.prepare(layer, self._slots.missing(layer, experts))
-        for first in range(0, len(experts), self._at_once):
-            yield from self._bring(layer, experts[first : first + self._at_once])
+        for first in range(0, len(experts), self.at_once):
+            yield from self._bring(layer, experts[first : first + self.at_once])
 
     def _bring(self, layer: int, experts: list[int]) -> Iterator[Group]:
         needed = {(layer, expert) for expert in experts}
@@ -172,8 +186,19 @@ class Pool:
 class OfLayer:
     """The experts of one layer of a pool or cache."""
 
-    all_layers: Any  # has `bring(layer, experts)`
+    all_layers: Any  # has `bring(layer, experts)`, `slabs`, `sizes` and `at_once`
     layer: int
+    has_all: bool = False
+
+    @property
+    def slabs(self) -> torch.Tensor:
+        slabs: torch.Tensor = self.all_layers.slabs[:, : self.all_layers.sizes[self.layer]]
+        return slabs
+
+    @property
+    def at_once(self) -> int:
+        at_once: int = self.all_layers.at_once
+        return at_once
 
     def bring(self, experts: list[int]) -> Iterator[Group]:
         groups: Iterator[Group] = self.all_layers.bring(self.layer, experts)

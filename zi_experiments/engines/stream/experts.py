@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from zi_experiments.cost_model.spec import drawn_evenly
 from zi_experiments.engines.stream.expert_pool import Group, Source
 from zi_experiments.engines.stream.few_tokens import FewTokens
+from zi_experiments.engines.stream.fixed_pairs import Counts, FixedPairs
 from zi_experiments.engines.stream.quantized import expand_experts, multiplies, multiply_packed
+from zi_experiments.engines.stream.routing import COPIED_TOGETHER
 from zi_experiments.engines.stream.slab import Layout, expanded_experts, plain_experts
 
 
@@ -20,15 +24,18 @@ class RoutedExperts:
     all. For a few, packed weights are multiplied without being expanded, where there is a kernel for them.
     """
 
-    def __init__(self, module: Any, each: Layout, source: Source, expanded: torch.Tensor, few: FewTokens) -> None:
+    def __init__(
+        self, module: Any, each: Layout, source: Source, expanded: torch.Tensor, few: FewTokens, counts: Counts
+    ) -> None:
         """`expanded` is the buffer for quantized experts, in 16-bit elements."""
         self._module, self._each, self._source, self._expanded, self._few = module, each, source, expanded, few
         self._forward = module.forward
         self._multiplies = not getattr(module, "has_post_expert_norm", False) and multiplies(each, expanded)
         self._names = {name.rpartition(".")[2]: name for name in each.names}
-        self.calls = self.used = 0  # calls so far; distinct experts, summed over them
-        # set while a step is recorded: takes `compute` and its arguments, and returns the tensor of the result
-        self.cut: Callable[..., torch.Tensor] | None = None
+        self._counts = counts
+        self._fixed: FixedPairs | None = None
+        # set while a step is recorded: what the function that it takes does between the operations is done in every step
+        self.cut: Callable[[Callable[[], object]], None] | None = None
 
     @contextmanager
     def routed(self) -> Iterator[None]:
@@ -40,48 +47,82 @@ class RoutedExperts:
             self._module.forward = self._forward
 
     def _run(self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        if self.cut is not None:
-            return self.cut(self.compute, hidden_states, index, weights)
-        return self.compute(hidden_states, index, weights)
+        packed = self._multiplies and self._is_packed(index)
+        if packed and min(index.numel(), self._module.num_experts) <= self._source.at_once:
+            return self._compute_fixed(hidden_states, index, weights)
+        if self.cut is None:
+            return self._compute(hidden_states, index, weights, packed)
+        result = torch.empty_like(hidden_states)
+        self.cut(lambda: result.copy_(self._compute(hidden_states, index, weights, packed)))
+        return result
 
-    def compute(self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _is_packed(self, index: torch.Tensor) -> bool:
+        """Return whether products with packed weights are faster, if each token's experts are drawn evenly."""
+        tokens, each = index.shape
+        return index.numel() <= self._few.packed_experts * drawn_evenly(self._module.num_experts, each, tokens)
+
+    def _compute(
+        self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, packed: bool
+    ) -> torch.Tensor:
         """Return what the module's own `forward` does; `index` and `weights` are of shape (tokens, experts of each)."""
         chosen = index.flatten().tolist()  # waits for the router
-        needed = sorted({expert for expert in chosen if expert < self._module.num_experts})  # a larger one is none
-        self.calls += 1
-        self.used += len(needed)
-        tokens, each = index.shape
-        write = (
-            self._packed if self._multiplies and len(chosen) <= self._few.packed_experts * len(needed) else self._expand
-        )
-        outputs = hidden_states.new_zeros(tokens * each, hidden_states.shape[-1])
-        for group in self._source.bring(needed):
+        each, write = index.shape[1], self._packed if packed else self._expand
+        outputs = hidden_states.new_zeros(len(chosen), hidden_states.shape[-1])
+        for group in self._bring(chosen):
             place = {expert: number for number, expert in enumerate(group.experts)}
             pairs = [pair for pair, expert in enumerate(chosen) if expert in place]
             write(hidden_states, group, [(pair // each, place[chosen[pair]], pair) for pair in pairs], outputs)
-        weighted = outputs.view(tokens, each, -1) * weights.unsqueeze(-1)
-        return weighted.sum(1).to(hidden_states.dtype)
+        return _weighted(outputs, weights, hidden_states.dtype)
+
+    def _compute_fixed(self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return the same, by operations that are equal for every choice: the host only says where the experts are."""
+        slabs, fixed = self._source.slabs, self._fixed_pairs(index)
+        outputs = hidden_states.new_zeros(index.numel(), hidden_states.shape[-1])
+        if self._source.has_all:
+            self._counts.add(fixed.counted(index, self._module.num_experts))
+            self._products(hidden_states, fixed.of_all(index), slabs, outputs)
+        else:
+            fixed.read(index)
+            for part in fixed.parts():
+                (self.cut or _now)(partial(fixed.fill, part, self._bring))
+                self._products(hidden_states, fixed.on_device(part), slabs, outputs)
+        return _weighted(outputs, weights, hidden_states.dtype)
+
+    def _fixed_pairs(self, index: torch.Tensor) -> FixedPairs:
+        if self._fixed is None or self._fixed.shape != index.shape:
+            together = index.numel() if self._source.has_all else max(1, COPIED_TOGETHER // self._each.nbytes)
+            self._fixed = FixedPairs(index.shape, together, index.device)
+        return self._fixed
+
+    def _bring(self, chosen: list[int]) -> Iterator[Group]:
+        """Return groups of the distinct ones of the chosen experts, and count them."""
+        needed = sorted({expert for expert in chosen if expert < self._module.num_experts})  # a larger one is none
+        self._counts.calls += 1
+        self._counts.used += len(needed)
+        return self._source.bring(needed)
 
     def _packed(self, x: torch.Tensor, group: Group, pairs: list[tuple[int, int, int]], outputs: torch.Tensor) -> None:
         """Write the outputs of (token, number of the expert in the group, row of `outputs`), from packed weights."""
-        lists = [(token, group.rows[number], pair, at) for at, (token, number, pair) in enumerate(pairs)]
-        tokens, slabs, targets, order = _on_device(list(zip(*lists, strict=True)), x.device)
-        up = self._multiply("gate_up_proj" if self._module.has_gate else "up_proj", x, group, (tokens, slabs, order))
+        lists = [(token, group.rows[number], at, pair) for at, (token, number, pair) in enumerate(pairs)]
+        self._products(x, _on_device(list(zip(*lists, strict=True)), x.device), group.slabs, outputs)
+
+    def _products(self, x: torch.Tensor, pairs: torch.Tensor, slabs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """The same of `pairs`: tokens, rows of `slabs`, 0, 1, … and rows of `outputs`."""
+        tokens, rows, order, targets = pairs
+        up = self._multiply("gate_up_proj" if self._module.has_gate else "up_proj", x, slabs, (tokens, rows, order))
         active = self._module._apply_gate(up) if self._module.has_gate else self._module.act_fn(up)
-        self._multiply("down_proj", active, group, (order, slabs, targets), outputs)
+        self._multiply("down_proj", active, slabs, (order, rows, targets), outputs)
 
     def _multiply(
         self,
         key: str,
         x: torch.Tensor,
-        group: Group,
+        slabs: torch.Tensor,
         pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         bias, transposed = self._names.get(f"{key}_bias"), self._module.is_transposed
-        return multiply_packed(
-            x, pairs, group.slabs, self._each, self._names[key], bias=bias, transposed=transposed, out=out
-        )
+        return multiply_packed(x, pairs, slabs, self._each, self._names[key], bias=bias, transposed=transposed, out=out)
 
     def _expand(self, x: torch.Tensor, group: Group, pairs: list[tuple[int, int, int]], outputs: torch.Tensor) -> None:
         """The same by the module's own function."""
@@ -112,6 +153,15 @@ class RoutedExperts:
         finally:
             module._parameters.update(own)
             module.num_experts = all_experts
+
+
+def _now(between: Callable[[], object]) -> None:
+    between()
+
+
+def _weighted(outputs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the sums over each token's experts; `outputs` has the rows of the first token's, then the second's, …"""
+    return (outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1).to(dtype)
 
 
 def _on_device(numbers: Any, device: torch.device) -> torch.Tensor:

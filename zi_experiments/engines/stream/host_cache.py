@@ -34,7 +34,7 @@ class HostCache:
 
     def __init__(self, layers: list[OnDisk], slabs: torch.Tensor, at_once: int, *, saves: bool = False) -> None:
         """`slabs` has the slots, uint8 of shape (slots, bytes); groups have at most `at_once` experts, no more than slots."""
-        self._layers, self._at_once, self._saves = layers, at_once, saves
+        self._layers, self.at_once, self._saves = layers, at_once, saves
         self.slabs = slabs
         self._store: Store | None = None
         self.sizes = [layer.nbytes for layer in layers]
@@ -76,8 +76,8 @@ class HostCache:
     def bring(self, layer: int, experts: list[int]) -> Iterator[Group]:
         """Yield groups of a layer's experts in host memory as they arrive."""
         self.prepare(layer, experts)
-        for first in range(0, len(experts), self._at_once):
-            chunk = experts[first : first + self._at_once]
+        for first in range(0, len(experts), self.at_once):
+            chunk = experts[first : first + self.at_once]
             self.prepare(layer, chunk)
             for part in arriving_parts(self, layer, chunk):
                 for expert in part:

@@ -12,6 +12,7 @@ from zi_experiments.cost_model.spec import ELEMENT_BYTES
 from zi_experiments.engines.stream.expert_pool import Source as ExpertSource
 from zi_experiments.engines.stream.experts import RoutedExperts
 from zi_experiments.engines.stream.few_tokens import FewTokens
+from zi_experiments.engines.stream.fixed_pairs import Counts
 from zi_experiments.engines.stream.micro_batches import in_blocks
 from zi_experiments.engines.stream.packed_linear import PackedLinears
 from zi_experiments.engines.stream.placement import LayerPlacement
@@ -61,21 +62,21 @@ class StreamedLayer:
         """Return the experts that stay on the device, of shape (experts, bytes); None if the layer has none there."""
         return experts_in(self.resident, self._placed.resident) if self._placed.resident.experts else None
 
-    def shorten(self, few: FewTokens, experts: ExpertSource | None) -> RoutedExperts | None:
+    def shorten(self, few: FewTokens, experts: ExpertSource | None, counts: Counts) -> RoutedExperts | None:
         """Compute passes of few tokens in other ways, with routed experts from `experts`. Return what computes them."""
         self._few, packed = few, PackedLinears(self._layer, self.resident, self._placed.resident)
         self._packed = packed if packed.complete else None
         if experts is not None:
-            self._experts = self._routed(experts)
+            self._experts = self._routed(experts, counts)
         return self._experts
 
-    def _routed(self, source: ExpertSource) -> RoutedExperts:
+    def _routed(self, source: ExpertSource, counts: Counts) -> RoutedExperts:
         places = ((self._placed.resident, self._expanded[0]), (self._placed.streamed, self._expanded[1]))
         layout, expanded = next(place for place in places if place[0].experts)
         assert layout.experts is not None
         each, module = layout.experts.each, layout.experts.each.names[0].rpartition(".")[0]
         return RoutedExperts(
-            self._layer.get_submodule(module), each, source, expanded[layout.own_elements :], self._few
+            self._layer.get_submodule(module), each, source, expanded[layout.own_elements :], self._few, counts
         )
 
     def parameters(self) -> Iterator[nn.Parameter]:

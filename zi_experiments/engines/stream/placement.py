@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from math import ceil
+from typing import Any
 
 from zi_experiments.config.schema import CacheDevice, OffloadDevice, Verify
 from zi_experiments.cost_model.inventory import Home, Stored
@@ -111,11 +112,19 @@ def _is_recorded(spec: Spec, is_routed: bool) -> bool:
     work, arch = spec.run.workload, spec.architecture
     if arch.is_routed and not is_routed:
         return False
-    grows = (
-        bool(arch.kv_layers) and all(layer.max_tokens is None for layer in arch.kv_layers) and not arch.has_own_cache
-    )
+    # a layer without states of its own reads those of another
+    if not arch.kv_layers or arch.has_own_cache or not all(layer.elements_per_token for layer in arch.kv_layers):
+        return False
+    if any(layer.max_tokens is not None for layer in arch.kv_layers) and not windows_slide(arch.config):
+        return False
     in_place = spec.run.kv_cache.device is CacheDevice.gpu and work.micro_batches == 1
-    return grows and in_place and work.sequences * (work.prompt_len + work.gen_len) <= MOST_RECORDED
+    return in_place and work.sequences * (work.prompt_len + work.gen_len) <= MOST_RECORDED
+
+
+def windows_slide(config: Any) -> bool:
+    """Return whether what limits attention in some layers of a model are sliding windows: Llama 4 has chunks."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    return set(kinds) <= {"full_attention", "sliding_attention"}
 
 
 def _notes(spec: Spec, placed: Sequence[LayerPlacement]) -> Iterator[str]:

@@ -43,6 +43,7 @@ def _by_rows(  # type: ignore[no-untyped-def]
     codes_stride,
     groups_stride,
     bias_stride,
+    count,
     bits: tl.constexpr,
     group_size: tl.constexpr,
     block: tl.constexpr,
@@ -52,6 +53,8 @@ def _by_rows(  # type: ignore[no-untyped-def]
     dtype: tl.constexpr = out.dtype.element_ty
     pair = tl.program_id(1)
     slab = tl.load(slabs + pair)
+    if slab >= count:
+        return
     x += tl.load(tokens + pair) * columns
     row = tl.program_id(0) * block + tl.arange(0, block)
     inside = row < rows
@@ -101,6 +104,7 @@ def _by_columns(  # type: ignore[no-untyped-def]
     codes_stride,
     groups_stride,
     bias_stride,
+    count,
     bits: tl.constexpr,
     group_size: tl.constexpr,
     block: tl.constexpr,
@@ -110,6 +114,8 @@ def _by_columns(  # type: ignore[no-untyped-def]
     dtype: tl.constexpr = out.dtype.element_ty
     pair = tl.program_id(1)
     slab = tl.load(slabs + pair)
+    if slab >= count:
+        return
     x += tl.load(tokens + pair) * rows
     in_row = columns // group_size
     group = tl.program_id(0) * (block // group_size) + tl.arange(0, block // group_size)
@@ -158,6 +164,7 @@ def multiply(
 ) -> None:
     """Write out[target] = x[token] times the matrix of a slab for each of `pairs`: tokens, slabs and targets.
 
+    A slab's number that is too large is none: nothing is written then.
     `parts` are the integers, scales and minima of all slabs, of shape (slabs, …), and the matrices, of `shape`, begin at
     element `start`; `biases` are of shape (slabs, results). Inputs belong to rows of the matrix if results are `by_columns`.
     """
@@ -174,5 +181,5 @@ def multiply(
     kernel: Any = (_by_columns if by_columns else _by_rows)[(blocks, len(pairs[0]))]
     kernel(
         x, *pairs, codes, scales, minima, biases, out, start, rows, columns, codes.stride(0), scales.stride(0),
-        bias_stride, bits, group_size, block, together,
+        bias_stride, len(codes), bits, group_size, block, together,
     )  # fmt: skip

@@ -17,7 +17,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zi_experiments.engines.stream.device_kv_cache import DeviceCache
 from zi_experiments.engines.stream.experts import RoutedExperts
+from zi_experiments.engines.stream.placement import windows_slide
 
+ATTENTION = ("sdpa", "eager")
 GIVEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary tables that are computed anew when a sequence grows
 
@@ -26,11 +28,16 @@ def can_record(model: Any, cache: Any) -> TypeGuard[DeviceCache]:
     """Return whether decode steps of a model on a GPU can be recorded, as far as its configuration tells."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [
+        rope,
+        *(each for each in rope.values() if isinstance(each, dict)),
+    ]  # some models have one for each kind of layer
     return (
         isinstance(cache, DeviceCache)
         and getattr(model, "_can_compile_fullgraph", False)  # transformers' word for steps with equal operations
-        and config._attn_implementation == "sdpa"
-        and rope.get("rope_type") not in LENGTH_DEPENDENT
+        and config._attn_implementation in ATTENTION
+        and not any(each.get("rope_type") in LENGTH_DEPENDENT for each in ropes)
+        and (windows_slide(config) or not any(layer.is_sliding for layer in cache.layers))
     )
 
 
@@ -44,8 +51,9 @@ class RecordedSteps:
         self, model: Any, cache: DeviceCache, experts: list[RoutedExperts], graphs: type["Graphs"] | None = None
     ) -> None:
         self._cache, self._experts, self._graphs = cache, experts, graphs or Graphs
+        self._config = model.config.get_text_config()
         self._forward = model.forward
-        self._seen: tuple[int, ...] | None = None  # sequences and room of the last step
+        self._seen: tuple[int, ...] | None = None  # sequences and rooms of the last step
         self._step: _Step | None = None  # recorded for them
         self._is_recordable = True
 
@@ -59,7 +67,7 @@ class RecordedSteps:
         if args or not self._is_step(kwargs):
             return self._forward(*args, **kwargs)
         ids: torch.Tensor = kwargs["input_ids"]
-        key = (len(ids), *self._cache.room())
+        key = (len(ids), *self._cache.rooms())
         if key != self._seen:  # this step compiles kernels, and allocates what libraries keep
             self._seen, self._step = key, None
             return self._forward(**kwargs)
@@ -71,6 +79,10 @@ class RecordedSteps:
         step.graphs.run()
         self._cache.advance()
         return CausalLMOutputWithPast(logits=step.logits, past_key_values=self._cache)
+
+    def forget(self) -> None:
+        """Record the next step anew: what it reads and writes may be elsewhere by then."""
+        self._seen = self._step = None
 
     def _is_step(self, kwargs: dict[str, Any]) -> bool:
         ids = kwargs.get("input_ids")
@@ -95,14 +107,14 @@ class RecordedSteps:
 
     def _record(self, ids: torch.Tensor, takes_positions: bool) -> "_Step":
         """Return a step with its own inputs and outputs, recorded without being computed."""
-        device, capacity = ids.device, self._cache.room()[-1]
+        device = ids.device
         position = torch.tensor([self._cache.get_seq_length()], device=device)
         step = _Step(ids=ids.clone(), position=position, graphs=self._graphs(device))
-        mask_of = torch.arange(capacity, device=device)
+        masks = _Masks(self._config, self._cache, len(ids), device)
 
         def forward() -> torch.Tensor:
             given = {"input_ids": step.ids, "past_key_values": _Whole(self._cache, position), "use_cache": True}
-            given["attention_mask"] = (mask_of <= position).expand(len(ids), 1, 1, capacity)
+            given["attention_mask"] = masks.at(position)
             if takes_positions:
                 given["position_ids"] = position.expand(len(ids), 1)
             logits: torch.Tensor = self._forward(**given).logits
@@ -127,11 +139,11 @@ class _Step:
 
 
 class Graphs:
-    """Graphs with functions between them, each with its arguments and the tensor that its result is copied to."""
+    """Graphs with functions between them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._parts: list[tuple[Any, Callable[..., Any], tuple[Any, ...], torch.Tensor]] = []
+        self._parts: list[tuple[Any, Callable[[], object]]] = []
         self._last: Any = None
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -152,36 +164,58 @@ class Graphs:
         # threads that read from disk and pin memory go on meanwhile
         self._last.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
-    def cut(self, compute: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-        """End a graph, and begin one behind `compute`. Return the tensor of its result, shaped like its first input."""
+    def cut(self, between: Callable[[], object]) -> None:
+        """End a graph, and begin another one; `between` is called between them, each time that they run."""
         self._last.capture_end()
-        result = torch.empty_like(inputs[0])
-        self._parts.append((self._last, compute, inputs, result))
+        self._parts.append((self._last, between))
         self._begin()
-        return result
 
     def run(self) -> None:
-        for graph, compute, inputs, result in self._parts:
+        for graph, between in self._parts:
             graph.replay()
-            result.copy_(compute(*inputs))
+            between()
         self._last.replay()
 
 
+class _Masks:
+    """Which tokens of the rooms attention sees, by kind of layer: those written so far."""
+
+    def __init__(self, config: Any, cache: DeviceCache, sequences: int, device: torch.device) -> None:
+        kinds = getattr(config, "layer_types", None) or [""] * len(cache.layers)
+        sizes = {kind: layer.rooms[0].shape[2] for kind, layer in zip(kinds, cache.layers, strict=False)}
+        self._places = {kind: torch.arange(size, device=device) for kind, size in sizes.items()}
+        self._adds, self._sequences = config._attn_implementation == "eager", sequences
+        self._dtype = cache.layers[0].rooms[0].dtype
+
+    def at(self, position: torch.Tensor) -> Any:
+        """Return what transformers takes as the mask of a step: one for all layers, or one for each kind of them."""
+        masks = {kind: self._mask(places <= position) for kind, places in self._places.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _mask(self, seen: torch.Tensor) -> torch.Tensor:
+        if self._adds:
+            seen = torch.zeros_like(seen, dtype=self._dtype).masked_fill(~seen, torch.finfo(self._dtype).min)
+        return seen.expand(self._sequences, 1, 1, len(seen))
+
+
 class _Whole(Cache):  # type: ignore[misc]
-    """The whole room of a KV cache; each layer writes its token at a position that is on the device."""
+    """The whole rooms of a KV cache; each layer writes its token at a position that is on the device."""
 
     def __init__(self, cache: DeviceCache, position: torch.Tensor) -> None:
-        super().__init__(layers=[_WholeLayer(layer.rooms, position) for layer in cache.layers])
+        # a room that the position is beyond is a ring
+        places = {size: position % size for size in {layer.rooms[0].shape[2] for layer in cache.layers}}
+        super().__init__(layers=[_WholeLayer(layer, places[layer.rooms[0].shape[2]]) for layer in cache.layers])
 
 
 class _WholeLayer(DynamicLayer):  # type: ignore[misc]
-    def __init__(self, rooms: list[torch.Tensor], position: torch.Tensor) -> None:
+    def __init__(self, layer: Any, place: torch.Tensor) -> None:
         super().__init__()
-        self._rooms, self._position, self.is_initialized = rooms, position, True
+        self._rooms, self._place, self.is_initialized = layer.rooms, place, True
+        self.is_sliding = layer.is_sliding
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
         for room, states in zip(self._rooms, (keys, values), strict=True):
-            room.index_copy_(2, self._position, states)
+            room.index_copy_(2, self._place, states)
         return tuple(self._rooms)
 
     def get_seq_length(self) -> int:

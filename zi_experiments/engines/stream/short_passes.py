@@ -10,6 +10,7 @@ from zi_experiments.engines.base import Routed
 from zi_experiments.engines.stream import placement, routing
 from zi_experiments.engines.stream.expert_pool import InHostMemory, InPlace, Pool, Source
 from zi_experiments.engines.stream.few_tokens import FewTokens
+from zi_experiments.engines.stream.fixed_pairs import Counts
 from zi_experiments.engines.stream.host_cache import HostCache
 from zi_experiments.engines.stream.layers import StreamedLayer
 from zi_experiments.engines.stream.recorded import RecordedSteps, can_record
@@ -46,7 +47,9 @@ class ShortPasses:
             }
             sources = {index: InPlace(slabs) for index, slabs in here.items()}
             sources |= self._away(plan, store, streamed, device)
-        made = [layer.shorten(self._few, sources.get(index)) for index, layer in enumerate(layers)]
+        self._recorded: RecordedSteps | None = None
+        self._counts = Counts(device)
+        made = [layer.shorten(self._few, sources.get(index), self._counts) for index, layer in enumerate(layers)]
         self._experts = [experts for experts in made if experts is not None]
 
     def _away(self, plan: Plan, store: Store, streamed: list[int], device: torch.device) -> dict[int, Source]:
@@ -68,7 +71,7 @@ class ShortPasses:
     def record(self, model: Any, cache: Any) -> None:
         """Record the operations of decode steps, if the model allows it."""
         if can_record(model, cache):
-            RecordedSteps(model, cache, self._experts)
+            self._recorded = RecordedSteps(model, cache, self._experts)
 
     def ways(self) -> list[AbstractContextManager[None]]:
         return [self._few.always(False), self._few.always(True)]
@@ -76,9 +79,10 @@ class ShortPasses:
     def counts(self) -> Routed | None:
         if not self._experts:
             return None
+        calls, used = self._counts.total()
         return Routed(
-            layers=sum(each.calls for each in self._experts),
-            experts=sum(each.used for each in self._experts),
+            layers=calls,
+            experts=used,
             copied=self._pool.copied if self._pool else 0,
             copied_bytes=self._pool.copied_bytes if self._pool else 0,
             read=self._cache.read if self._cache else 0,
@@ -86,7 +90,12 @@ class ShortPasses:
         )
 
     def give_up(self) -> list[torch.Tensor]:
-        """Return the buffers of experts that may be lost; they are copied again when they are needed."""
+        """Return the buffers of experts that may be lost; they are copied again when they are needed.
+
+        All buffers may have other addresses afterwards, which recorded steps would not know.
+        """
+        if self._recorded is not None:
+            self._recorded.forget()
         if self._pool is None:
             return []
         self._pool.forget()

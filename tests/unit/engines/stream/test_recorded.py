@@ -30,8 +30,8 @@ class OneByOne:
     def run(self):
         self._logits.copy_(self._forward())
 
-    def cut(self, compute, *inputs):
-        return compute(*inputs)
+    def cut(self, between):
+        between()
 
 
 def generate(model, ids, cache):
@@ -81,15 +81,51 @@ def test_other_sequences_are_another_step():
         assert torch.equal(generate(model, tiny.prompts(batch, 9), cache)[0], expected[batch])
 
 
-@pytest.mark.parametrize("family", ["gemma2", "mistral", "gpt_oss"])
-def test_windows_that_slide_are_computed_as_usual(family):
+WINDOWS = ["gemma2", "gemma3_text", "mistral", "gpt_oss"]
+
+
+@pytest.mark.parametrize("prompt_len", [tiny.WINDOW - 4, tiny.WINDOW - 1, tiny.WINDOW, 2 * tiny.WINDOW + 1])
+@pytest.mark.parametrize("family", WINDOWS)
+def test_windows_slide_in_recorded_steps(family, prompt_len):
     model = tiny.model(family)
-    cache = DeviceCache(model.config, 20, 3)
-    expected = generate(model, tiny.prompts(3, 9), None)[0]
+    expected = tiny.generate(model, tiny.prompts(3, prompt_len), 2 * STEPS, None)
+    cache = DeviceCache(model.config, prompt_len + 2 * STEPS, 3)
+    assert can_record(model, cache)
+    usual = tiny.generate(model, tiny.prompts(3, prompt_len), 2 * STEPS, cache)
+    assert torch.equal(usual[1], expected[1]), "windows slide as transformers' do"
     before = OneByOne.recorded
     RecordedSteps(model, cache, [], OneByOne)
-    assert torch.equal(generate(model, tiny.prompts(3, 9), cache)[0], expected)
+    for _ in range(2):
+        cache.reset()
+        found = tiny.generate(model, tiny.prompts(3, prompt_len), 2 * STEPS, cache)
+        assert torch.equal(found[0], expected[0])
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
+    assert OneByOne.recorded == before + 1
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "llama4_text"])
+def test_layers_without_states_of_their_own_and_chunks_are_computed_as_usual(family):
+    model = tiny.model(family)
+    expected = generate(model, tiny.prompts(3, 9), None)
+    cache = DeviceCache(model.config, 20, 3)
+    before = OneByOne.recorded
+    if can_record(model, cache):
+        RecordedSteps(model, cache, [], OneByOne)
+    found = generate(model, tiny.prompts(3, 9), cache)
+    assert torch.equal(found[0], expected[0])
     assert OneByOne.recorded == before
+
+
+def test_a_step_that_is_forgotten_is_recorded_anew():
+    model = tiny.model("llama")
+    cache = DeviceCache(model.config, 20, 3)
+    expected = generate(model, tiny.prompts(3, 9), None)[0]
+    recorded, before = RecordedSteps(model, cache, [], OneByOne), OneByOne.recorded
+    for number in range(1, 3):
+        cache.reset()
+        assert torch.equal(generate(model, tiny.prompts(3, 9), cache)[0], expected)
+        assert OneByOne.recorded == before + number
+        recorded.forget()
 
 
 def test_what_depends_on_the_length_is_not_recorded():
@@ -100,6 +136,9 @@ def test_what_depends_on_the_length_is_not_recorded():
     model.config.rope_parameters = model.config.rope_parameters | {"rope_type": "dynamic"}
     assert not can_record(model, cache)
     model.config.rope_parameters["rope_type"] = "default"
-    model.config._attn_implementation = "eager"
+    model.config.rope_parameters["sliding_attention"] = {"rope_type": "longrope"}
+    assert not can_record(model, cache)
+    model.config.rope_parameters["sliding_attention"]["rope_type"] = "yarn"
+    model.config._attn_implementation = "flash_attention_2"
     assert not can_record(model, cache)
     assert isinstance(model, nn.Module)
