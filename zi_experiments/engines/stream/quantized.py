@@ -49,7 +49,7 @@ def _quantize(rows: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.T
 def expand(slab: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
     """Expand all quantized parameters of a slab into a flat tensor of 16-bit elements on the same device."""
     expand_own(slab, layout, out)
-    if layout.experts:
+    if layout.experts and layout.experts.each.quantized:
         expand_experts(experts_in(slab, layout), layout.experts.each, out[layout.own_elements :])
 
 

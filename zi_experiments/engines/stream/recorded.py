@@ -107,14 +107,12 @@ class RecordedSteps:
 
     def _record(self, ids: torch.Tensor, takes_positions: bool) -> "_Step":
         """Return a step with its own inputs and outputs, recorded without being computed."""
-        device = ids.device
-        position = torch.tensor([self._cache.get_seq_length()], device=device)
-        step = _Step(ids=ids.clone(), position=position, graphs=self._graphs(device))
-        masks = _Masks(self._config, self._cache, len(ids), device)
+        position = torch.tensor([self._cache.get_seq_length()], device=ids.device)
+        step = _Step(ids=ids.clone(), position=position, graphs=self._graphs(ids.device))
 
         def forward() -> torch.Tensor:
             given = {"input_ids": step.ids, "past_key_values": _Whole(self._cache, position), "use_cache": True}
-            given["attention_mask"] = masks.at(position)
+            given["attention_mask"] = _masks(self._config, self._cache, len(ids), position)
             if takes_positions:
                 given["position_ids"] = position.expand(len(ids), 1)
             logits: torch.Tensor = self._forward(**given).logits
@@ -177,25 +175,19 @@ class Graphs:
         self._last.replay()
 
 
-class _Masks:
-    """Which tokens of the rooms attention sees, by kind of layer: those written so far."""
-
-    def __init__(self, config: Any, cache: DeviceCache, sequences: int, device: torch.device) -> None:
-        kinds = getattr(config, "layer_types", None) or [""] * len(cache.layers)
-        sizes = {kind: layer.rooms[0].shape[2] for kind, layer in zip(kinds, cache.layers, strict=False)}
-        self._places = {kind: torch.arange(size, device=device) for kind, size in sizes.items()}
-        self._adds, self._sequences = config._attn_implementation == "eager", sequences
-        self._dtype = cache.layers[0].rooms[0].dtype
-
-    def at(self, position: torch.Tensor) -> Any:
-        """Return what transformers takes as the mask of a step: one for all layers, or one for each kind of them."""
-        masks = {kind: self._mask(places <= position) for kind, places in self._places.items()}
-        return masks if len(masks) > 1 else next(iter(masks.values()))
-
-    def _mask(self, seen: torch.Tensor) -> torch.Tensor:
-        if self._adds:
-            seen = torch.zeros_like(seen, dtype=self._dtype).masked_fill(~seen, torch.finfo(self._dtype).min)
-        return seen.expand(self._sequences, 1, 1, len(seen))
+def _masks(config: Any, cache: DeviceCache, sequences: int, position: torch.Tensor) -> Any:
+    """Return which tokens of the rooms attention sees, those written so far: for all layers, or for each kind of them."""
+    kinds = getattr(config, "layer_types", None) or [""] * len(cache.layers)
+    sizes = {kind: layer.rooms[0].shape[2] for kind, layer in zip(kinds, cache.layers, strict=False)}
+    masks = {}
+    for kind, size in sizes.items():
+        # made in the step itself: a step does not keep what it reads
+        mask = torch.arange(size, device=position.device) <= position
+        if config._attn_implementation == "eager":
+            dtype = cache.layers[0].rooms[0].dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        masks[kind] = mask.expand(sequences, 1, 1, size)
+    return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 class _Whole(Cache):  # type: ignore[misc]

@@ -3,10 +3,15 @@
 Here without a GPU: the step's operations run one by one, where CUDA replays them.
 """
 
+import gc
+
 import pytest
 import tiny
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from zi_experiments.engines.stream.device_kv_cache import DeviceCache
 from zi_experiments.engines.stream.recorded import RecordedSteps, can_record
@@ -53,6 +58,48 @@ def test_recorded_steps_give_the_tokens_of_usual_ones(family):
         torch.testing.assert_close(found[1], logits, rtol=1e-4, atol=1e-5)
         assert cache.get_seq_length() == 9 + STEPS - 1
     assert OneByOne.recorded == before + 1, "once for all passes"
+
+
+class Reading(TorchDispatchMode):
+    """Collects the storages that operations read, without keeping them, except those that they have made."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self._made = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        made = {tensor.untyped_storage()._cdata for tensor in self._made}
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in made:
+                self.read.append(StorageWeakRef(tensor.untyped_storage()))
+        self._made += [tensor for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)]
+        return out
+
+
+class Forgetting(OneByOne):
+    """As CUDA's graphs: what they read is an address."""
+
+    def record(self, forward):
+        self.reading = Reading()
+        with self.reading:
+            logits = forward()
+        self.reading._made.clear()
+        return logits
+
+    def run(self):
+        gc.collect()
+        type(self).lost = sum(storage.expired() for storage in self.reading.read)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_what_a_recorded_step_reads_is_not_freed(family):
+    model = tiny.model(family)
+    cache = DeviceCache(model.config, 20, 3)
+    RecordedSteps(model, cache, [], Forgetting)
+    with torch.no_grad():
+        generate(model, tiny.prompts(3, 9), cache)
+    assert Forgetting.lost == 0
 
 
 class Refusing(OneByOne):
