@@ -3,13 +3,14 @@
 from typing import Any
 
 WIDTH, LEFT, RIGHT, ROW, PANEL, TOP = 960, 84, 16, 26, 150, 34
+LANES = ("link", "read back", "expand", "experts", "compute")
 STYLE = """
 text{font:13px system-ui,sans-serif;fill:#24292f}.small{font-size:11px;fill:#57606a}.back{fill:#fff}
-.lane{fill:#f0f3f6}.link{fill:#0969da;stroke:#fff}.expand{fill:#bf8700}.compute{fill:#1a7f37}
+.lane{fill:#f0f3f6}.link{fill:#0969da;stroke:#fff}.expand,.experts{fill:#bf8700}.read-back{fill:#8250df}.compute{fill:#1a7f37}
 .number{font-size:11px;fill:#fff;text-anchor:middle}.middle{text-anchor:middle}.tick{stroke:#57606a}
 .token{stroke:#cf222e}.right{text-anchor:end}
 @media(prefers-color-scheme:dark){text{fill:#e6edf3}.small{fill:#9198a1}.back{fill:#0d1117}.lane{fill:#1c2229}
-.link{fill:#1f6feb;stroke:#0d1117}.expand{fill:#d29922}.compute{fill:#3fb950}.number{fill:#fff}.tick{stroke:#9198a1}.token{stroke:#ff7b72}}
+.link{fill:#1f6feb;stroke:#0d1117}.expand,.experts{fill:#d29922}.read-back{fill:#ab7df8}.compute{fill:#3fb950}.number{fill:#fff}.tick{stroke:#9198a1}.token{stroke:#ff7b72}}
 """
 
 
@@ -26,12 +27,14 @@ def draw(result: dict[str, Any]) -> str:
 
 def panel(model: str, quant: str, recorded: dict[str, Any], top: float) -> list[str]:
     """Rows of spans over a time axis from the first token to the last."""
-    length = recorded["tokens_us"][-1]
+    length = recorded.get("end_us", recorded["tokens_us"][-1])
     scale = (WIDTH - LEFT - RIGHT) / length
-    lanes = [lane for lane in ("link", "expand", "compute") if recorded[lane]]
+    lanes = [lane for lane in LANES if recorded.get(lane)]
     bottom = top + TOP + ROW * len(lanes)
     busy = sum(min(at + took, length) - max(at, 0) for at, took, *_ in recorded["link"]) / length
-    title = f"{model}, {quant}: {recorded['slab_bytes'] / 1e6:.0f} MB a layer; the link is busy {busy:.1%} of the time"
+    part = "an expert" if "expert_bytes" in recorded else "a layer"
+    megabytes = recorded.get("expert_bytes", recorded.get("slab_bytes")) / 1e6
+    title = f"{model}, {quant}: {megabytes:.0f} MB {part}; the link is busy {busy:.1%} of the time"
     parts = [f'<text x="{LEFT}" y="{top + 20:.0f}">{title}</text>']
     parts.append(
         f'<text class="small right" x="{WIDTH - RIGHT}" y="{top + 20:.0f}">red: the token of a step is known</text>'
@@ -48,9 +51,10 @@ def spans(lane: str, recorded: list[list[float]], length: float, scale: float, y
     high = f'y="{y + 2:.0f}" height="{ROW - 4}"'
     parts = [f'<text class="right" x="{LEFT - 8}" y="{y + 17:.0f}">{lane}</text>']
     parts.append(f'<rect class="lane" x="{LEFT}" width="{length * scale:.1f}" {high}/>')
+    kind = lane.replace(" ", "-")
     for at, took, *layer in recorded:
         x, wide = LEFT + max(at, 0) * scale, (min(at + took, length) - max(at, 0)) * scale
-        parts.append(f'<rect class="{lane}" x="{x:.2f}" width="{max(wide, 0.5):.2f}" {high}/>')
+        parts.append(f'<rect class="{kind}" x="{x:.2f}" width="{max(wide, 0.5):.2f}" {high}/>')
         if layer and wide > 12:
             parts.append(f'<text class="number" x="{x + wide / 2:.1f}" y="{y + 17:.0f}">{layer[0]}</text>')
     return parts

@@ -40,8 +40,10 @@ class Overlap:
     hidden_if_routed: float = 0.0  # the same in a decode step that brings routed experts only
     launch: float  # launch overhead of a decoder layer, as a multiple of plain transformers'
     launch_routed: float = 0.0  # added to it for a layer's routed experts
+    choice: float = 0.0  # in a recorded step: to read a layer's router and go on, as the same multiple
     stall: float  # time of a layer in which neither PCIe nor the device works, as the same multiple
-    stall_recorded: float = 0.0  # the same in a recorded decode step: its small operations follow each other
+    small_s: float = 0.0  # of a recorded layer: its small operations, which follow each other
+    small_routed_s: float = 0.0  # added to it with routed experts
     packed: float = 1.0  # time to multiply a packed weight with one token, as a multiple of the time to expand it
     expand: float = 1.0  # time to expand quantized weights, as a multiple of the stream engine's
     copies: float = 0.0  # how often a pass copies all weights within the device's memory

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from zi_experiments.config.schema import CacheDevice, Calibration, WeightSource
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.cost_model.spec import ELEMENT_BYTES
+from zi_experiments.cost_model.spec import ELEMENT_BYTES, drawn_evenly
 from zi_experiments.models.architecture import Parameter
 
 APPENDED = 2  # to append to the KV cache, it is read and written
@@ -93,11 +93,12 @@ def _duration(plan: Plan, one: _Pass, seconds: dict[str, float]) -> float:
     overlap = plan.storage.overlap
     hidden = overlap.hidden_if_routed if _is_routed(plan, one) else overlap.hidden
     copies = max(seconds["link"], seconds["disk"])
-    # a GPU computes while the host launches the next kernels; a CPU does one after the other
+    # a GPU computes while the host launches the next kernels; a CPU does one after the other, and so does a recorded pass:
+    # its small operations follow the others on the device, and where it needs a choice, host and device take turns
     work, launch = seconds["gemm"] + seconds["hbm"], seconds["launch"]
-    computing = max(work, launch) if plan.machine.device == "cuda" else work + launch
-    stall = overlap.stall_recorded if _is_recorded(plan, one) else overlap.stall
-    stalled = stall * plan.architecture.num_layers * _known(_measured(plan).layer_s)
+    overlaps = plan.machine.device == "cuda" and not _is_recorded(plan, one)
+    computing = max(work, launch) if overlaps else work + launch
+    stalled = 0.0 if _is_recorded(plan, one) else overlap.stall * plan.architecture.num_layers * _layer_s(plan)
     return max(copies, computing) + (1 - hidden) * min(copies, computing) + stalled
 
 
@@ -108,6 +109,13 @@ def _is_routed(plan: Plan, one: _Pass) -> bool:
 
 def _is_recorded(plan: Plan, one: _Pass) -> bool:
     return plan.storage.recorded and one.tokens == 1
+
+
+def _reads_choice(plan: Plan, one: _Pass) -> bool:
+    """Return whether the host reads which experts were chosen: not if all are on the device and are multiplied as packed."""
+    in_place = plan.storage.cached_bytes == 0
+    packed = all(_is_packed(plan, one, p) for p in plan.architecture.parameters if p.experts)
+    return _is_routed(plan, one) and not (in_place and packed)
 
 
 def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
@@ -121,17 +129,27 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
     weights_s = _over(streamed / ranks, link)
     cache_s = _over(_cache_bytes_on_link(plan, one) / ranks, pinned)
     passes = plan.architecture.num_layers * plan.run.workload.micro_batches
-    overlap = plan.storage.overlap
-    launches = overlap.launch_routed if _is_routed(plan, one) else 0.0
-    if not _is_recorded(plan, one):
-        launches += overlap.launch + (CACHE_LAUNCH if _moves_cache(plan) else 0)
     return {
         "link": weights_s + cache_s,
         "disk": _over(read, _typical(plan, "disk_bytes_per_s")),
         "gemm": _gemm_s(plan, one),
         "hbm": _traffic_s(plan, one),
-        "launch": _known(known.layer_s) * launches * passes + _known(known.step_s),
+        "launch": passes * _launch_s(plan, one) + _known(known.step_s),
     }
+
+
+def _launch_s(plan: Plan, one: _Pass) -> float:
+    """Return the seconds of a layer in which operations are launched or, in a recorded pass, begin and end."""
+    overlap, is_routed = plan.storage.overlap, _is_routed(plan, one)
+    if _is_recorded(plan, one):
+        small_s = overlap.small_s + (overlap.small_routed_s if is_routed else 0.0)
+        return small_s + (overlap.choice * _layer_s(plan) if _reads_choice(plan, one) else 0.0)
+    launches = overlap.launch + (overlap.launch_routed if is_routed else 0.0)
+    return _layer_s(plan) * (launches + (CACHE_LAUNCH if _moves_cache(plan) else 0))
+
+
+def _layer_s(plan: Plan) -> float:
+    return _known(_measured(plan).layer_s)
 
 
 def _cache_bytes_on_link(plan: Plan, one: _Pass) -> int:
@@ -154,8 +172,8 @@ def _gemm_s(plan: Plan, one: _Pass) -> float:
     seconds = _product_s(plan, sum(p.numel for p in expanded if not p.is_experts), tokens)
     for p in expanded:
         if p.is_experts:
-            # tokens spread evenly over the experts, and each expert that is used is read whole
-            met = min(p.shape[0], tokens * routed)
+            # each expert that is used is read whole
+            met = drawn_evenly(p.shape[0], min(routed, p.shape[0]), tokens)
             seconds += _product_s(plan, p.numel / p.shape[0] * met, max(1.0, tokens * routed / met))
     vocabulary = arch.config.get_text_config().vocab_size
     seconds += _product_s(plan, vocabulary * arch.hidden_size, sequences)  # the head, for the last token only

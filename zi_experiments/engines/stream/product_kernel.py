@@ -3,8 +3,6 @@
 A weight is rounded to 16 bits as when it is expanded, and products are added in 32 bits.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +12,9 @@ from zi_experiments.engines.stream.kernel import _reciprocals, _weights
 TILE = 2048  # weights that a program loads at a time
 ROWS = 8  # of a matrix, of which a program computes the results
 COLUMNS = 128  # the same where the results belong to columns: a multiple of all group sizes
+CHUNK = 256  # of its rows, over which such a program adds: few programs would leave the device idle
+ADDED = 1024  # results of which a program adds the chunks
+_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -92,26 +93,24 @@ def _by_columns(  # type: ignore[no-untyped-def]
     x,
     tokens,
     slabs,
-    targets,
     codes,
     scales,
     minima,
-    biases,
-    out,
+    sums,
     start,
     rows,
     columns,
     codes_stride,
     groups_stride,
-    bias_stride,
     count,
+    dtype: tl.constexpr,
     bits: tl.constexpr,
     group_size: tl.constexpr,
     block: tl.constexpr,
     together: tl.constexpr,
+    chunk: tl.constexpr,
 ):
-    """out[target] = x[token] · matrix for matrices of shape (rows, columns), `together` rows at a time."""
-    dtype: tl.constexpr = out.dtype.element_ty
+    """sums[n, pair] = x[token] · rows of matrices of shape (rows, columns), the n-th `chunk` of them, `together` at a time."""
     pair = tl.program_id(1)
     slab = tl.load(slabs + pair)
     if slab >= count:
@@ -124,8 +123,8 @@ def _by_columns(  # type: ignore[no-untyped-def]
     within: tl.constexpr = group_size // 2 if bits == 4 else group_size
     total = tl.zeros((together, block // group_size, within), dtype=tl.float32)
     second = tl.zeros((together, block // group_size, within), dtype=tl.float32)
-    for begin in range(0, rows, together):
-        row = begin + tl.arange(0, together)
+    for begin in range(0, chunk, together):
+        row = tl.program_id(2) * chunk + begin + tl.arange(0, together)
         there = (row < rows)[:, None] & (group < in_row)[None, :]
         at = first + row.to(tl.int64)[:, None] * in_row + group[None, :]
         scale, reciprocal = _reciprocals(tl.load(scales + at, mask=there, other=1.0)[:, :, None])
@@ -139,14 +138,31 @@ def _by_columns(  # type: ignore[no-untyped-def]
             second += _weights(code & 15, scale, reciprocal, minimum, dtype).to(tl.float32) * factor
         else:
             total += _weights(code, scale, reciprocal, minimum, dtype).to(tl.float32) * factor
-    out += tl.load(targets + pair) * columns
+    sums += (tl.program_id(2) * tl.num_programs(1) + pair) * columns
     column = group[:, None] * group_size + tl.arange(0, within)[None, :] * (group_size // within)
     inside = (group < in_row)[:, None]
-    result = _finished(tl.sum(total, 0), biases, slab, bias_stride, column, inside, dtype)
-    tl.store(out + column, result, mask=inside)
+    tl.store(sums + column, tl.sum(total, 0), mask=inside)
     if bits == 4:
-        result = _finished(tl.sum(second, 0), biases, slab, bias_stride, column + 1, inside, dtype)
-        tl.store(out + column + 1, result, mask=inside)
+        tl.store(sums + column + 1, tl.sum(second, 0), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_chunks(  # type: ignore[no-untyped-def]
+    sums, slabs, targets, biases, out, columns, bias_stride, count, chunks, block: tl.constexpr
+):
+    """out[target] = the sum of the pair's chunks."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    pair = tl.program_id(1)
+    slab = tl.load(slabs + pair)
+    if slab >= count:
+        return
+    column = tl.program_id(0) * block + tl.arange(0, block)
+    inside = column < columns
+    total = tl.zeros((block,), dtype=tl.float32)
+    for chunk in range(chunks):
+        total += tl.load(sums + (chunk * tl.num_programs(1) + pair) * columns + column, mask=inside, other=0.0)
+    result = _finished(total, biases, slab, bias_stride, column, inside, dtype)
+    tl.store(out + tl.load(targets + pair) * columns + column, result, mask=inside)
 
 
 def multiply(
@@ -172,14 +188,20 @@ def multiply(
     rows, columns = shape
     within = group_size // 2 if bits == 4 else group_size
     bias_stride = biases.stride(0) if biases is not None else 0
-    if by_columns:
-        blocks, block = triton.cdiv(columns, COLUMNS), COLUMNS
-        together = max(1, TILE // (COLUMNS // group_size * within))
-    else:
-        blocks, block = triton.cdiv(rows, ROWS), ROWS
+    if not by_columns:
         together = max(1, TILE // (ROWS * within))
-    kernel: Any = (_by_columns if by_columns else _by_rows)[(blocks, len(pairs[0]))]
-    kernel(
-        x, *pairs, codes, scales, minima, biases, out, start, rows, columns, codes.stride(0), scales.stride(0),
-        bias_stride, len(codes), bits, group_size, block, together,
+        _by_rows[triton.cdiv(rows, ROWS), len(pairs[0])](
+            x, *pairs, codes, scales, minima, biases, out, start, rows, columns, codes.stride(0), scales.stride(0),
+            bias_stride, len(codes), bits, group_size, ROWS, together,
+        )  # fmt: skip
+        return
+    together, chunks = max(1, TILE // (COLUMNS // group_size * within)), triton.cdiv(rows, CHUNK)
+    sums = x.new_empty(chunks, len(pairs[0]), columns, dtype=torch.float32)
+    tokens, slabs, targets = pairs
+    _by_columns[triton.cdiv(columns, COLUMNS), len(tokens), chunks](
+        x, tokens, slabs, codes, scales, minima, sums, start, rows, columns, codes.stride(0), scales.stride(0),
+        len(codes), _DTYPES[out.dtype], bits, group_size, COLUMNS, together, CHUNK,
     )  # fmt: skip
+    _add_chunks[triton.cdiv(columns, ADDED), len(tokens)](
+        sums, slabs, targets, biases, out, columns, bias_stride, len(codes), chunks, ADDED
+    )
