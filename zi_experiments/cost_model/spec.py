@@ -31,7 +31,8 @@ VERIFIED_SEQUENCES, VERIFIED_TOKENS = 4, 19  # size of the verified pass; tokens
 
 def drawn_evenly(experts: int, each: int, tokens: float) -> float:
     """Return how many of a layer's experts so many tokens are routed to, if `each` of a token's are drawn evenly."""
-    return experts * (1 - (1 - each / experts) ** tokens)
+    spared: float = (1 - each / experts) ** tokens
+    return experts * (1 - spared)
 
 
 @dataclass(frozen=True, kw_only=True)
