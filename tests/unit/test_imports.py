@@ -237,6 +237,7 @@ def test_typed_past_the_door():
         "config.output_folder",
         "plan_only",
         "execution.sweep",
+        "execution.joining",
     }
 
 
