@@ -178,7 +178,7 @@ ONE = "workload.batch_size=1"
 PROMPTS = ("workload.batch_size=8", "workload.prompt_len=512", "workload.gen_len=4")
 OF_PREFILL = figure("of the prefill bound", "prefill_fraction_of_bound", 0.9)
 CAPPED = (ONE, "offload.resident=auto")
-FROM_DISK = (ONE, "workload.prompt_len=128", *workload(8, 1, 0))
+FROM_DISK = (STREAM, ONE, "workload.prompt_len=128")
 BLOCKS = "+model.architecture.quantization_config={quant_method:fp8,weight_block_size:[128,128]}"
 WHOLE = ("workload.batch_size=64", "workload.prompt_len=128", *workload(6, 1))  # sequences use all experts of a layer
 MICRO_TARGETS = (times("one micro-batch", 7.0, "opt-13b-fp16/stream"),)
@@ -250,13 +250,13 @@ CASES = (
     case("opt-6.7b-nvme", "deepspeed-tuned", "opt-6.7b nvme fp16", *TUNED, *workload(3, 1, 0)),
     case("opt-6.7b-nvme-int4", "stream", "opt-6.7b nvme int4", STREAM, *workload(6, 2, 0), targets=(of_disk(0.95),)),
     case("opt-6.7b-nvme-int4", "deepspeed-tuned", "opt-6.7b nvme int4", *TUNED, *workload(4, 1, 0)),
-    # the least cache in host memory, and one that with the GPU's pool holds a part of the experts
+    # the least cache in host memory, and one that with the GPU's pool holds a half of the experts, when it is warm
     case(
-        *("experts-mixtral-nvme", "stream", "mixtral-8x7b nvme int4", STREAM, *FROM_DISK),
+        *("experts-mixtral-nvme", "stream", "mixtral-8x7b nvme int4", *FROM_DISK, *workload(8, 1, 0)),
         targets=(of_disk(0.9),),
     ),
     case(
-        *("experts-mixtral-nvme-16gib", "stream", "mixtral-8x7b nvme int4", STREAM, *FROM_DISK),
+        *("experts-mixtral-nvme-16gib", "stream", "mixtral-8x7b nvme int4", *FROM_DISK, *workload(8, 1)),
         *("offload.resident=auto", "hardware.memory_gib=12", "hardware.host_memory_gib=16"),
         targets=(times("the least cache", 1.2, "experts-mixtral-nvme/stream"),),
     ),
