@@ -57,6 +57,10 @@ class Supply(Protocol):
     def sizes(self) -> list[int]:
         """The bytes of an expert, of each layer."""
 
+    @property
+    def saves(self) -> bool:
+        """Whether experts that leave the device have to be saved."""
+
     def prepare(self, layer: int, experts: list[int]) -> None:
         """Begin to fetch what is not in host memory of a layer's `experts`, which are taken next."""
 
@@ -83,6 +87,8 @@ def arriving_parts(supply: Supply, layer: int, experts: list[int]) -> Iterator[l
 
 class InHostMemory:
     """A supply of experts that all stay in host memory."""
+
+    saves = False
 
     def __init__(self, layers: list[torch.Tensor]) -> None:
         """`layers` has the experts of each layer, of shape (experts, bytes)."""
@@ -173,7 +179,7 @@ class Pool:
                 slot, gone = self._slots.place(layer, expert, needed)
                 if self._side is not None and slot in self._left:
                     self._side.wait_event(self._left[slot])
-                if gone:
+                if gone and self._supply.saves:
                     self._supply.save(*gone, self.slabs[slot, : self._supply.sizes[gone[0]]], self._side)
                 self.slabs[slot, : len(slab)].copy_(slab, non_blocking=True)
                 self._supply.hand_back(layer, expert, self._side)

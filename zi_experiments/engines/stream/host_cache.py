@@ -34,7 +34,7 @@ class HostCache:
 
     def __init__(self, layers: list[OnDisk], slabs: torch.Tensor, at_once: int, *, saves: bool = False) -> None:
         """`slabs` has the slots, uint8 of shape (slots, bytes); groups have at most `at_once` experts, no more than slots."""
-        self._layers, self.at_once, self._saves = layers, at_once, saves
+        self._layers, self.at_once, self.saves = layers, at_once, saves
         self.slabs = slabs
         self._store: Store | None = None
         self.sizes = [layer.nbytes for layer in layers]
@@ -114,11 +114,11 @@ class HostCache:
         if stream is not None:
             self._left[self._slots.of(layer)[expert]] = stream.record_event().synchronize
         self._needed.discard((layer, expert))
-        if self._saves:
+        if self.saves:
             self._slots.release(layer, expert)
 
     def save(self, layer: int, expert: int, slab: torch.Tensor, stream: Any) -> None:
-        if not self._saves or expert in self._slots.of(layer) or not self._slots.has_room(self._needed):
+        if expert in self._slots.of(layer) or not self._slots.has_room(self._needed):
             return
         slot, _ = self._slots.place(layer, expert, self._needed)
         wait(self._reads.pop(slot, ()))  # of a pass that was broken off

@@ -1,7 +1,7 @@
 """Slots with one expert each, of any layer: which expert is in which slot, and which one makes room for another."""
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 Needed = set[tuple[int, int]]  # pairs of layer and expert
 
@@ -55,9 +55,17 @@ class Slots:
 
     def _replaced(self, layer: int, needed: Needed) -> tuple[int, tuple[int, int]]:
         """Return a slot, empty now: of the layer itself if it holds its share, else of the layer that holds most."""
-        most = sorted(range(len(self._held)), key=lambda other: len(self._held[other]), reverse=True)
-        for other in [layer, *most] if len(self._held[layer]) >= self.share else most:
+        for other in self._in_turn(layer):
             for expert in self._held[other]:
                 if (other, expert) not in needed:
                     return self._held[other].pop(expert), (other, expert)
         raise RuntimeError("all slots are needed")
+
+    def _in_turn(self, layer: int) -> Iterator[int]:
+        """Yield the layers that may give a slot, the first choice first: seldom more than two."""
+        if len(self._held[layer]) >= self.share:
+            yield layer
+        sizes = list(map(len, self._held))
+        sizes[layer] = -1
+        yield sizes.index(max(sizes))
+        yield from sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
