@@ -312,6 +312,8 @@ def assert_weights_add_up(plan):
     assert 0 <= plan.streamed_bytes_per_pass <= weights
     assert plan.machine.device == "cuda" or place.gpu_bytes == plan.streamed_bytes_per_pass == 0
     assert plan.run.offload.device is OffloadDevice.nvme or place.nvme_bytes == 0
+    assert 0 <= plan.disk_bytes_per_step <= place.nvme_bytes
+    assert 0 <= plan.disk_bytes_per_pass <= place.nvme_bytes
     assert 0 <= plan.packed_fraction <= plan.quantized_fraction <= 1
 
 
@@ -352,7 +354,7 @@ def assert_prediction_holds(plan):
         assert 0 < got.total_tok_per_s <= work.sequences * work.gen_len / got.prefill_s * (1 + 1e-9)
     if rates.link_bytes_per_s and got.decode_step_s:
         fastest = max(rates.link_bytes_per_s, (known and known.link_pageable_bytes_per_s) or 0)
-        least = plan.streamed_bytes_per_pass / plan.run.hardware.num_gpus / fastest
+        least = plan.streamed_bytes_per_step / plan.run.hardware.num_gpus / fastest
         assert got.decode_step_s >= least * (1 - 1e-9)
     if rates.disk_bytes_per_s and got.decode_step_s:
-        assert got.decode_step_s >= plan.placement.nvme_bytes / rates.disk_bytes_per_s * (1 - 1e-9)
+        assert got.decode_step_s >= plan.disk_bytes_per_step / rates.disk_bytes_per_s * (1 - 1e-9)
