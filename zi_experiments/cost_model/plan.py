@@ -123,7 +123,8 @@ class Plan(Spec):  # a subclass: everything known before the engine places the w
     @property
     def disk_bytes_per_pass(self) -> int:
         """Bytes of weights read from disk in a prefill, over all ranks: those that host memory does not have as well."""
-        return self.placement.nvme_bytes - self.storage.host_cached_bytes
+        # slots are as large as the largest expert, so the last of them may count for more than there is
+        return max(0, self.placement.nvme_bytes - self.storage.host_cached_bytes)
 
     @property
     def disk_bytes_per_step(self) -> int:
