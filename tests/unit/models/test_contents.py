@@ -211,14 +211,6 @@ def test_a_large_checkpoint_is_held_at_once(held, tmp_path):
     assert time.process_time() - began < 5
 
 
-def test_of_random_weights_a_quantized_model_s_shape_counts(compose_run, tmp_path):
-    checkpoints.gptq(tmp_path)
-
-    found = contents.load(compose_run("model=local", f"model.path={tmp_path}"))
-
-    assert getattr(found.config, "quantization_config", None) is None
-
-
 @pytest.mark.integration
 def test_a_hub_name_is_held_as_far_as_the_cache_has_it(tmp_path):
     """Offline. Of its config.json alone nothing can be said before a worker looks for the weights, which is no error."""

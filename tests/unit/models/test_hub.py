@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from families import save_checkpoint
 
 CONFIG = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 128}
 CHILD = """
@@ -71,3 +72,75 @@ def test_a_hub_that_answers_is_asked_and_one_that_does_not_is_left_alone(tmp_pat
     )
     assert offline == "1", "workers would ask again"
     assert "Retry" not in done.stderr
+
+
+DOWNLOADING = """
+import sys, threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+class Hub(SimpleHTTPRequestHandler):
+    def send_head(self):
+        self.path = "/" + self.path.partition("?")[0].rsplit("/", 1)[-1]
+        return super().send_head()
+    def end_headers(self):
+        for name, value in {"ETag": f'"{self.path}"', "X-Repo-Commit": "0" * 40}.items():
+            self.send_header(name, value)
+        super().end_headers()
+    def send_error(self, code, *rest):
+        self.send_response(code)
+        self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+    def log_message(self, *arguments):
+        pass
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=sys.argv[1]))
+threading.Thread(target=server.serve_forever, daemon=True).start()
+import os
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+import torch
+from transformers import AutoModelForCausalLM
+from zi_experiments.models import architecture, hub
+from zi_experiments.models.weights import PretrainedWeights
+from zi_experiments.config.composition import from_choices
+from zi_experiments.config.schema import ConfigError
+
+run = from_choices({"model": "local"}, {"model.path": "some/model", "model.name": "x", "name": "x"})
+found = architecture.load(run)
+weights = PretrainedWeights("some/model", found.config, torch.bfloat16)
+plain = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+for name, parameter in plain.named_parameters():
+    value = torch.empty_like(parameter)
+    weights.fill(name, value.data)
+    assert torch.equal(value, parameter), name
+print("equal")
+server.shutdown()
+server.server_close()
+hub.settle()  # as the launcher does
+try:
+    PretrainedWeights("another/model", found.config, torch.bfloat16)
+except ConfigError as error:
+    print(error)
+"""
+
+
+@pytest.mark.integration
+def test_a_worker_downloads_what_the_index_names(tmp_path):
+    save_checkpoint(tmp_path / "hub", "llama", layout="sharded")
+    assert (tmp_path / "hub" / "model.safetensors.index.json").exists()
+    kept = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+
+    done = subprocess.run(
+        [sys.executable, "-c", DOWNLOADING, str(tmp_path / "hub")],
+        env=kept | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert not done.returncode, done.stderr
+    equal, refused = done.stdout.splitlines()[-2:]
+    assert equal == "equal"
+    assert refused.startswith("another/model cannot be downloaded from the hub (")
+    assert ": pass weights.path=… of a folder, or weights=random" in refused
