@@ -1,11 +1,14 @@
 """Quantized weights of a checkpoint become 16-bit tensors, on the device where their codes are.
 
 Where transformers or compressed-tensors has the operation, it is theirs. GPTQ and AWQ are written from their published
-layouts: the packages that have them do not install on every version of Python.
+layouts: the packages that have them do not install on every version of Python. Large weights are expanded in strips of rows,
+since values in 32 bits on the way would take several times the memory of the weight.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
+STRIP_ELEMENTS = 1 << 24  # expanded at a time
 # the column that each of the eight 4-bit codes in a word of AWQ belongs to, from the lowest bits
 _AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -14,23 +17,44 @@ def fp8(codes: Any, scales: Any, dtype: Any, block: tuple[int, int] | None) -> A
     """Return FP8 weights (…, rows, columns), or FP4 codes two in a byte, times the scales of their blocks.
 
     transformers derives the size of the blocks from the numbers of rows and scales, and refuses or misreads a weight whose
-    last block is not whole: such a weight is given to it in parts that consist of whole blocks.
+    last block is not whole: it is given parts that consist of whole blocks, or of equal parts of one.
     """
     import torch
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     expand = Fp8Dequantize(None)._dequantize_one
     width = 1 if codes.dtype.is_floating_point else 2
-    if block is None or not is_ragged(codes.shape, scales.shape, (block[0], block[1] // width)):
-        return expand(codes, scales, output_dtype=dtype)
-    rows, columns = block[0], block[1] // width
-    made = torch.empty((*codes.shape[:-1], codes.shape[-1] * width), dtype=dtype, device=codes.device)
-    for i, row in enumerate(range(0, codes.shape[-2], rows)):
-        for j, column in enumerate(range(0, codes.shape[-1], columns)):
-            part = codes[..., row : row + rows, column : column + columns]
-            one = expand(part, scales[..., i : i + 1, j : j + 1], output_dtype=dtype)
-            made[..., row : row + rows, column * width : (column + columns) * width] = one
+    if scales.numel() == 1:
+        scales = scales.reshape(1, 1)
+    *_, rows, columns = codes.shape
+    high, wide = (
+        _block(size, count, of)
+        for size, count, of in zip(
+            (rows, columns * width), scales.shape[-2:], block or (rows, columns * width), strict=True
+        )
+    )
+    wide //= width
+    made = torch.empty((*codes.shape[:-1], columns * width), dtype=dtype, device=codes.device)
+    for row, row_scales in _parts(rows, high, STRIP_ELEMENTS // (columns * width)):
+        for column, column_scales in _parts(columns, wide, columns):
+            part = expand(codes[..., row, column], scales[..., row_scales, column_scales], output_dtype=dtype)
+            made[..., row, column.start * width : column.stop * width] = part
     return made
+
+
+def _block(size: int, scales: int, named: int) -> int:
+    """Return the size of a block: as the configuration names it, if there are so many scales, else as they divide."""
+    return named if -(-size // named) == scales else size // scales
+
+
+def _parts(size: int, block: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of whole blocks and of their scales, of `most` elements or of one block; a last part may be less."""
+    blocks, whole = max(1, most // block), size // block
+    for first in range(0, whole, blocks):
+        last = min(first + blocks, whole)
+        yield slice(first * block, last * block), slice(first, last)
+    if size % block:
+        yield slice(whole * block, size), slice(whole, whole + 1)
 
 
 def is_ragged(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, ...]) -> bool:
@@ -65,12 +89,16 @@ def gptq(qweight: Any, qzeros: Any, scales: Any, dtype: Any, bits: int, offset: 
     """
     import torch
 
-    codes = _unpacked(qweight, bits).transpose(1, 2).flatten(0, 1)  # (inputs, outputs)
-    zeros = _unpacked(qzeros, bits).flatten(1, 2) + offset
+    in_word = 32 // bits
+    inputs, outputs = len(qweight) * in_word, qweight.shape[1]
     if g_idx is None:
-        g_idx = torch.arange(len(codes), device=codes.device) // (len(codes) // len(scales))
-    g_idx = g_idx.long()
-    return (scales.float()[g_idx] * (codes - zeros[g_idx])).t().contiguous().to(dtype)
+        g_idx = torch.arange(inputs, device=qweight.device) // (inputs // len(scales))
+    made = torch.empty(outputs, inputs, dtype=dtype, device=qweight.device)
+    for rows, words in _parts(outputs, in_word, STRIP_ELEMENTS // inputs):
+        codes = _unpacked(qweight[:, rows], bits).transpose(1, 2).flatten(0, 1)  # (inputs, outputs)
+        zeros = _unpacked(qzeros[:, words], bits).flatten(1, 2)[:, : codes.shape[1]] + offset
+        made[rows] = (scales[:, rows].float()[g_idx.long()] * (codes - zeros[g_idx.long()])).t()
+    return made
 
 
 def awq(qweight: Any, qzeros: Any, scales: Any, dtype: Any) -> Any:
@@ -81,11 +109,14 @@ def awq(qweight: Any, qzeros: Any, scales: Any, dtype: Any) -> Any:
     """
     import torch
 
+    inputs, outputs = len(qweight), qweight.shape[1] * 8
     order = torch.tensor(_AWQ_COLUMNS, device=qweight.device).argsort()
-    codes, zeros = (_unpacked(words, 4)[..., order].flatten(1, 2) for words in (qweight, qzeros))
-    size = len(codes) // len(scales)
-    groups = codes.unflatten(0, (-1, size)) - zeros[:, None]
-    return (scales.float()[:, None] * groups).flatten(0, 1).t().contiguous().to(dtype)
+    made = torch.empty(outputs, inputs, dtype=dtype, device=qweight.device)
+    for rows, words in _parts(outputs, 8, STRIP_ELEMENTS // inputs):
+        codes, zeros = (_unpacked(of[:, words], 4)[..., order].flatten(1, 2) for of in (qweight, qzeros))
+        groups = codes.unflatten(0, (len(scales), -1)) - zeros[:, None]
+        made[rows] = (scales[:, rows].float()[:, None] * groups).flatten(0, 1).t()
+    return made
 
 
 def _unpacked(words: Any, bits: int) -> Any:

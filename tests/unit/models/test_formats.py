@@ -10,7 +10,7 @@ from checkpoints import LLAMA, configure, rewrite, write
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zi_experiments.config.schema import ConfigError
-from zi_experiments.models import contents, formats, gguf_file, opening
+from zi_experiments.models import contents, expansion, formats, gguf_file, opening
 from zi_experiments.models.weights import PretrainedWeights
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"}
@@ -208,3 +208,25 @@ def test_a_format_s_tensors_are_named_when_they_are_missing(held, tmp_path):
 
     with pytest.raises(ConfigError, match=r"lacks tensors .*model\.layers\.0\.mlp\.up_proj\.weight"):
         held(tmp_path)
+
+
+@pytest.mark.parametrize("make", [made.block_fp8, made.ragged_fp8, made.mxfp8, made.gptq, made.awq])
+def test_a_large_weight_is_expanded_in_strips(held, tmp_path, monkeypatch, make):
+    """With the same result: here a strip is 64 rows, or one block."""
+    make(tmp_path)
+    found = held(tmp_path)
+    (name,) = [p for p in found.parameters if p.name.endswith("layers.0.mlp.down_proj.weight")]
+
+    def read():
+        value = torch.empty(name.shape, dtype=torch.bfloat16)
+        weights = PretrainedWeights(str(tmp_path), found.config, torch.bfloat16)
+        with Largest() as largest:
+            weights.fill(name.name, value)
+        return value, largest.nbytes
+
+    at_once, most = read()
+    monkeypatch.setattr(expansion, "STRIP_ELEMENTS", 64 * name.shape[1])
+    in_strips, less = read()
+
+    assert torch.equal(in_strips, at_once)
+    assert less < most
