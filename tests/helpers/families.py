@@ -167,7 +167,7 @@ def chosen() -> set[Cell]:
             cells |= {cell for cell in by_deepspeed(family) if (cell.quant, cell.offload) == ("int4", "nvme")}
     for number, cells_of_group in enumerate(zip(*map(in_groups, GROUPED_FAMILIES), strict=True)):
         cells.add(cells_of_group[number % len(GROUPED_FAMILIES)])
-    return cells | {cell for cell in ALL if cell.layout in ("sharded", "bin") and cell.family in ("opt", "mixtral")}
+    return cells | {cell for cell in ALL if cell.layout in ("sharded", "bin")}
 
 
 GEN_LEN = 6

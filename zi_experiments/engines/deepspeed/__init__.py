@@ -132,7 +132,8 @@ def _filled(plan: Plan, progress: Progress) -> Any:
     with closing(weights.of(plan.run.weights, config, _dtype(plan))) as source:
 
         def prepare(name: str, parameter: Any) -> None:
-            source.fill(name, parameter.data)
+            with patches.plain_constructors():
+                source.fill(name, parameter.data)
             quantize(name, parameter)
             # transformers would otherwise gather every parameter to initialise it again, into packed INT4 bytes too
             parameter._is_hf_initialized = True

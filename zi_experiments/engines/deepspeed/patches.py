@@ -68,6 +68,22 @@ def _partition(init: Any, model: Any, prepare: Callable[[str, Any], None]) -> No
         init._zero_init_param(parameter)
 
 
+@contextmanager
+def plain_constructors() -> Iterator[None]:
+    """Let new tensors have the type that is asked for, while zero.Init makes every floating-point one 16-bit.
+
+    Reading a `.bin` file, or expanding quantized weights, would go wrong.
+    """
+    from deepspeed.runtime.zero import partition_parameters
+
+    init = partition_parameters.top_level_context
+    init._remove_tensor_creation_wrappers()
+    try:
+        yield
+    finally:
+        init._add_tensor_creation_wrappers()
+
+
 def not_quantizing() -> AbstractContextManager[None]:
     """Leave quantization to `quantized.py`: DeepSpeed quantizes plain `nn.Linear` and `nn.Embedding` only."""
     from deepspeed.runtime.zero import partition_parameters
