@@ -22,12 +22,13 @@ $(apt_install) || \
 { echo "missing:$$missing. To install: $${sudo}apt-get update && $${sudo}apt-get install -y$$missing" >&2; exit 1; }
 endef
 
-# One test looks at a report in a browser; where there is none and none may be installed, it is skipped and says so.
-define check_browser
+# One test looks at a report in a browser, others make network namespaces; they are skipped, and say so, where programs are missing.
+define check_test_programs
 @missing=; command -v chromium >/dev/null || missing=" chromium"; \
+command -v ip >/dev/null || missing="$$missing iproute2"; \
 command -v chromedriver >/dev/null || missing="$$missing chromium-driver"; \
 [ -n "$$missing" ] || exit 0; \
-$(apt_install) || echo "missing:$$missing. The test of the report's page is skipped" >&2
+$(apt_install) || echo "missing:$$missing. Tests that need them are skipped" >&2
 endef
 
 # Installs the packages of $$missing, if the user may.
@@ -48,11 +49,11 @@ test-fast: $(STAMP) ## the unit tests, but for those that start a run or measure
 	@$(IN_VENV) python -m pytest tests/unit -m "not integration" $(ARGS)
 
 test: $(STAMP) ## the tests, as CI runs them: make test ARGS="-k packaging"
-	$(check_browser)
+	$(check_test_programs)
 	@$(IN_VENV) python -m pytest $(ARGS)
 
 test-all: $(STAMP) ## before a release: every combination too
-	$(check_browser)
+	$(check_test_programs)
 	@$(IN_VENV) python -m pytest --all $(ARGS)
 
 bench-gpu: $(STAMP) ## the engines against what this machine's GPU can do: make bench-gpu ARGS="--list"

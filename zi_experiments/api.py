@@ -56,15 +56,18 @@ def get_ds_model(
     """
     if bits not in (16, 8, 4):
         raise ConfigError(f"bits={bits} is not supported: pass bits=4, 8 or 16")
+    found, ranks = environment.launched(), distributed.launched_ranks()
     offload = "nvme" if disk_offload else "cpu" if cpu_offload else "none"
     settings: dict[str, Any] = {
         "engine.profile": profile,
-        "hardware.num_gpus": distributed.launched_ranks(),
+        "hardware.num_gpus": ranks,
         "workload.batch_size": batch_size,
         "offload.use_gds": use_gds,
         "offload.path": offload_dir if disk_offload else None,
         "offload.pin_memory": None if offload == "none" else pin_memory,
     }
+    if found and found.processes == ranks:
+        settings |= {"launch.nnodes": found.machines, "launch.rdzv_endpoint": found.endpoint}
     if bits < 16:
         settings |= {"quant.group_size": group_size}
     if dummy_weights != "random":

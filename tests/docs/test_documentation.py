@@ -9,6 +9,7 @@ which takes longer than the run, does not log.
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -100,9 +101,23 @@ def once(commands):
     return list({(command.words, command.shown): command for command in reversed(commands)}.values())[::-1]
 
 
+def is_of_several(command):
+    """Whether a command is typed on several machines."""
+    return any(word.startswith("launch.nnodes=") for word in command.words) and "plan_only=true" not in command.words
+
+
+def launched(page):
+    """The settings of the commands of a page that another launcher starts, which is not here."""
+    for _, block in blocks(page.read_text()):
+        text = "\n".join(block).replace("\\\n", " ")
+        for match in re.finditer(r"^(?:torchrun|deepspeed|srun) .* zi_experiments (.*)$", text, re.M):
+            yield tuple(shlex.split(match[1]))
+
+
 TYPED = [command for page in PAGES for command in typed(page)]
 QUOTED = [command for page in PAGES for command in quoted(page)]
-RUNS = [c for c in TYPED if c.words[:3] == RUN and "plan_only=true" not in c.words]
+RUNS = [c for c in TYPED if c.words[:3] == RUN and "plan_only=true" not in c.words and not is_of_several(c)]
+TOGETHER = [c for c in TYPED if c.words[:3] == RUN and is_of_several(c)]
 PLANS = [c for c in TYPED if c.words[:3] == RUN and "plan_only=true" in c.words]
 SCRIPTS = [c for c in TYPED if c.words[0] == "python" and c.words[1].startswith("examples/")]  # test_examples.py's
 TOOLS = [c for c in TYPED if c.words[0] == "python" and c.words[:3] != RUN and c not in SCRIPTS]
@@ -155,6 +170,7 @@ def shortened(overrides, whole=True):
     if (family not in SMALLEST and size) or any(o.startswith(UNLIMITED) for o in overrides):
         return [*(o for o in overrides if o not in ("-m",)), *BIG_MACHINE, "plan_only=true"]
     kept = [o for o in overrides if not o.startswith(("workload=", "model=opt", "model=bloom", "model=qwen3"))]
+    kept = [o.replace("hydra/launcher=slurm", "hydra/launcher=submitit_local") for o in kept]  # there is no queue
     model = [f"model={SMALLEST[family]}"] if family in SMALLEST else []
     tiny = {LAYERS.get(family, "num_hidden_layers"): 2, "vocab_size": 512}
     if whole or any(o.startswith("model=") for o in kept):
@@ -186,6 +202,27 @@ def test_a_run(carry_out, command, every_test, tmp_path):
     done = carry_out([*RUN, *shortened(command.overrides, whole), *logged, *brief], fork=not whole)
 
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", once(TOGETHER), ids=str)
+def test_a_run_of_several_machines(tmp_path, command):
+    """On this one, by two launchers with a processor each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"launch.rdzv_endpoint=127.0.0.1:{probe.getsockname()[1]}"
+    typed = [word for word in shortened(command.overrides, whole=False) if not word.startswith("launch.rdzv_endpoint")]
+    small = [re.sub(r"^(hardware.num_gpus|workload.batch_size)=.*", r"\1=2", word) for word in typed]
+    words = [*RUN[1:], *small, place, "tracking=none"]
+    started = [cli.start(words, tmp_path, dict(os.environ)) for _ in range(2)]
+    outputs = [process.communicate(timeout=600)[0] for process in started]
+
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert len(list(tmp_path.rglob("result.json"))) == 1
+
+
+@pytest.mark.parametrize("settings", [each for page in PAGES for each in launched(page)], ids=" ".join)
+def test_the_settings_of_what_another_launcher_starts(compose_run, settings):
+    assert compose_run(*settings).model.name in settings[0]
 
 
 @pytest.mark.parametrize("command", once([c for c in PLANS if c.page != "docs/published.md"]), ids=str)

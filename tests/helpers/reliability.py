@@ -28,6 +28,8 @@ HEADER = """# Reliability
 - **Signals end a run within seconds.** Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 end the workers, remove weights
   from disk, close W&B and leave a `killed` record. What a `kill -9` leaves on disk, the next run removes. Ctrl-Z and
   `fg` cost nothing but time.
+- **Several machines**: a worker, a launcher or a machine that is lost ends the run with a record, also if it is the first:
+  [clusters.md](clusters.md).
 - **Jobs in processes of their own** have GPUs of their own, or wait for their turn:
   [recipes.md](recipes.md#sweeps-in-several-processes).
 - **The record is never lost.** `result.json` exists from the start and is replaced as a whole. If the disk is full at
