@@ -66,7 +66,7 @@ def test_sizes_by_hand(make_plan, machine):
 def test_nothing_changes_for_other_quantizations(make_plan, machine, quant):
     cells = [make_plan("model=llama-2-7b", f"quant={quant}", *more, on=machine()) for more in ((), (BLOCKS,))]
 
-    assert len({(plan.weight_bytes, plan.placement, plan.notes) for plan in cells}) == 1
+    assert len({(plan.weight_bytes, plan.placement, plan.storage.notes) for plan in cells}) == 1
     assert "quantization_config" not in cells[1].architecture.config.to_dict()
 
 
