@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from zi_experiments.engines import stream
 from zi_experiments.models.native import Packed, random
 from zi_experiments.models.packing import Code
 from zi_experiments.models.weights import RandomWeights
@@ -125,6 +126,28 @@ def test_patterns_of_compressed_tensors(make_plan, machine):
     assert packed == {"experts.gate_up_proj", "experts.down_proj"}
     assert [each.name for each in plan.formats] == ["INT4"]
     assert 4.5 < plan.bits_per_weight < 4.8
+
+
+def test_what_transformers_needs_to_verify_is_asked_for(make_plan, machine, monkeypatch):
+    weights = "{num_bits:4,type:int,symmetric:true,strategy:group,group_size:32}"
+    groups = f"{{a:{{targets:[Linear],weights:{weights}}}}}"
+    stated = f"{{quant_method:compressed-tensors,format:pack-quantized,config_groups:{groups}}}"
+    plans = [
+        make_plan(
+            "model=llama-2-7b",
+            f"+model.architecture.quantization_config={stated}",
+            *NATIVE,
+            f"verify={verify}",
+            on=machine("cpu"),
+        )
+        for verify in ("on", "off")
+    ]
+
+    assert [list(stream.requirements(plan)) for plan in plans] == [[], []]
+    monkeypatch.setattr(stream, "find_spec", lambda name: None)
+    (lacking,) = stream.requirements(plans[0])
+    assert lacking.endswith("pip install compressed-tensors")
+    assert not list(stream.requirements(plans[1]))
 
 
 def test_exponents_as_scales(make_plan, machine):
