@@ -47,7 +47,8 @@ def planned(make_plan, machine):
     def planned(*overrides, known=None, overlap=None, name="h200", model="opt-13b", **ceilings):
         calibration, rates = replace(INSTANT, **known or {}), replace(ENDLESS_RATES, **ceilings)
         on = machine(name, ceilings=rates, calibration=calibration, dtypes=("float16",))
-        work = ("quant=fp16", "workload=zero-inference", f"model={model}")
+        quant = () if any(each.startswith("quant=") for each in overrides) else ("quant=fp16",)
+        work = (*quant, "workload=zero-inference", f"model={model}")
         plan = make_plan(*work, *overrides, on=on)
         return replace(plan, storage=replace(plan.storage, overlap=replace(PERFECT, **overlap or {})))
 
@@ -99,6 +100,30 @@ def test_moving_keys_and_values_is_launched_layer_by_layer(planned):
     assert predict(here).decode_step_s == near(2 + 3.0 * 0.1 * 40)
     assert predict(there).decode_step_s == near(2 + 3.5 * 0.1 * 40)
     assert predict(there).limited_by == "launch"
+
+
+RECORDED = {"small_s": 0.01, "small_routed_s": 0.02, "choice": 0.5, "launch": 9.0, "launch_routed": 9.0, "stall": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "layer_s"),
+    [
+        ("opt-13b", ("offload=none",), 0.01),
+        ("mixtral-8x7b", ("offload=none",), 0.03),  # with all experts on the GPU no choice is read
+        ("mixtral-8x7b", ("offload=cpu",), 0.03 + 0.5 * 0.1),
+    ],
+)
+def test_a_recorded_step_has_its_small_operations_and_choices(planned, model, more, layer_s):
+    """They are added to what is computed and copied: GPU, host and link take turns."""
+    known = {"layer_s": 0.1, "step_s": 2.0, "expand_elements_per_s": 1e12}
+    given = ("engine=stream", "quant=int4", "workload.batch_size=1", *more)
+    plan = planned(*given, known=known, overlap=RECORDED | {"hidden": 0.0}, model=model, link_bytes_per_s=50e9)
+    seconds = module._pass_s(plan, module._Pass(tokens=1, cached=MIDDLE))
+
+    assert plan.storage.recorded
+    assert seconds["launch"] == near(2 + plan.architecture.num_layers * layer_s)
+    copied = plan.streamed_bytes_per_step / 50e9
+    assert predict(plan).decode_step_s == near(seconds["launch"] + seconds["hbm"] + seconds["gemm"] + copied)
 
 
 def test_keys_and_values_cross_pinned_whatever_the_weights(planned):
