@@ -81,7 +81,7 @@ def to_entry(record: Entry | None, output: str, typed: list[str], measured: dict
     if record is None:
         tail = " | ".join([line.strip() for line in output.splitlines() if line.strip()][-5:])
         return entry | {"status": "error", "error": _without_paths(tail or "no output"), "metrics": None}
-    engine = {key: value for key, value in (record["engine_config"] or {}).items() if key != "folder"}
+    engine = {key: value for key, value in (record["engine_config"] or {}).items() if key not in ("folder", "folders")}
     error, around = record["error"], record["environment"] or {}
     kept = ("packages", "python", "gpu", "gpu_memory_bytes", "driver", "cpu", "cpu_cores", "host_memory_bytes")
     return entry | {

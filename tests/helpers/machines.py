@@ -24,6 +24,7 @@ MACHINES = {
         ),
         calibration=None,
         driver="580.00",
+        peer_bytes_per_s=450e9,
     ),
     "cpu": Machine(
         device="cpu",

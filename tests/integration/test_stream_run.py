@@ -29,6 +29,7 @@ def test_two_ranks_bring_their_shares(cli):
     """Five layers through three slots, from host memory and from disk; keys and values here or there, in blocks or not."""
     done = cli.run(
         *("-m", "engine=stream", "hardware=cpu", "hardware.num_gpus=2", "offload=cpu,nvme", "tracking=none"),
+        "hardware.peer_bytes_per_s=1e9",
         *("model.architecture.num_hidden_layers=5", "kv_cache=cpu", "workload.micro_batches=2"),
     )
 
@@ -41,6 +42,20 @@ def test_two_ranks_bring_their_shares(cli):
     assert on_disk["metrics"]["disk_peak_bytes"] >= on_disk["plan"]["placement"]["nvme_bytes"] > 0
     assert results["cpu"]["metrics"]["disk_peak_bytes"] == 0
     assert not list((on_disk["folder"] / "offload").iterdir())
+
+
+def test_two_ranks_compute_from_the_same_memory(cli):
+    """Without links of their own nothing is gathered: each fills its half of every slab, and reads all of it."""
+    settings = ("engine=stream", "hardware=cpu", "offload=cpu", "model=deep", "quant=fp16", "tracking=none")
+    one, two = (cli.run(*settings, f"hardware.num_gpus={ranks}") for ranks in (1, 2))
+
+    assert (one.returncode, two.returncode) == (0, 0), two.stdout + two.stderr
+    alone, both = cli.results()
+    check(both)
+    assert both["engine_config"]["share_slots"] == 0
+    assert both["generated"] == alone["generated"]
+    streamed = both["plan"]["placement"]["cpu_bytes"]
+    assert both["stored"]["cpu_bytes"] - alone["stored"]["cpu_bytes"] < 0.1 * streamed, "what is outside of the layers"
 
 
 def test_two_drives_have_half_each(cli):

@@ -108,6 +108,7 @@ def text(machine: Machine, name: str) -> str:
         host_memory_gib=None,
         dtypes=list(machine.dtypes),
         price_per_hour=None,
+        peer_bytes_per_s=machine.peer_bytes_per_s,
         ceilings=replace(machine.ceilings, **_rounded(vars(machine.ceilings))),
         calibration=replace(machine.calibration, **_rounded(vars(machine.calibration))),
     )

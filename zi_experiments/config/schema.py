@@ -173,7 +173,8 @@ class Hardware:
     memory_gib: float | None  # GPU memory a run may use; null: all of it
     host_memory_gib: float | None  # host memory that a run may use on each machine; null: what is available
     dtypes: list[str] | None  # 16-bit types it computes in, best first; null: detect them
-    price_per_hour: float | None  # of the whole machine, in any currency; null: no cost is computed
+    price_per_hour: float | None  # of a whole machine, in any currency; null: no cost is computed
+    peer_bytes_per_s: float | None  # that a GPU receives from the others of its machine over links of their own
     ceilings: Ceilings
     calibration: Calibration | None  # null: measured on this machine with hardware=auto, else unknown
 

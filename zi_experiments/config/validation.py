@@ -189,6 +189,11 @@ def _hardware(run: Run) -> str | None:
             f"hardware.price_per_hour must be positive and finite, not {hardware.price_per_hour}: "
             "pass hardware.price_per_hour=null for no cost"
         )
+    if hardware.peer_bytes_per_s is not None and not 1 <= hardware.peer_bytes_per_s < inf:
+        return (
+            f"hardware.peer_bytes_per_s must be at least 1 and finite, not {hardware.peer_bytes_per_s}: "
+            "pass hardware.peer_bytes_per_s=null"
+        )
     for key, value in _settings(hardware):
         least = 1 if key.endswith(("_per_s", "flops")) else 0
         if "." in key and isinstance(value, float) and not least <= value < inf:

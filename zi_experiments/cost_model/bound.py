@@ -60,12 +60,16 @@ def lower_bound(plan: Plan) -> Bound:
 
 
 def rate(plan: Plan, limit: str) -> float | None:
-    """Return the peak rate of a resource in `RATES`, summed over all devices, which share the disk; None if unknown."""
+    """Return the peak rate of a resource in `RATES`, summed over all devices; None if unknown.
+
+    The devices of a machine share its disk, and machines that hold all weights read the same from each.
+    """
     known = plan.machine.calibration
     each: float | None = getattr(plan.machine.ceilings, RATES[limit])
     if limit == "gemm" and known and (moments := (known.moments or {}).get(plan.dtype)):
         each = max((*moments, *known.gemm_flops.get(plan.dtype, {}).values()))  # the ceiling may be another type's
-    return each and each * (1 if limit == "disk" else plan.run.hardware.num_gpus)
+    disks = 1 if plan.storage.each_machine_has_all else plan.run.launch.nnodes
+    return each and each * (disks if limit == "disk" else plan.run.hardware.num_gpus)
 
 
 def is_published(plan: Plan, limit: str | None) -> bool:

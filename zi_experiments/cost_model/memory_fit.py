@@ -27,11 +27,11 @@ class Use:
 
 def uses(plan: Plan) -> tuple[Use, ...]:
     """Return the use of GPU memory (if there is a GPU), host memory, and disk (if weights go there), in this order."""
-    free, weights = plan.machine.disk_free_bytes, plan.placement.nvme_bytes
+    free, weights = plan.machine.disk_free_bytes, plan.of_one_machine(plan.placement.nvme_bytes)
     if not weights or free is None:
         return _memory(plan)
     nothing = {"buffers": 0, "kv_cache": 0, "workspace": 0, "processes": 0}
-    return *_memory(plan), Use(where="disk", weights=weights // plan.run.launch.nnodes, available=free, **nothing)
+    return *_memory(plan), Use(where="disk", weights=weights, available=free, **nothing)
 
 
 def _memory(plan: Plan) -> tuple[Use, ...]:
@@ -54,15 +54,15 @@ def _memory(plan: Plan) -> tuple[Use, ...]:
 
 
 def _host(plan: Plan, *, copies: int, kv_cache: int, workspace: int) -> Use:
-    nodes = plan.run.launch.nnodes
+    machines, stored = plan.run.launch.nnodes, plan.storage
     return Use(
         where="host",
-        weights=(plan.placement.cpu_bytes + copies) // nodes,
-        buffers=(plan.storage.host_buffer_bytes - plan.storage.host_cached_bytes) // nodes,
-        experts=plan.storage.host_cached_bytes // nodes,
-        kv_cache=kv_cache // nodes,
-        workspace=workspace // nodes,
-        processes=plan.process_bytes // nodes,
+        weights=plan.of_one_machine(plan.placement.cpu_bytes) + copies // machines,
+        buffers=(stored.host_buffer_bytes - stored.host_cached_bytes) // machines,
+        experts=stored.host_cached_bytes // machines,
+        kv_cache=kv_cache // machines,
+        workspace=workspace // machines,
+        processes=plan.process_bytes // machines,
         available=plan.machine.host_memory_bytes,
     )
 

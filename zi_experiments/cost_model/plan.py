@@ -68,6 +68,8 @@ class Storage:
     routes: bool = False  # True if decode steps copy and expand only the experts that tokens are routed to
     packed_tokens: int = 0  # up to so many tokens in a pass, resident weights are multiplied without being expanded
     recorded: bool = False  # True if the operations of a decode step are launched at once
+    each_machine_has_all: bool = False  # True if each machine holds all weights outside GPUs; False: each has a part
+    gathered_bytes: int = 0  # of weights: what each GPU receives from the others of its machine in a pass
     host_buffer_bytes: int = 0  # between disk and device
     host_cached_bytes: int = 0  # part of these: experts whose weights are on disk
     gpu_buffer_bytes: int = 0  # on each GPU: for weights that are copied or expanded
@@ -136,6 +138,10 @@ class Plan(Spec):  # a subclass: everything known before the engine places the w
     def draws_experts(self) -> bool:
         """Whether a decode step brings what depends on the experts that tokens are routed to."""
         return self.storage.streamed_bytes_per_step is not None or self.storage.disk_bytes_per_step is not None
+
+    def of_one_machine(self, nbytes: int) -> int:
+        """Return the part of weights outside GPUs, in bytes, that one machine holds."""
+        return nbytes if self.storage.each_machine_has_all else -(-nbytes // self.run.launch.nnodes)
 
     @property
     def packed_fraction(self) -> float:

@@ -74,9 +74,9 @@ def total_tok_per_s(plan: Plan, prefill_s: float | None, decode_step_s: float | 
 
 
 def cost_per_million_tokens(plan: Plan, tok_per_s: float | None) -> float | None:
-    """Return what the machine costs while it generates a million tokens, in the currency of its price; None if unknown."""
-    price = plan.run.hardware.price_per_hour
-    return price / 3600 * 1e6 / tok_per_s if price is not None and tok_per_s else None
+    """Return what all machines cost while they generate a million tokens, in the currency of the price; None if unknown."""
+    price, machines = plan.run.hardware.price_per_hour, plan.run.launch.nnodes
+    return machines * price / 3600 * 1e6 / tok_per_s if price is not None and tok_per_s else None
 
 
 def _timed(plan: Plan, one: _Pass) -> tuple[float, str] | tuple[None, None]:
@@ -128,10 +128,14 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
         streamed, read = plan.streamed_bytes_per_step, plan.disk_bytes_per_step
     weights_s = _over(streamed / ranks, link)
     cache_s = _over(_cache_bytes_on_link(plan, one) / ranks, pinned)
+    # without links of their own, GPUs gather over PCIe, which brings the shares too
+    gathered_s = _over(plan.storage.gathered_bytes, plan.machine.peer_bytes_per_s or link)
+    if plan.machine.peer_bytes_per_s is None:
+        gathered_s += weights_s + cache_s
     passes = plan.architecture.num_layers * plan.run.workload.micro_batches
     return {
-        "link": weights_s + cache_s,
-        "disk": _over(read, _typical(plan, "disk_bytes_per_s")),
+        "link": max(weights_s + cache_s, gathered_s),
+        "disk": _over(plan.of_one_machine(read), _typical(plan, "disk_bytes_per_s")),
         "gemm": _gemm_s(plan, one),
         "hbm": _traffic_s(plan, one),
         "launch": passes * _launch_s(plan, one) + _known(known.step_s),

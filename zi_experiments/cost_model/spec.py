@@ -72,6 +72,11 @@ class Spec:
         return parameter.numel if packing is None else ceil(packing.nbytes(parameter.shape) / ELEMENT_BYTES)
 
     @property
+    def ranks_each(self) -> int:
+        """Ranks, and GPUs, of each machine."""
+        return self.run.hardware.num_gpus // self.run.launch.nnodes
+
+    @property
     def device_home(self) -> Home:
         """The memory of the device that computes."""
         return Home.gpu if self.machine.device == "cuda" else Home.cpu

@@ -143,7 +143,8 @@ def _pin(spec: Spec, storage: Storage) -> bool:
         return False
     if offload.pin_memory is not None:
         return offload.pin_memory
-    host_bytes = storage.placement.cpu_bytes + storage.host_buffer_bytes
+    copies = spec.run.launch.nnodes if storage.each_machine_has_all else 1
+    host_bytes = copies * storage.placement.cpu_bytes + storage.host_buffer_bytes
     return storage.pins_by_default and host_bytes < 0.9 * spec.host_memory_bytes
 
 

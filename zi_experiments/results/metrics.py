@@ -49,7 +49,9 @@ class Metrics:
     gpu_joules_per_token: float | None  # of all GPUs of the run
     cpu_joules_per_token: float | None  # of all processors of the host
     dram_joules_per_token: float | None  # of the memory of these processors
-    cost_per_million_tokens: float | None  # price_per_hour / 3600 · 10⁶ / total_tok_per_s; None without a price
+    cost_per_million_tokens: (
+        float | None
+    )  # nnodes · price_per_hour / 3600 · 10⁶ / total_tok_per_s; None without a price
     spread: dict[str, tuple[float, float]]  # of each rate: its smallest and its largest pass
 
 

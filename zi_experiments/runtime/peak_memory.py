@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 
-from zi_experiments.runtime import fork_server
+from zi_experiments.runtime import fork_server, shared_memory
 
 _INTERVAL_S = 0.2
 
@@ -13,7 +13,8 @@ _INTERVAL_S = 0.2
 class Monitor:
     """Context manager that samples the memory of this process and all its descendants, and the size of folders.
 
-    `host_peak_bytes` is the largest sum of resident set sizes, `disk_peak_bytes` the largest size of the folders.
+    `host_peak_bytes` is the largest sum of resident set sizes, in which memory that workers share counts once, and
+    `disk_peak_bytes` the largest size of the folders.
     """
 
     def __init__(self, folders: list[Path]) -> None:
@@ -39,15 +40,17 @@ class Monitor:
 
 def _resident_bytes() -> int:
     this = psutil.Process()
-    total = 0
+    total = shared = 0
     for process in (this, *this.children(recursive=True)):
         if process.pid == fork_server.number():
             continue  # all that it has is this process's
         try:
-            total += process.memory_info().rss
+            found = shared_memory.resident_bytes(process.pid)
+            total += process.memory_info().rss - found
         except psutil.Error:
             continue  # just ended
-    return total
+        shared = max(shared, found)
+    return total + shared
 
 
 def _folder_bytes(folder: Path) -> int:

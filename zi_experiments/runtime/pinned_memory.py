@@ -1,6 +1,7 @@
 """Host memory of exactly the requested size, in its own pages, pinned or not."""
 
 import mmap
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -8,16 +9,19 @@ from typing import Any
 
 
 class Pages(mmap.mmap):
-    """Anonymous memory in huge pages if possible, which can be registered with CUDA and is unregistered when it is freed.
+    """Memory that can be registered with CUDA, and is unregistered when it is freed: anonymous, or that of a descriptor.
 
-    Disks fill huge pages faster: a request has a limited number of segments, and each separate page takes one.
+    Anonymous memory is in huge pages if possible. Disks fill those faster: a request has a limited number of segments, and
+    each separate page takes one.
     """
 
-    def __new__(cls, nbytes: int) -> "Pages":
+    def __new__(cls, nbytes: int, descriptor: int = -1) -> "Pages":
+        if descriptor >= 0:
+            return super().__new__(cls, descriptor, nbytes, flags=mmap.MAP_SHARED)
         # private, while Python's default is shared: shared memory has huge pages only where the administrator allows them
         return super().__new__(cls, -1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, descriptor: int = -1) -> None:
         self._unregister: Callable[[], Any] = lambda: None
         self.madvise(mmap.MADV_DONTFORK)  # else, after a fork, the device may keep the child's copy of a page
         with suppress(OSError):  # a kernel without transparent huge pages refuses
@@ -43,6 +47,19 @@ def host_empty(numel: int, dtype: Any, *, pinned: bool) -> Any:
     tensor = torch.frombuffer(pages, dtype=dtype, count=numel)
     if pinned:
         tensor.fill_(0)  # allocates the pages with all cores; the driver would use one
+        pages.register(tensor.data_ptr())
+    return tensor
+
+
+def shared_empty(descriptor: int, nbytes: int, own: slice, *, pinned: bool) -> Any:
+    """Return a tensor of bytes in the memory of a descriptor, which is closed; this process fills the part `own`."""
+    import torch
+
+    pages = Pages(nbytes, descriptor)
+    os.close(descriptor)
+    tensor = torch.frombuffer(pages, dtype=torch.uint8)
+    if pinned:
+        tensor[own].fill_(0)  # allocates the pages as above; the other processes do it with theirs
         pages.register(tensor.data_ptr())
     return tensor
 

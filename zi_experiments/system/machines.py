@@ -8,6 +8,7 @@ from typing import Any
 
 from zi_experiments import environment
 from zi_experiments.config.schema import Calibration, Ceilings, DeviceType, Hardware, conf_dir
+from zi_experiments.system import peers
 
 GIB = 1 << 30
 HERE = ("auto", "cpu")  # choices of `hardware` that mean this machine; the files of other choices have their own rates
@@ -33,6 +34,8 @@ class Machine:
     ceilings: Ceilings
     calibration: Calibration | None  # None: not measured
     driver: str | None
+    # that each GPU receives from the others of its machine over links of their own; None: one GPU, or PCIe only
+    peer_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +63,8 @@ def detect(hardware: Hardware) -> Machine:
     ceilings = hardware.ceilings
     if hardware.name == "auto" and gpu is not None:
         ceilings = _known_ceilings(gpu.name, ceilings) or ceilings
-    memory = gpu.memory_bytes if gpu and not is_elsewhere(hardware, gpu.name) else None
+    here = gpu if gpu and not is_elsewhere(hardware, gpu.name) else None
+    memory = here.memory_bytes if here else None
     capped = hardware.memory_gib is not None and memory is not None and hardware.memory_gib * GIB < 0.97 * memory
     if hardware.memory_gib is not None:
         memory = min(int(hardware.memory_gib * GIB), memory or 1 << 62)
@@ -76,6 +80,7 @@ def detect(hardware: Hardware) -> Machine:
         ceilings=ceilings,
         calibration=hardware.calibration,
         driver=gpu.driver if gpu else None,
+        peer_bytes_per_s=hardware.peer_bytes_per_s or (peers.bytes_per_s(gpus) if here else None),
     )
 
 

@@ -195,14 +195,14 @@ def test_amounts_below_a_tenth_of_a_gigabyte_are_in_megabytes(refusal, machine):
 
 def test_the_room_on_this_disk_is_looked_at(compose_run, tmp_path):
     """Enough layers for it, whatever its size: one of OPT-175B takes 3.6 GB."""
-    free = disk.free_bytes(tmp_path)
+    free = disk.free_bytes([tmp_path])
     layers = f"model.architecture.num_hidden_layers={free // 3_000_000_000 + 10}"
     run = compose_run("model=opt-175b", "quant=fp16", "offload=nvme", "hardware=cpu", layers)
     run.hardware.host_memory_gib = 1 << 20
 
     assert free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
     with pytest.raises(ConfigError, match=r"^opt-175b needs [\d.]+ GB on disk and [\d.]+ GB are free there: pass "):
-        prepare(run, tmp_path)
+        prepare(run, [tmp_path])
 
 
 def test_verification_counts_the_weights_that_are_there(make_plan, machine):

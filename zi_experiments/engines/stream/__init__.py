@@ -18,7 +18,7 @@ from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.disk_access import reading
 from zi_experiments.engines.hf_session import HFSession
 from zi_experiments.engines.modules import device_of, names_of, put
-from zi_experiments.engines.stream import placement, routing
+from zi_experiments.engines.stream import placement, routing, sharing
 from zi_experiments.models import weights
 from zi_experiments.models.architecture import decoder_layers
 from zi_experiments.models.packing import Code
@@ -71,7 +71,7 @@ def config(plan: Plan, scratch: Sequence[str]) -> dict[str, Any]:
     placed = placement.place(plan)
     return {
         "slots": placement.slots(plan),
-        "share_slots": placement.share_slots(plan),
+        "share_slots": sharing.share_slots(plan),
         "slot_bytes": max(layer.streamed.nbytes for layer in placed),
         "resident_bytes": sum(layer.resident.nbytes for layer in placed),
         "workspace_bytes": plan.workspace_bytes,
@@ -140,14 +140,14 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         model,
         device,
         kv_cache,
-        inventory=partial(_inventory, model, prefix, layers, homes, store),
+        inventory=partial(_inventory, plan, model, prefix, layers, homes, store),
         parked=aside,
         short=short,
         close=store.close,
     )
 
 
-def _inventory(model: Any, prefix: str, layers: list[Any], homes: dict[int, Home], store: Any) -> Inventory:
+def _inventory(plan: Plan, model: Any, prefix: str, layers: list[Any], homes: dict[int, Home], store: Any) -> Inventory:
     """Return what this rank holds: weights outside the layers, resident slabs, its shares of the streamed slabs."""
     times = Counter(p for layer in layers for p in layer.parameters())
     shared = {p for p, count in times.items() if count > 1}
@@ -161,18 +161,24 @@ def _inventory(model: Any, prefix: str, layers: list[Any], homes: dict[int, Home
             stored[f"{prefix}.{index}.{name}"] = Stored(
                 numel=numel, home=home_on(layer.resident.device) if stays else homes[index]
             )
-            own += numel if stays else numel // distributed.ranks()
+            own += numel if stays else numel // plan.ranks_each
     return Inventory(parameters=stored, held=held(pieces, ELEMENT_BYTES * own))
 
 
-def _source(plan: Plan, store: Any, device: Any) -> Any:
+def _machine_group(ranks: int) -> Any:
+    """Return the group of the ranks on this machine, which are consecutive; all ranks call this."""
     import torch
 
+    firsts = range(0, distributed.ranks(), ranks)
+    groups = {first: torch.distributed.new_group(list(range(first, first + ranks))) for first in firsts}
+    return groups[distributed.rank() // ranks * ranks]
+
+
+def _source(plan: Plan, store: Any, device: Any) -> Any:
     from zi_experiments.engines.stream.ring import InPlace, Ring, Shares
 
-    if shares := placement.share_slots(plan):
-        feed = Shares(store, shares, device)
-        return Ring(feed, placement.slots(plan), device, group=torch.distributed.new_group())
+    if shares := sharing.share_slots(plan):
+        return Ring(Shares(store, shares, device), placement.slots(plan), device, group=_machine_group(plan.ranks_each))
     if device.type == "cpu":
         return InPlace(store)
     return Ring(store, placement.slots(plan), device, wraps=not plan.storage.routes)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from zi_experiments.cost_model.plan import Plan
+from zi_experiments.engines.stream import sharing
 from zi_experiments.engines.stream.host_cache import HostCache
 from zi_experiments.engines.stream.placement import BUFFERS, LayerPlacement
 from zi_experiments.engines.stream.quantized import expand, pack
@@ -29,8 +30,8 @@ from zi_experiments.engines.stream.store import Store
 from zi_experiments.engines.stream.stripes import open_files
 from zi_experiments.models.architecture import Parameter
 from zi_experiments.models.weights import PretrainedWeights, RandomWeights
-from zi_experiments.runtime import distributed
-from zi_experiments.runtime.pinned_memory import host_empty
+from zi_experiments.runtime import distributed, shared_memory
+from zi_experiments.runtime.pinned_memory import host_empty, shared_empty
 from zi_experiments.runtime.progress import Progress
 
 READERS = 4  # modules of a checkpoint that are read at a time
@@ -43,6 +44,8 @@ class Loader:
     def __init__(self, plan: Plan, weights: RandomWeights | PretrainedWeights, device: Any, progress: Progress) -> None:
         self._plan, self._weights, self._device, self._progress = plan, weights, device, progress
         self._dtype = getattr(torch, plan.dtype)
+        self._shares_memory = plan.ranks_each > 1 and not sharing.gathers(plan)
+        self._owners = plan.ranks_each if self._shares_memory else 1  # ranks that fill a slab of this one's store
         self._parameters = {p.name: p for p in plan.architecture.parameters}
         # several modules of a checkpoint are read at a time; one module of random weights keeps the device busy
         self._readers = ThreadPoolExecutor(READERS if isinstance(weights, PretrainedWeights) else 1, "read")
@@ -74,9 +77,9 @@ class Loader:
         return slab
 
     def store(self, layers: dict[str, LayerPlacement], paths: list[Path], cache: HostCache | None) -> Store:
-        """Return the store of this rank's shares of streamed weights, in host memory or in the files `paths`.
+        """Return the store of what this rank brings of streamed weights, from host memory or from the files `paths`.
 
-        `layers` are given by their names in the model. A `cache` of what is in the file is filled.
+        It fills its shares of them. `layers` are given by their names in the model. A `cache` of what is in the file is filled.
         """
         placed = list(layers.values())
         shares = [layer.streamed.nbytes // layer.streamed.shares for layer in placed]
@@ -93,7 +96,8 @@ class Loader:
         for prefix, layer, share, made in zip(layers, placed, shares, self._made(placed, shares), strict=True):
             staging = self._staged(prefix, layer)
             if made is not None:
-                made.copy_(staging, non_blocking=True)
+                own = made[self._own(share)] if self._shares_memory else made
+                own.copy_(staging, non_blocking=True)
                 slabs.append(made)
             else:
                 assert file is not None
@@ -109,18 +113,25 @@ class Loader:
             _wait(next(spare)[1])
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        store = Store(slabs, file, buffers, kept=cache.kept if cache else None, wraps=not self._plan.storage.routes)
+        if self._shares_memory:
+            distributed.barrier()  # the others have filled their shares too
+        kept, wraps = cache.kept if cache else None, not self._plan.storage.routes
+        store = Store(slabs, file, buffers, kept=kept, wraps=wraps, owners=self._owners)
         if cache:
             cache.attach(store)
-        store.start(shares)
+        store.start([self._owners * share for share in shares])
         return store
+
+    def _own(self, share: int) -> slice:
+        """Return the bytes of a slab that this rank fills."""
+        number = distributed.rank() % self._plan.ranks_each
+        return slice(number * share, (number + 1) * share)
 
     def _staged(self, prefix: str, layer: LayerPlacement) -> torch.Tensor:
         """Return this rank's share of a layer's streamed slab, on the device."""
         slab = torch.empty(layer.streamed.nbytes, dtype=torch.uint8, device=self._device)
         self._fill(slab, prefix, layer.streamed)
-        share = len(slab) // layer.streamed.shares
-        return slab[distributed.rank() * share :][:share] if layer.streamed.shares > 1 else slab
+        return slab[self._own(len(slab) // layer.streamed.shares)]
 
     def _fill(self, slab: torch.Tensor, prefix: str, layout: Layout) -> None:
         modules = defaultdict(list)
@@ -183,18 +194,30 @@ class Loader:
 
     def _made(self, placed: list[LayerPlacement], shares: list[int]) -> Iterator[torch.Tensor | None]:
         """Yield host memory for each slab, pinned by other threads a few slabs ahead; None for slabs on disk."""
+        make = self._shared(shares) if self._shares_memory else lambda index: self._host_empty(shares[index])
         with ThreadPoolExecutor(AHEAD, "pin") as threads:
             waiting = [
-                None if layer.on_disk else threads.submit(self._host_empty, share)
-                for layer, share in zip(placed[:AHEAD], shares, strict=False)
+                None if layer.on_disk else threads.submit(make, index) for index, layer in enumerate(placed[:AHEAD])
             ]
             for index in range(len(placed)):
                 made = waiting[index]
                 ahead = index + AHEAD
                 if ahead < len(placed):
-                    waiting.append(None if placed[ahead].on_disk else threads.submit(self._host_empty, shares[ahead]))
+                    waiting.append(None if placed[ahead].on_disk else threads.submit(make, ahead))
                 yield made.result() if made is not None else None
                 waiting[index] = None
+
+    def _shared(self, shares: list[int]) -> Callable[[int], torch.Tensor]:
+        """Return what makes each slab, by its index, in memory that the ranks of this machine share."""
+        sizes = [self._owners * share for share in shares]
+        given = shared_memory.descriptors(sizes, self._owners)
+
+        def make(index: int) -> torch.Tensor:
+            own, pinned = self._own(shares[index]), self._plan.pin_memory
+            made: torch.Tensor = shared_empty(given[index], sizes[index], own, pinned=pinned)
+            return made
+
+        return make
 
     def _host_empty(self, nbytes: int) -> torch.Tensor:
         made: torch.Tensor = host_empty(nbytes, torch.uint8, pinned=self._plan.pin_memory)

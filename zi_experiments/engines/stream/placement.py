@@ -12,7 +12,7 @@ from zi_experiments.config.schema import CacheDevice, OffloadDevice, Verify
 from zi_experiments.cost_model.inventory import Home, Stored
 from zi_experiments.cost_model.plan import Overlap, Placement, Storage
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
-from zi_experiments.engines.stream import routing
+from zi_experiments.engines.stream import routing, sharing
 from zi_experiments.engines.stream.slab import Layout, lay_out
 from zi_experiments.models.architecture import Parameter
 from zi_experiments.models.packing import Packing
@@ -172,6 +172,8 @@ def storage(spec: Spec) -> Storage:
     largest = max((layer.streamed.nbytes for layer in placed if layer.on_disk), default=0)
     expanded = ELEMENT_BYTES * expanded_elements(placed)
     streamed = [layer.streamed for layer in placed]
+    each, nodes = spec.ranks_each, spec.run.launch.nnodes
+    brought = nodes if sharing.gathers(spec) else ranks  # how often each weight crosses in a pass
     copied, read = expert_slots(spec, placed), host_slots(spec, placed)
     cached = read * routing.slot_bytes(streamed)
     return Storage(
@@ -182,18 +184,20 @@ def storage(spec: Spec) -> Storage:
         ),
         copied_bytes=(ranks - 1) * resident,
         expanded_numel=sum(p.numel for p in spec.architecture.parameters if p.layer is None and spec.is_quantized(p)),
-        streamed_bytes_per_pass=host + disk if on_gpu else 0,
+        streamed_bytes_per_pass=brought * (host + disk) if on_gpu else 0,
+        each_machine_has_all=True,
+        gathered_bytes=(each - 1) * (host + disk) // each if on_gpu and sharing.gathers(spec) else 0,
         streamed_bytes_per_step=routing.per_step(spec, streamed, copied) if copied else None,
         disk_bytes_per_step=routing.per_step(spec, streamed, copied, read) if read else None,
         routes=is_routed(spec, placed),
         packed_tokens=PACKED_TOKENS if on_gpu and steps_in_place(spec, placed) and _multiplies_packed(spec) else 0,
         recorded=on_gpu and steps_in_place(spec, placed) and _is_recorded(spec, is_routed(spec, placed)),
-        host_buffer_bytes=BUFFERS * largest + cached + (0 if on_gpu else ranks * expanded),
+        host_buffer_bytes=nodes * (BUFFERS * largest + cached) + (0 if on_gpu else ranks * expanded),
         gpu_buffer_bytes=_buffer_bytes(spec, placed) if on_gpu else 0,
         cached_bytes=copied * routing.slot_bytes(streamed),
-        host_cached_bytes=cached,
+        host_cached_bytes=nodes * cached,
         parked_bytes=_parked_bytes(spec, placed),
-        notes=tuple(_notes(spec, placed)),
+        notes=(*sharing.notes(spec), *_notes(spec, placed)),
         overlap=OVERLAP,
     )
 
@@ -220,18 +224,6 @@ def name_in_layer(parameter: Parameter) -> str:
 def slots(spec: Spec) -> int:
     """Return the number of slots: one computes, one is being filled and, unless memory is scarce, one is ready."""
     return 2 if spec.run.offload.resident == "auto" else 3
-
-
-def share_slots(spec: Spec) -> int:
-    """Return the number of slots for this rank's shares of slabs, which are gathered from there; 0 with one rank.
-
-    One is being gathered and one is being filled. Unless memory is scarce, as many as make a slab are ready: they cross
-    while the host waits for a token.
-    """
-    ranks = spec.run.hardware.num_gpus
-    if ranks == 1:
-        return 0
-    return 2 if spec.run.offload.resident == "auto" else 1 + ranks
 
 
 def _layers(spec: Spec) -> list[_Layer]:
@@ -281,7 +273,7 @@ def _split(spec: Spec, layers: list[_Layer], streamed: list[tuple[str, ...]]) ->
         goes = [(name, p) for name, p in layer.parameters if _unit(name, p) in chosen]
         return LayerPlacement(
             resident=lay_out(stays, packings),
-            streamed=lay_out(goes, packings, shares=spec.run.hardware.num_gpus),
+            streamed=lay_out(goes, packings, shares=spec.ranks_each),
             on_disk=False,
         )
 
@@ -357,7 +349,7 @@ def _ring_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
 def _slot_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
     """Return the bytes of the slots for slabs, and of those for shares of them."""
     largest = _largest(placed)
-    return slots(spec) * largest + share_slots(spec) * largest // spec.run.hardware.num_gpus
+    return slots(spec) * largest + sharing.share_slots(spec) * largest // spec.ranks_each
 
 
 def _largest(placed: Sequence[LayerPlacement]) -> int:
@@ -379,11 +371,11 @@ def _fitting_host(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
 
 
 def _host_room(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
-    """Return the bytes of host memory, of all machines, beside the buffers in front of the disk."""
+    """Return the bytes of host memory, of each machine, beside the buffers in front of the disk."""
     beside = BUFFERS * _largest(placed)
     if spec.machine.device == "cpu":
-        expanded = spec.run.hardware.num_gpus * ELEMENT_BYTES * expanded_elements(placed)
+        expanded = spec.ranks_each * ELEMENT_BYTES * expanded_elements(placed)
         return _room(spec) - sum(layer.resident.nbytes for layer in placed) - beside - expanded
-    beside += spec.kv_cache_bytes if spec.run.kv_cache.device is CacheDevice.cpu else 0
-    beside += spec.process_bytes + spec.run.hardware.num_gpus * _parked_bytes(spec, placed)
-    return spec.host_memory_bytes * 8 // 10 - beside
+    beside += spec.kv_cache_bytes // spec.run.launch.nnodes if spec.run.kv_cache.device is CacheDevice.cpu else 0
+    beside += spec.process_bytes // spec.run.launch.nnodes + spec.ranks_each * _parked_bytes(spec, placed)
+    return spec.machine.host_memory_bytes * 8 // 10 - beside

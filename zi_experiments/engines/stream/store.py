@@ -143,8 +143,11 @@ class Store:
         *,
         wraps: bool = True,
         kept: Callable[[int], list[tuple[int, torch.Tensor]]] | None = None,
+        owners: int = 1,
     ) -> None:
+        """With several `owners`, slabs are in memory of as many ranks, each of which holds an equal part."""
         self._slabs, self._file, self._buffers, self._wraps, self._kept = slabs, file, buffers, wraps, kept
+        self._owners = owners
         self.sizes: list[int] = []
         self._reads: deque[list[Future[None]]] = deque()  # running or done, in the order of their slabs
         self._on_disk = [index for index, slab in enumerate(slabs) if isinstance(slab, int)]
@@ -152,9 +155,9 @@ class Store:
         self._begun = self._taken = self._released = 0  # slabs on disk so far, over all passes
 
     def pieces(self) -> list[tuple[Home, int]]:
-        """Return where each slab is, and its bytes there; on disk this is its room in the file."""
+        """Return where each slab is, and its bytes there that are this rank's; on disk this is its room in the file."""
         return [
-            (Home.nvme, self.sizes[index]) if isinstance(slab, int) else (Home.cpu, slab.nbytes)
+            (Home.nvme, self.sizes[index]) if isinstance(slab, int) else (Home.cpu, slab.nbytes // self._owners)
             for index, slab in enumerate(self._slabs)
         ]
 

@@ -8,8 +8,10 @@ from crossed import crossed
 
 from zi_experiments.config.schema import ConfigError, Quant
 from zi_experiments.cost_model import memory_fit
+from zi_experiments.cost_model.bound import lower_bound
+from zi_experiments.cost_model.prediction import predict
 from zi_experiments.cost_model.spec import VERIFIED_SEQUENCES, VERIFIED_TOKENS
-from zi_experiments.engines.stream import placement
+from zi_experiments.engines.stream import placement, sharing
 from zi_experiments.engines.stream.slab import ALIGNMENT, PAGE, lay_out
 from zi_experiments.measurement.verification import GEN_LEN, PROMPT_LEN, SEQUENCES
 from zi_experiments.models.architecture import Parameter
@@ -178,7 +180,7 @@ def gpu_bytes(plan):
     placed = placement.place(plan)
     resident = sum(layer.resident.nbytes for layer in placed)
     ranks, slab = plan.run.hardware.num_gpus, max(layer.streamed.nbytes for layer in placed)
-    slots = placement.slots(plan) * slab + placement.share_slots(plan) * slab // ranks
+    slots = placement.slots(plan) * slab + sharing.share_slots(plan) * slab // ranks
     expanded = max(sum(p.numel for p in layer if plan.is_quantized(p)) for layer in layers_of(plan))
     outside = sum(p.numel for p in plan.architecture.parameters if p.layer is None)
     kv = plan.kv_cache_bytes if plan.run.kv_cache.device.value == "gpu" else plan.kv_slot_bytes
@@ -383,3 +385,78 @@ def test_the_plan_says_which_experts_a_step_brings(plan_stream, settings, note):
 
 def test_dense_models_have_no_note(plan_stream):
     assert plan_stream("opt-125m", "int4", batch_size=1).notes == ()
+
+
+# --- several GPUs and machines --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gathers"),
+    [
+        (["hardware.num_gpus=4"], True),
+        (["hardware.num_gpus=4", "hardware.peer_bytes_per_s=40e9"], False),  # three quarters of 63 GB/s are more
+        (["hardware.num_gpus=2", "hardware.peer_bytes_per_s=40e9"], True),  # a half is less
+        (["hardware.num_gpus=1"], False),
+        (["hardware.num_gpus=4", "launch.nnodes=4", "plan_only=true"], False),
+        (["hardware.num_gpus=4", "launch.nnodes=2", "plan_only=true"], True),
+    ],
+    ids=str,
+)
+def test_slabs_are_gathered_where_links_between_gpus_are_faster(make_plan, machine, overrides, gathers):
+    typed = [float(each.partition("=")[2]) for each in overrides if "peer" in each]
+    on = machine("h200", peer_bytes_per_s=typed[0]) if typed else machine("h200")
+    plan = make_plan("engine=stream", "model=opt-13b", "offload=cpu", "workload.batch_size=8", *overrides, on=on)
+
+    assert sharing.gathers(plan) is gathers
+    assert (sharing.share_slots(plan) > 0) is gathers
+    note = next((note for note in plan.notes if note.startswith(("each GPU", "each machine"))), "")
+    assert ("gathered at" in note) is gathers
+    assert bool(note) is (plan.run.hardware.num_gpus > 1)
+    assert note.endswith("each machine brings all weights for its own prompts") is (plan.run.launch.nnodes > 1)
+
+
+def test_without_links_between_gpus_only_what_is_on_disk_is_gathered(make_plan, machine):
+    """Each GPU brings everything from host memory, which has it once; a disk would be read by all of them."""
+    on, four = machine("h200", peer_bytes_per_s=None), ("engine=stream", "model=opt-13b", "hardware.num_gpus=4")
+    host, disk = (make_plan(*four, f"offload={offload}", "workload.batch_size=8", on=on) for offload in ("cpu", "nvme"))
+    once = make_plan("engine=stream", "model=opt-13b", "offload=cpu", "workload.batch_size=8", on=on)
+
+    assert (sharing.gathers(host), sharing.gathers(disk)) == (False, True)
+    assert host.placement.cpu_bytes == pytest.approx(once.placement.cpu_bytes, rel=1e-3)
+    assert host.streamed_bytes_per_pass == 4 * host.placement.cpu_bytes
+    assert lower_bound(host).decode_step_s == pytest.approx(lower_bound(once).decode_step_s, rel=1e-3), "no faster"
+    assert disk.streamed_bytes_per_pass == disk.placement.nvme_bytes
+    assert disk.storage.gathered_bytes == disk.placement.nvme_bytes * 3 // 4
+
+
+def test_machines_hold_all_weights_each_and_are_as_fast_as_one(make_plan, machine):
+    """For its own prompts: twice the machines bring the same for twice the sequences."""
+    on = machine("measured")
+    one, two = (
+        make_plan(
+            *("engine=stream", "model=opt-66b", "offload=cpu", "plan_only=true", "hardware.price_per_hour=10"),
+            *(f"launch.nnodes={nodes}", f"hardware.num_gpus={8 * nodes}", f"workload.batch_size={64 * nodes}"),
+            on=on,
+        )
+        for nodes in (1, 2)
+    )
+
+    host, alone = (next(use for use in memory_fit.uses(plan) if use.where == "host") for plan in (two, one))
+    assert (host.weights, host.processes) == (alone.weights, alone.processes)
+    assert two.streamed_bytes_per_pass == 2 * one.streamed_bytes_per_pass
+    assert lower_bound(two).decode_step_s == pytest.approx(lower_bound(one).decode_step_s)
+    now, twice = predict(one), predict(two)
+    assert twice.decode_step_s == pytest.approx(now.decode_step_s)
+    assert twice.total_tok_per_s == pytest.approx(2 * now.total_tok_per_s)
+    assert twice.cost_per_million_tokens == pytest.approx(now.cost_per_million_tokens), "twice the price, twice as fast"
+
+
+def test_a_gather_that_takes_longer_than_the_copies_decides(make_plan, machine):
+    """Eight GPUs receive seven eighths from each other while each brings an eighth."""
+    plan = make_plan(
+        *("engine=stream", "model=opt-66b", "offload=cpu", "hardware.num_gpus=8", "workload.batch_size=8"),
+        on=machine("measured", peer_bytes_per_s=100e9),
+    )
+
+    assert sharing.gathers(plan)
+    assert predict(plan).decode_step_s == pytest.approx(plan.placement.cpu_bytes * 7 / 8 / 100e9, rel=1e-3)
