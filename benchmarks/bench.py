@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from cases import CASES, CPU_CASES, Case, Entries, Entry
+from cases import CASES, CPU_CASES, Case, Entries, Entry, scaling
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -315,6 +315,12 @@ def steadiest(tries: Iterable[Entry]) -> Entry:
     return min(made, key=lambda entry: entry["drift"])
 
 
+def _visible() -> int:
+    from zi_experiments.system import machines
+
+    return machines.gpu_count()
+
+
 def _slug(gpu: str) -> str:
     return gpu.removeprefix("NVIDIA ").lower().replace(" ", "-")
 
@@ -328,7 +334,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="the JSON file; otherwise docs/results/bench-NAME.json")
     parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="for one case")
     asked = parser.parse_args()
-    cases = CPU_CASES if asked.cpu else CASES
+    cases = CPU_CASES if asked.cpu else (*CASES, *scaling(max(_visible(), 2 if asked.list else 1)))
     try:
         chosen = choose(asked.names, cases)
     except ValueError as error:

@@ -270,6 +270,40 @@ CASES = (
     ),
 )
 
+# each with one GPU and with all: what several links bring together, over what one brings as many times
+SCALED = (
+    ("opt-13b cpu fp16", 16, 0.97),
+    ("opt-13b cpu int4", 8, 0.97),
+    ("opt-66b cpu fp16", 16, 0.97),
+    ("opt-175b cpu int4", 8, 0.97),
+    ("mixtral-8x7b cpu int4", 32, 0.9),
+    ("opt-30b nvme int4", 8, None),
+)
+
+
+def scaling(gpus: int) -> tuple[Case, ...]:
+    """Pairs of one GPU against so many, with the same sequences in all; none for one GPU."""
+    counts = (1, gpus) if gpus > 1 else ()
+    return tuple(
+        case(
+            *("scaling", f"stream-{what.replace(' ', '-')}-{count}", what, STREAM, *SHORT_PROMPT),
+            *(f"workload.batch_size={-(-sequences // gpus) * gpus}", f"hardware.num_gpus={count}"),
+            targets=(of_links(wanted, count),) if wanted else (of_disk(0.95),),
+        )
+        for what, sequences, wanted in SCALED
+        for count in counts
+    )
+
+
+def of_links(wanted: float, gpus: int) -> Target:
+    """The bytes that all links brought, of what so many could."""
+
+    def achieved(entry: Entry, _: Entries) -> float:
+        return float(entry["metrics"]["link_bytes_per_s"] / entry["ceilings"]["link_bytes_per_s"] / gpus)
+
+    return Target(what=f"of {gpus} links", wanted=wanted, achieved=achieved)
+
+
 # a processor has no link to be measured against: how well its runs are predicted
 ON_CPU = (
     "hardware=cpu",

@@ -26,7 +26,10 @@ def entry(**metrics):
     }
 
 
-@pytest.mark.parametrize("one", [*cases.CASES, *cases.CPU_CASES], ids=lambda one: one.name)
+SCALING = [one for gpus in (2, 8) for one in cases.scaling(gpus)]
+
+
+@pytest.mark.parametrize("one", [*cases.CASES, *cases.CPU_CASES, *SCALING], ids=lambda one: one.name)
 def test_every_case_is_a_run_that_can_be(compose_run, one):
     run = compose_run("workload=zero-inference", "tracking=none", *one.overrides)
 
@@ -35,7 +38,7 @@ def test_every_case_is_a_run_that_can_be(compose_run, one):
 
 
 def test_names_are_unique_and_are_those_that_targets_refer_to():
-    for listed in cases.CASES, cases.CPU_CASES:
+    for listed in (*cases.CASES, *cases.scaling(4)), cases.CPU_CASES:
         names = [one.name for one in listed]
         assert len(set(names)) == len(names)
     assert {"opt-13b-fp16/stream", "opt-13b-fp16/deepspeed-reference", "opt-13b-int4/deepspeed-reference"} <= {
@@ -48,6 +51,7 @@ def test_names_are_unique_and_are_those_that_targets_refer_to():
     [
         (cases.of_link(0.98), 0.99, True),
         (cases.of_link(0.995), 0.99, False),
+        (cases.of_links(0.98, 2), 0.495, False),
         (cases.figure("s to load", "load_s", 60, at_most=True), 61.0, False),
         (cases.times("another", 2.0, 10.0), 3.0, True),
         (cases.times("another", 2.0, "other"), 1.5, False),
@@ -136,3 +140,14 @@ def test_the_list_needs_no_gpu():
 def test_a_name_that_no_case_has_is_refused():
     with pytest.raises(ValueError, match=r"no case is called opt-14b: pass --list"):
         bench.choose(["opt-14b", "opt-13b-fp16"], cases.CASES)
+
+
+def test_a_pair_has_the_same_sequences(compose_run):
+    """On one GPU there is nothing to compare."""
+    assert cases.scaling(1) == ()
+    made = cases.scaling(6)
+    for one, all_of_them in zip(made[::2], made[1::2], strict=True):
+        pair = [compose_run("workload=zero-inference", "tracking=none", *each.overrides) for each in (one, all_of_them)]
+        assert [run.hardware.num_gpus for run in pair] == [1, 6]
+        assert pair[0].workload == pair[1].workload
+        assert pair[0].workload.batch_size % 6 == 0
