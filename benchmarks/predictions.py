@@ -109,7 +109,7 @@ def machine_of(case: dict[str, Any]) -> Machine:
     plan, around = case["plan"], case["environment"]
     memory = {use["where"]: use["available"] for use in plan["memory"]}
     rates = dict(plan["rates"])
-    measured = rates.pop("calibration")
+    measured, peer = rates.pop("calibration"), rates.pop("peer_bytes_per_s", None)
     products = {
         kind: {int(rows): rate for rows, rate in curve.items()} for kind, curve in measured["gemm_flops"].items()
     }
@@ -125,6 +125,7 @@ def machine_of(case: dict[str, Any]) -> Machine:
         ceilings=Ceilings(**rates),
         calibration=Calibration(**{**dict.fromkeys(NAMES), **measured, "gemm_flops": products}),
         driver=around["driver"],
+        peer_bytes_per_s=peer,
     )
 
 

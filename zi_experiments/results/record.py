@@ -130,4 +130,5 @@ def describe_plan(plan: Plan, prediction: Prediction) -> dict[str, Any]:
 def _rates(plan: Plan) -> dict[str, Any]:
     """Return the rates from which bound and prediction were computed."""
     machine = plan.machine
-    return asdict(machine.ceilings) | {"calibration": asdict(machine.calibration) if machine.calibration else None}
+    measured = asdict(machine.calibration) if machine.calibration else None
+    return asdict(machine.ceilings) | {"peer_bytes_per_s": machine.peer_bytes_per_s, "calibration": measured}

@@ -79,7 +79,8 @@ class Loader:
     def store(self, layers: dict[str, LayerPlacement], paths: list[Path], cache: HostCache | None) -> Store:
         """Return the store of what this rank brings of streamed weights, from host memory or from the files `paths`.
 
-        It fills its shares of them. `layers` are given by their names in the model. A `cache` of what is in the file is filled.
+        It fills its shares of them. `layers` are given by their names in the model. A `cache` of what is in the file is
+        filled.
         """
         placed = list(layers.values())
         shares = [layer.streamed.nbytes // layer.streamed.shares for layer in placed]

@@ -7,7 +7,7 @@ from zi_experiments import lines
 from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.cost_model.prediction import Prediction
+from zi_experiments.cost_model.prediction import Prediction, cost_per_million_tokens, total_tok_per_s
 from zi_experiments.planner.search import Candidate, paced
 from zi_experiments.results import explanation
 from zi_experiments.results.explanation import LIMITS
@@ -73,9 +73,22 @@ def _times(plan: Plan, predicted: Prediction) -> Table:
     if predicted.decode_step_s and predicted.total_tok_per_s:
         table.add_row("decode", "", "", f"{work.sequences / predicted.decode_step_s:,.2f} tok/s", "")
         table.add_row("prefill and decode", "", "", f"{predicted.total_tok_per_s:,.2f} tok/s", "")
+    if not predicted.decode_step_s:
+        _add_limits(table, plan)
     if predicted.cost_per_million_tokens:
         table.add_row("cost per million tokens", "", "", f"{predicted.cost_per_million_tokens:,.2f}", "")
     return table
+
+
+def _add_limits(table: Table, plan: Plan) -> None:
+    """Add what follows from the bound, where nothing is predicted: the most tokens per second, and the least cost."""
+    bound = lower_bound(plan)
+    most = total_tok_per_s(plan, bound.prefill_s, bound.decode_step_s)
+    if most is None:
+        return
+    table.add_row("prefill and decode", f"at most {most:,.2f} tok/s", "")
+    if cost := cost_per_million_tokens(plan, most):
+        table.add_row("cost per million tokens", f"{cost:,.2f}", "")
 
 
 def _text(value: float | None) -> str:
