@@ -58,6 +58,20 @@ def test_two_ranks_compute_from_the_same_memory(cli):
     assert both["stored"]["cpu_bytes"] - alone["stored"]["cpu_bytes"] < 0.1 * streamed, "what is outside of the layers"
 
 
+@pytest.mark.parametrize("peer", ["null", "1e9"])
+def test_ranks_may_have_one_sequence_fewer(cli, peer):
+    """Three ranks generate for five sequences what one rank does, whether they gather or share memory."""
+    settings = ("engine=stream", "hardware=cpu", "offload=cpu", "quant=fp16", "tracking=none", "workload.batch_size=5")
+    done = cli.run("-m", *settings, f"hardware.peer_bytes_per_s={peer}", "hardware.num_gpus=1,3", "kv_cache=cpu")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, three = cli.results()
+    check(three)
+    assert three["generated"] == one["generated"]
+    steps = three["samples"]["step_s"][0]
+    assert three["metrics"]["decode_tok_per_s"] == pytest.approx(5 * len(steps) / sum(steps)), "of all ranks"
+
+
 def test_two_drives_have_half_each(cli):
     """The same tokens as from one, and no file is left on either; two ranks have a file each on both."""
     drives = [cli.folder / "disk", cli.folder / "other"]

@@ -68,7 +68,10 @@ def _workload(run: Run) -> str | None:
             return f"workload.{name} must be at least {least}, not {getattr(work, name)}: pass workload.{name}={least}"
     if ranks < 1:
         return f"hardware.num_gpus must be at least 1, not {ranks}: pass hardware.num_gpus=1"
-    if not is_auto and work.batch_size % ranks:
+    if is_auto or work.batch_size % ranks == 0:
+        return None
+    # ranks may have one sequence more or fewer, but not some of their micro-batches
+    if work.batch_size < ranks or work.micro_batches > 1:
         below = max(ranks, work.batch_size // ranks * ranks)
         return (
             f"workload.batch_size={work.batch_size} cannot be divided among {ranks} ranks: "

@@ -45,7 +45,7 @@ def _memory(plan: Plan) -> tuple[Use, ...]:
         weights=(plan.placement.gpu_bytes + stored.copied_bytes) // ranks,
         buffers=stored.gpu_buffer_bytes - stored.cached_bytes,
         experts=stored.cached_bytes,
-        kv_cache=(plan.kv_slot_bytes if in_host else plan.kv_cache_bytes) // ranks,
+        kv_cache=plan.of_one_rank(plan.kv_slot_bytes if in_host else plan.kv_cache_bytes),
         workspace=plan.workspace_bytes,
         processes=plan.context_bytes,
         available=memory,

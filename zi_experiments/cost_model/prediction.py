@@ -127,7 +127,7 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
     if one.tokens == 1:
         streamed, read = plan.streamed_bytes_per_step, plan.disk_bytes_per_step
     weights_s = _over(streamed / ranks, link)
-    cache_s = _over(_cache_bytes_on_link(plan, one) / ranks, pinned)
+    cache_s = _over(plan.of_one_rank(_cache_bytes_on_link(plan, one)), pinned)
     # without links of their own, GPUs gather over PCIe, which brings the shares too
     gathered_s = _over(plan.storage.gathered_bytes, plan.machine.peer_bytes_per_s or link)
     if plan.machine.peer_bytes_per_s is None:
@@ -170,7 +170,7 @@ def _moves_cache(plan: Plan) -> bool:
 def _gemm_s(plan: Plan, one: _Pass) -> float:
     """Return the seconds of products with all weights that tokens use, and of attention over a prompt."""
     work, arch = plan.run.workload, plan.architecture
-    sequences = work.batch_size / plan.run.hardware.num_gpus  # of a micro-batch, on each device
+    sequences = plan.largest_share  # of a micro-batch, on the device that has most
     tokens, routed = sequences * one.tokens, plan.routed_experts
     expanded = [p for p in arch.parameters if p.layer is not None and len(p.shape) > 1 and not _is_packed(plan, one, p)]
     seconds = _product_s(plan, sum(p.numel for p in expanded if not p.is_experts), tokens)
@@ -213,10 +213,10 @@ def _interpolate(curve: dict[int, float], rows: float) -> float:
 
 def _traffic_s(plan: Plan, one: _Pass) -> float:
     """Return the seconds of memory traffic beside products: activations, KV cache, copied and expanded weights."""
-    arch, work, ranks = plan.architecture, plan.run.workload, plan.run.hardware.num_gpus
+    arch, sequences = plan.architecture, plan.largest_share * plan.run.workload.micro_batches
     # a layer reads or writes its residual stream about 14 times, and the inner activations of its feed-forward part 4 times
-    activations = work.sequences / ranks * one.tokens * arch.num_layers * (14 * arch.hidden_size + 4 * plan.widest)
-    cache = work.sequences / ranks * arch.kv_elements(one.cached + one.tokens)
+    activations = sequences * one.tokens * arch.num_layers * (14 * arch.hidden_size + 4 * plan.widest)
+    cache = sequences * arch.kv_elements(one.cached + one.tokens)
     rate = _known(_typical(plan, "hbm_bytes_per_s"))
     share = CPU_TRAFFIC if plan.machine.device == "cpu" else 1.0
     moved_s = _over(ELEMENT_BYTES * (activations + APPENDED * cache), share * rate)

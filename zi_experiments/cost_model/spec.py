@@ -77,6 +77,15 @@ class Spec:
         return self.run.hardware.num_gpus // self.run.launch.nnodes
 
     @property
+    def largest_share(self) -> int:
+        """Sequences of a micro-batch on the rank that has most: the others have as many, or one fewer."""
+        return -(-int(self.run.workload.batch_size) // self.run.hardware.num_gpus)
+
+    def of_one_rank(self, nbytes: int) -> int:
+        """Return the part of what all sequences take, in bytes, on the rank that has most of them."""
+        return nbytes // int(self.run.workload.batch_size) * self.largest_share
+
+    @property
     def device_home(self) -> Home:
         """The memory of the device that computes."""
         return Home.gpu if self.machine.device == "cuda" else Home.cpu
@@ -119,7 +128,7 @@ class Spec:
     def workspace_bytes(self) -> int:
         """Bytes that a rank's pass needs beside weights and KV cache, estimated from the widths of a layer's matrices."""
         work, arch = self.run.workload, self.architecture
-        sequences: int = work.batch_size // self.run.hardware.num_gpus
+        sequences = self.largest_share
         within = sequences * work.prompt_len * (3 * self.widest + 6 * arch.hidden_size)
         # the embeddings are kept; with micro-batches, a layer's output is assembled while its input is still in use
         kept = 3 if work.micro_batches == 1 else 4
@@ -169,11 +178,11 @@ class Spec:
     @property
     def observing_kv_bytes(self) -> int:
         """Bytes of KV cache of the verified pass on each GPU, kept until the run begins: it has the run's full length."""
-        work, arch, ranks = self.run.workload, self.architecture, self.run.hardware.num_gpus
+        work, arch = self.run.workload, self.architecture
         if self.run.kv_cache.device is CacheDevice.cpu:
             largest = max((layer.elements(VERIFIED_TOKENS) for layer in arch.kv_layers), default=0)
-            return max(self.kv_slot_bytes // ranks, 2 * ELEMENT_BYTES * VERIFIED_SEQUENCES * largest)
-        held = min(VERIFIED_SEQUENCES, work.sequences // ranks)
+            return max(self.of_one_rank(self.kv_slot_bytes), 2 * ELEMENT_BYTES * VERIFIED_SEQUENCES * largest)
+        held = min(VERIFIED_SEQUENCES, self.largest_share * work.micro_batches)
         elements = held * arch.kv_elements(work.prompt_len + work.gen_len)
         return ELEMENT_BYTES * max(elements, VERIFIED_SEQUENCES * arch.kv_elements(VERIFIED_TOKENS))
 

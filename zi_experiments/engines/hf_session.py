@@ -112,5 +112,4 @@ def host_cache(plan: Plan, device: Any) -> Any:
     )
 
     work = plan.run.workload
-    sequences = work.batch_size // plan.run.hardware.num_gpus
-    return HostCache(plan.architecture.config, device, sequences, work.prompt_len + work.gen_len)
+    return HostCache(plan.architecture.config, device, plan.largest_share, work.prompt_len + work.gen_len)

@@ -28,12 +28,12 @@ def describe(plan: Plan, prompts: Any, passes: list[Any]) -> Generated:
 
     Both are int64 of shape (sequences of this rank, length).
     """
-    mine = _bytes(prompts), _bytes(passes[-1]), all(one.equal(passes[-1]) for one in passes)
-    all_prompts, all_tokens, equal = zip(*distributed.from_all_ranks(mine), strict=True)
+    mine = _bytes(prompts), _bytes(passes[-1]), all(one.equal(passes[-1]) for one in passes), prompts.numel()
+    all_prompts, all_tokens, equal, counts = zip(*distributed.from_all_ranks(mine), strict=True)
     first = passes[-1][0].tolist()
     return Generated(
         prompt_sha256=hashlib.sha256(b"".join(all_prompts)).hexdigest(),
-        prompt_tokens=prompts.numel() * len(all_prompts),
+        prompt_tokens=sum(counts),
         tokens_sha256=hashlib.sha256(b"".join(all_tokens)).hexdigest(),
         first_tokens=first,
         first_text=_text(plan, first) if distributed.rank() == 0 else None,

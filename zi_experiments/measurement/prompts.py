@@ -53,8 +53,8 @@ def _shorter(plan: Plan, windows: int, tokens: int, begin: int) -> str:
 def prompts(*, batch_size: int, prompt_len: int, vocab_size: int, seed: int, rank: int = 0, ranks: int = 1) -> Any:
     """Return the prompts of one rank: random ids in [4, vocab_size), never padding.
 
-    They are int64 of shape (batch_size / ranks, prompt_len). The whole batch depends on the seed alone, so that all
-    numbers of ranks together hold the same sequences.
+    They are int64 of shape (batch_size / ranks, prompt_len); the first ranks have one more if there is a rest. The whole
+    batch depends on the seed alone, so that all numbers of ranks together hold the same sequences.
     """
     import torch
 
@@ -65,5 +65,4 @@ def prompts(*, batch_size: int, prompt_len: int, vocab_size: int, seed: int, ran
 
 
 def _share(batch: Any, rank: int, ranks: int) -> Any:
-    share = len(batch) // ranks
-    return batch[rank * share : (rank + 1) * share]
+    return batch.tensor_split(ranks)[rank]

@@ -227,6 +227,11 @@ RULES = [
     (["hardware.price_per_hour=0"], "hardware.price_per_hour", "hardware.price_per_hour=null"),
     (["hardware.price_per_hour=inf"], "hardware.price_per_hour", "hardware.price_per_hour=null"),
     (["hardware.num_gpus=2", "workload.batch_size=5"], "workload.batch_size", "workload.batch_size=4"),
+    (
+        ["engine=stream", "hardware.num_gpus=2", "workload.batch_size=5", "workload.micro_batches=2"],
+        "workload.batch_size",
+        "workload.batch_size=4",
+    ),
     (["hardware.num_gpus=4", "workload.batch_size=1"], "workload.batch_size", "workload.batch_size=4"),
     (["quant=fp16", "quant.group_size=64"], "quant.group_size", "quant=int4"),
     (["quant=fp16", "quant.group_dim=1"], "quant.group_dim", "quant=int4"),

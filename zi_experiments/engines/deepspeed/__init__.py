@@ -40,7 +40,7 @@ CONFIG_NAME = "ds_config"
 
 
 def check(run: Run) -> None:
-    """Raise `ConfigError` for several folders, no profile, or weights that are to stay in a checkpoint's own format."""
+    """Raise `ConfigError` for no profile, several folders, batches that differ, or weights kept in a checkpoint's own format."""
     if run.quant.is_native:
         raise ConfigError("engine=deepspeed has no quant=native: pass quant=int4, or engine=stream")
     if run.engine.profile is None:
@@ -48,6 +48,12 @@ def check(run: Run) -> None:
             "engine.profile=null is not a profile of engine=deepspeed: pass engine.profile=tuned, or reference"
         )
     check_one_folder(run)
+    ranks, sequences = run.hardware.num_gpus, run.workload.batch_size
+    if sequences != "auto" and sequences % ranks:
+        raise ConfigError(
+            f"workload.batch_size={sequences} cannot be divided among {ranks} ranks, as engine=deepspeed has to: "
+            f"pass workload.batch_size={sequences // ranks * ranks}, or engine=stream"
+        )
 
 
 def storage(spec: Spec) -> Storage:

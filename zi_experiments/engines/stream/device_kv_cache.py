@@ -25,8 +25,7 @@ def _part(plan: Plan, device: torch.device) -> Cache:
     if plan.run.kv_cache.device is CacheDevice.cpu:
         return host_cache(plan, device)
     work = plan.run.workload
-    sequences = work.batch_size // plan.run.hardware.num_gpus
-    return DeviceCache(plan.architecture.config, work.prompt_len + work.gen_len, sequences)
+    return DeviceCache(plan.architecture.config, work.prompt_len + work.gen_len, plan.largest_share)
 
 
 class DeviceCache(Cache):  # type: ignore[misc]

@@ -302,12 +302,12 @@ def _choose(layer: _Layer, bytes_due: int) -> Iterator[str]:
 
 def _room(spec: Spec) -> int:
     """Return the bytes of one device that are left for resident layers and their buffers."""
-    machine, ranks = spec.machine, spec.run.hardware.num_gpus
+    machine = spec.machine
     outside = _outside_bytes(spec)
     if machine.gpu_memory_bytes is None:
         return spec.host_memory_bytes * 9 // 10 // ranks - outside - spec.kv_cache_bytes - spec.reference_bytes
     on_gpu = spec.run.kv_cache.device is CacheDevice.gpu
-    kv = (spec.kv_cache_bytes if on_gpu else spec.kv_slot_bytes) // ranks
+    kv = spec.of_one_rank(spec.kv_cache_bytes if on_gpu else spec.kv_slot_bytes)
     # no room for the reference: weights are parked meanwhile, so the same layers are resident with verify=off
     return (
         machine.gpu_memory_bytes - spec.context_bytes - outside - max(kv + spec.workspace_bytes, spec.observing_bytes)
