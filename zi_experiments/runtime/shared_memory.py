@@ -19,7 +19,12 @@ def descriptors(sizes: list[int], ranks: int) -> list[int]:
         for descriptor, size in zip(made, sizes, strict=True):
             os.ftruncate(descriptor, size)
     process, theirs = distributed.from_all_ranks((os.getpid(), made))[first]
-    found = made or [os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC) for descriptor in theirs]
+    try:
+        found = made or [os.open(f"/proc/{process}/fd/{each}", os.O_RDWR | os.O_CLOEXEC) for each in theirs]
+    except OSError as error:
+        raise OSError(
+            f"the memory of rank {first} cannot be shared ({error.strerror}): start the ranks of a machine in one container"
+        ) from error
     distributed.barrier()  # the first rank may close its own from now on
     return found
 

@@ -225,6 +225,7 @@ RULES = [
     (["launch.rdzv_endpoint=node0"], "launch.rdzv_endpoint", "launch.rdzv_endpoint=node0:29500"),
     (["launch.rdzv_endpoint=node0:99999"], "launch.rdzv_endpoint", "launch.rdzv_endpoint=node0:29500"),
     (["hardware.price_per_hour=0"], "hardware.price_per_hour", "hardware.price_per_hour=null"),
+    (["hardware.peer_bytes_per_s=0"], "hardware.peer_bytes_per_s", "hardware.peer_bytes_per_s=null"),
     (["hardware.price_per_hour=inf"], "hardware.price_per_hour", "hardware.price_per_hour=null"),
     (["hardware.num_gpus=2", "workload.batch_size=5"], "workload.batch_size", "workload.batch_size=4"),
     (

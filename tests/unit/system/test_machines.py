@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from zi_experiments.config.schema import Ceilings
-from zi_experiments.system import machines
+from zi_experiments.system import machines, peers
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ MIB = 1 << 20
 LOOK = """
 import sys
 from pathlib import Path
-from zi_experiments.system import machines
+from zi_experiments.system import machines, peers
 if len(sys.argv) > 1:
     Path(sys.argv[1]).write_bytes(bytes(int(sys.argv[2])))  # it stays in the file cache
 print(machines.host_memory_available())
@@ -184,3 +184,22 @@ def test_a_group_that_a_container_cannot_see_is_the_one_at_the_top(container, tm
 
 def test_without_control_groups_the_kernel_s_estimate_counts(tmp_path):
     assert machines.host_memory_available(tmp_path) > 1000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate"),
+    [
+        (["hardware=h100"], 450e9),
+        (["hardware=t4"], None),
+        (["hardware=t4", "hardware.peer_bytes_per_s=1e9"], 1e9),
+        (["hardware=cpu"], None),
+    ],
+    ids=str,
+)
+def test_links_between_gpus_are_those_of_the_file_or_typed(compose_run, overrides, rate):
+    assert machines.detect(compose_run(*overrides).hardware).peer_bytes_per_s == rate
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs, which may have links")
+def test_without_a_driver_no_links_are_known():
+    assert peers.bytes_per_s(2) is None
