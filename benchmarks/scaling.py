@@ -76,6 +76,13 @@ this project measures what to do with fewer.
 """
 
 
+MEASURED_TEXT = f"""Two H100 of one machine, PCIe 5 and NVLink, `hardware=auto`, prompts of 128 tokens, 16 new ones: one GPU
+against two, with the same sequences in all ([`{MEASURED.name}`](results/{MEASURED.name})).
+"Of all links" is what crosses in a decode step over what all links together can bring, by the best moment that was measured;
+predictions take the mean.
+"""
+
+
 @cache
 def gpu() -> Machine:
     """A machine of the GPU that was measured, with room for any plan."""
@@ -99,8 +106,18 @@ def page(measured: dict[str, Any]) -> str:
         made += f"\n### {model}\n\n{_table(COLUMNS, (_predicted(plan_of(model, gpus)) for gpus in GPUS))}"
     made += LIMITED
     if measured:
-        columns = ("model", "weights", "GPUs", "sequences", "step s", "predicted", "error", "of all links")
-        made += f"\n## Measured\n\n{measured['what']}\n\n{_table(columns, _measured(measured))}"
+        columns = (
+            "model",
+            "weights",
+            "GPUs",
+            "each brings",
+            "sequences",
+            "step s",
+            "predicted",
+            "error",
+            "of all links",
+        )
+        made += f"\n## Measured\n\n{MEASURED_TEXT}\n{_table(columns, _measured(measured))}"
     return made
 
 
@@ -142,6 +159,7 @@ def _measured(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         share = link / one.machine.ceilings.link_bytes_per_s / run.hardware.num_gpus
         yield (
             *(run.model.name, f"{run.offload.name} {run.quant.name}", str(run.hardware.num_gpus)),
+            "a share, gathered" if case["engine_config"]["share_slots"] else "all",
             *(str(run.workload.sequences), f"{one.step_s:.4f}", f"{compared.prediction.decode_step_s:.4f}"),
             *(f"{100 * error(compared.prediction.decode_step_s, one.step_s):+.1f} %", f"{share:.2f}"),
         )

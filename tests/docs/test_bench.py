@@ -6,6 +6,7 @@ import sys
 import bench
 import cases
 import pytest
+import torch
 
 METRICS = {
     "decode_tok_per_s": 30.0,
@@ -131,7 +132,8 @@ def test_nothing_that_is_kept_names_this_machine():
 
 
 def test_the_list_needs_no_gpu():
-    for option, listed in ((), cases.CASES), (("--cpu",), cases.CPU_CASES):
+    pairs = cases.scaling(max(2, torch.cuda.device_count()))
+    for option, listed in ((), (*cases.CASES, *pairs)), (("--cpu",), cases.CPU_CASES):
         command = [sys.executable, bench.__file__, "--list", *option]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert [line.split()[0] for line in done.stdout.splitlines()] == [one.name for one in listed]

@@ -2,6 +2,7 @@
 
 import pytest
 import scaling
+from predictions import compare, error, runs
 
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.prediction import predict
@@ -42,3 +43,10 @@ def test_the_page_is_what_is_generated(pytestconfig):
     if pytestconfig.getoption("update_golden"):
         scaling.PAGE.write_text(page)
     assert scaling.PAGE.read_text() == page
+
+
+def test_what_was_measured_is_near_what_is_predicted():
+    errors = [error(compare(one).prediction.decode_step_s, one.step_s) for one in runs(scaling.load())]
+
+    assert len(errors) >= 4
+    assert max(map(abs, errors)) < 0.1

@@ -1,9 +1,13 @@
 """Links between the GPUs of this machine: how fast they are, as the driver says."""
 
+from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
 from zi_experiments import environment
+
+# of one link in one direction, by the version that NVML says: some drivers do not say the speed
+_LINK_BYTES_PER_S = {1: 20e9, 2: 25e9, 3: 25e9, 4: 25e9, 5: 25e9, 6: 25e9, 7: 50e9}
 
 
 def bytes_per_s(count: int) -> float | None:
@@ -17,11 +21,7 @@ def bytes_per_s(count: int) -> float | None:
     try:
         pynvml.nvmlInit()
         handles = [_handle(name) for name in environment.visible_gpus(count)]
-        status = [
-            pynvml.nvmlDeviceGetP2PStatus(one, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
-            for one, other in combinations(handles, 2)
-        ]
-        if not status or any(each != pynvml.NVML_P2P_STATUS_OK for each in status):
+        if count < 2 or not all(_are_connected(one, other) for one, other in combinations(handles, 2)):
             return None
         return min(map(_received, handles)) or None
     except pynvml.NVMLError:
@@ -34,15 +34,38 @@ def _handle(name: str) -> Any:
     return pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
 
 
+def _are_connected(one: Any, other: Any) -> bool:
+    """Return whether NVLink connects two GPUs, directly or through a switch, which not all drivers count as direct."""
+    import pynvml
+
+    try:
+        status = pynvml.nvmlDeviceGetP2PStatus(one, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
+    except pynvml.NVMLError:
+        status = None
+    return status == pynvml.NVML_P2P_STATUS_OK or all(map(_has_switch, (one, other)))
+
+
+def _has_switch(handle: Any) -> bool:
+    import pynvml
+
+    switch = pynvml.NVML_NVLINK_DEVICE_TYPE_SWITCH
+    return any(pynvml.nvmlDeviceGetNvLinkRemoteDeviceType(handle, link) == switch for link in _links(handle))
+
+
+def _links(handle: Any) -> Iterator[int]:
+    """Yield the links of a GPU that work."""
+    import pynvml
+
+    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+        try:
+            if pynvml.nvmlDeviceGetNvLinkState(handle, link):
+                yield link
+        except pynvml.NVMLError:
+            return  # the GPU has no more
+
+
 def _received(handle: Any) -> float:
     """Return the bytes per second of all links of a GPU in one direction."""
     import pynvml
 
-    (speed,) = pynvml.nvmlDeviceGetFieldValues(handle, [pynvml.NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON])
-    links = 0
-    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
-        try:
-            links += pynvml.nvmlDeviceGetNvLinkState(handle, link)
-        except pynvml.NVMLError:
-            break  # the GPU has no more
-    return 1e6 * links * float(speed.value.uiVal) if speed.nvmlReturn == pynvml.NVML_SUCCESS else 0.0
+    return sum(_LINK_BYTES_PER_S.get(pynvml.nvmlDeviceGetNvLinkVersion(handle, link), 0.0) for link in _links(handle))
