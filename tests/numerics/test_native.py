@@ -1,14 +1,20 @@
 """With quant=native the stream engine computes what plain transformers does with a checkpoint of the same codes, expanded."""
 
+from dataclasses import replace
+
+import families
 import native
 import pytest
 import torch
+from checkpoints import configure, rewrite
 from tiny import GROUPED, generate, prompts
 
+from zi_experiments.config.schema import ConfigError
 from zi_experiments.cost_model import inventory
 from zi_experiments.engines import stream
 from zi_experiments.execution.preparation import prepare
 from zi_experiments.measurement.verification import verify
+from zi_experiments.models import contents
 from zi_experiments.models.weights import RandomWeights
 from zi_experiments.runtime.progress import silent
 
@@ -44,15 +50,20 @@ MODELS = {
 def loaded(compose_run, tmp_path, model, *overrides):
     """The plan and the session of a model with random codes."""
     family, stated, numbers = MODELS[model]
+    architecture = {"model_type": family, **numbers, "quantization_config": stated}
+    return load(compose_run, tmp_path, {"architecture": architecture}, *overrides)
+
+
+def load(compose_run, tmp_path, values, *overrides):
     run = compose_run(
         *("quant=native", "engine=stream", "hardware=cpu", "tracking=none", "workload=smoke"),
         *("hardware.dtypes=[bfloat16]", *overrides),
     )
-    run.model.architecture = {"model_type": family, **numbers, "quantization_config": stated}
-    plan = prepare(run, tmp_path)
+    vars(run.model).update(values)
+    plan = prepare(run, [tmp_path])
     stream.prepare(plan, silent())
     with torch.no_grad():
-        return plan, stream.load(plan, stream.config(plan, str(tmp_path / "disk")), silent())
+        return plan, stream.load(plan, stream.config(plan, [str(tmp_path / "disk")]), silent())
 
 
 @pytest.mark.parametrize(
@@ -93,3 +104,87 @@ def test_logits_and_tokens_are_those_of_the_dequantized_checkpoint(compose_run, 
     assert inventory.difference(stream.stored(plan), session.inventory().parameters) is None
     assert verify(session, plan, silent()).problem is None
     session.close()
+
+
+def pretrained(compose_run, tmp_path, folder, *overrides):
+    overrides = ("weights=pretrained", f"weights.path={folder}", *overrides)
+    return load(compose_run, tmp_path, {"architecture": None, "path": str(folder)}, *overrides)
+
+
+def written(compose_run, folder, model, change=lambda tensors: None):
+    """A checkpoint with random codes in a true format."""
+    family, stated, numbers = MODELS[model]
+    run = compose_run("quant=native", "engine=stream", "hardware=cpu")
+    run.model.architecture = {"model_type": family, **numbers, "quantization_config": stated}
+    native.save(folder, contents.load(run), RandomWeights(3), stated, torch.bfloat16)
+    rewrite(folder, change)
+
+
+@pytest.mark.parametrize(
+    ("model", "offload"),
+    [("llama", "nvme"), ("qwen3_moe", "cpu"), ("llama-int4", "cpu"), ("qwen3_moe-int4", "nvme"), ("gpt_oss", "cpu")],
+)
+def test_a_checkpoint_keeps_its_codes(compose_run, tmp_path, model, offload):
+    folder = tmp_path / "checkpoint"
+    written(compose_run, folder, model)
+    plan, session = pretrained(compose_run, tmp_path, folder, f"offload={offload}", "offload.resident=0.5")
+    reference, ids = native.plain(folder, torch.bfloat16), prompts(2, 9)
+    tokens, _ = generate(reference, ids, STEPS)
+    with torch.inference_mode():
+        expected, found = reference(ids).logits, session.model(ids).logits
+    made = contents.load(replace(plan.run, weights=replace(plan.run.weights, path=None)))
+
+    assert {p.name: p.native for p in plan.architecture.parameters} == {p.name: p.native for p in made.parameters}
+    assert torch.equal(found, expected)
+    assert torch.equal(session.generate(ids, STEPS, None), tokens)
+    assert inventory.difference(stream.stored(plan), session.inventory().parameters) is None
+    checked = verify(session, plan, silent())
+    # transformers loads no FP8 with blocks that are not whole
+    kind = "AutoModelForCausalLM" if plan.architecture.stored.is_expanded_by_transformers else "layer by layer"
+    assert (checked.problem, checked.reference) == (None, kind)
+    session.close()
+
+
+def test_what_the_files_have_decides(compose_run, tmp_path):
+    """A layer in 16 bits, whatever the configuration says; scales of another type than it says, in another order."""
+    folder = tmp_path / "checkpoint"
+
+    def change(tensors):
+        for scales in [name for name in tensors if "layers.0.self_attn" in name and name.endswith("_scale_inv")]:
+            name = scales.removesuffix("_scale_inv")
+            tensors[name] = torch.randn(tensors[name].shape).bfloat16() / 16
+            del tensors[scales]
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            tensors[name] = tensors[name].bfloat16()
+        for name in sorted(tensors, reverse=True):
+            tensors[name] = tensors.pop(name)
+
+    written(compose_run, folder, "qwen3_moe", change)
+    configure(folder, quantization_config=native.FP8 | {"scale_fmt": "ue8m0"})
+    plan, session = pretrained(compose_run, tmp_path, folder)
+    reference, ids = native.plain(folder, torch.bfloat16), prompts(2, 9)
+    with torch.inference_mode():
+        expected, found = reference(ids).logits, session.model(ids).logits
+    packings = {p.name: p.native for p in plan.architecture.parameters}
+
+    assert packings["model.layers.0.self_attn.q_proj.weight"] is None
+    assert packings["model.layers.1.self_attn.q_proj.weight"] is None
+    assert packings["model.layers.2.self_attn.q_proj.weight"].format.numbers == (4,)
+    assert torch.equal(found, expected)
+    session.close()
+
+
+def test_a_checkpoint_in_16_bits_has_no_native_format(compose_run, tmp_path):
+    families.save_checkpoint(tmp_path / "checkpoint", "llama")
+    with pytest.raises(ConfigError, match="quant=native keeps weights as"):
+        pretrained(compose_run, tmp_path, tmp_path / "checkpoint")
+
+
+def test_integers_are_multiplied_in_the_type_of_their_scales(compose_run, tmp_path):
+    written(compose_run, tmp_path / "checkpoint", "llama-int4")
+    with pytest.raises(
+        ConfigError, match="has scales in bfloat16, which quant=native multiplies with: pass dtype=bfloat16"
+    ):
+        pretrained(
+            compose_run, tmp_path, tmp_path / "checkpoint", "dtype=float16", "hardware.dtypes=[float16,bfloat16]"
+        )

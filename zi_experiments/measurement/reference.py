@@ -219,11 +219,10 @@ class LayerByLayer:
     def _value(self, parameter: Parameter) -> Any:
         import torch
 
-        packing = self._plan.packing(parameter)
-        if self._plan.run.quant.is_native and packing is not None:
-            assert isinstance(self._weights, weights.RandomWeights)
+        packing, is_native = self._plan.packing(parameter), self._plan.run.quant.is_native
+        if is_native and packing is not None and isinstance(self._weights, weights.RandomWeights):
             packed = self._weights.packed(parameter.name, parameter.shape, packing, self._dtype, self._device)
             return dequantized(packed, packing.format, parameter.shape, self._dtype)
         tensor = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
         self._weights.fill(parameter.name, tensor)
-        return round_trip(tensor, self._plan.run.quant) if self._plan.is_quantized(parameter) else tensor
+        return tensor if packing is None or is_native else round_trip(tensor, self._plan.run.quant)

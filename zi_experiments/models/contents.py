@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from zi_experiments.config.schema import ConfigError, Run
-from zi_experiments.models import architecture, checkpoint, conversion, formats, gguf_file, opening, stored
+from zi_experiments.models import (
+    architecture,
+    checkpoint,
+    conversion,
+    formats,
+    gguf_file,
+    native_files,
+    opening,
+    stored,
+)
 from zi_experiments.models.architecture import (
     Architecture,
     StoredAs,
@@ -45,7 +54,7 @@ def load(run: Run) -> Architecture:
     path = run.weights.path
     settings = _forget_quantization(found.config)
     if path is None:
-        return replace(found, notes=(*found.notes, *_dropped(settings)))
+        return replace(found, notes=(*found.notes, *_dropped(settings, run)))
     checkpoint.check(path)
     if settings is not None:
         formats.check(settings, path)
@@ -78,8 +87,8 @@ def _stored_as(settings: Mapping[str, Any] | None, opened: Opened | None) -> Sto
     )
 
 
-def _dropped(settings: Mapping[str, Any] | None) -> Iterator[str]:
-    if settings is not None:
+def _dropped(settings: Mapping[str, Any] | None, run: Run) -> Iterator[str]:
+    if settings is not None and not run.quant.is_native:
         yield (
             f"the model is published with weights quantized by {printable(formats.describe(settings))}: "
             "random weights are made in 16 bits, and quantized as quant says"
@@ -131,11 +140,14 @@ def _held(found: Architecture, files: Checkpoint, opened: Opened, path: str, nam
     _check_index(path, files.index, opened.names)
     resolved = _resolved(found.config, opened, path)
     _refuse(path, resolved.report)
+    parameters = native_files.as_held(found.parameters, resolved.recipes, opened.tensors)
     if any(not _are_equal(resolved, opened, *names) for names in _tied_twice(resolved)):
         config = deepcopy(found.config)
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         found = architecture.describe(config, name)
-    return replace(found, ignored_tensors=tuple(sorted(resolved.ignored)))
+        formats_of = {p.name: p.native for p in parameters}
+        parameters = tuple(replace(p, native=formats_of.get(p.name)) for p in found.parameters)
+    return replace(found, parameters=parameters, ignored_tensors=tuple(sorted(resolved.ignored)))
 
 
 def _check_index(path: str, index: dict[str, Path], names: dict[Path, set[str]]) -> None:

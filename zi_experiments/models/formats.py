@@ -102,7 +102,8 @@ def _expanding(
         made = expand(**held, dtype=dtype)
         return made if index is None or by_expert else made[index : index + 1]
 
-    return Stored(shape=shape, dtype=dtype, nbytes=sum(part.nbytes for part in parts.values()), read=read)
+    nbytes = sum(part.nbytes for part in parts.values())
+    return Stored(shape=shape, dtype=dtype, nbytes=nbytes, read=read, parts=parts)
 
 
 # --- block FP8 and MXFP8: DeepSeek-V3, MiniMax, Qwen -------------------------------------------------------------------

@@ -6,7 +6,7 @@ Which parameters are quantized is what transformers reads from the same configur
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil, log2, sqrt
+from math import log2, sqrt
 from typing import Any
 
 from zi_experiments.models.packing import Code, Format, Packing
@@ -39,7 +39,7 @@ def random(packing: Packing, shape: tuple[int, ...], dtype: Any, generator: Any)
     if format.code is Code.e4m3:
         codes -= (codes & 127 == 127).to(torch.uint8)
     size = 1 / sqrt(columns) / _spread(format)
-    grid = matrices, ceil(rows / format.group[0]), ceil(columns / format.group[1])
+    grid = matrices, *packing.grid(shape)
     if format.numbers == (1,):
         middle = 127 + round(log2(size))
         return Packed(codes=codes, scales=torch.randint(middle - 1, middle + 2, grid, dtype=torch.uint8, **how))

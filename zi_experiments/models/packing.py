@@ -48,10 +48,14 @@ class Packing:
         rows, columns = shape[:-3:-1] if self.transposed else shape[-2:]
         return prod(shape[:-2]) * self.parts, rows // self.parts, columns
 
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return the groups in a column and in a row of each matrix of a parameter of this shape."""
+        _, rows, columns = self.codes(shape)
+        return ceil(rows / self.format.group[0]), ceil(columns / self.format.group[1])
+
     def groups(self, shape: tuple[int, ...]) -> int:
         """Return the number of groups of a parameter of this shape."""
-        matrices, rows, columns = self.codes(shape)
-        return matrices * ceil(rows / self.format.group[0]) * ceil(columns / self.format.group[1])
+        return self.codes(shape)[0] * prod(self.grid(shape))
 
     def undivided(self, shape: tuple[int, ...]) -> int | None:
         """Return the columns of codes if groups in a row do not divide them, else None. Blocks may be smaller at an edge."""

@@ -16,6 +16,7 @@ class Stored:
     nbytes: int  # in the file
     # `read(device, index)` → the tensor on a device, or the part `[index:index + 1]` of its first dimension
     read: Callable[[Any, int | None], Any]
+    parts: "dict[str, Stored] | None" = None  # what it is expanded from, by local names; None: it is not quantized
 
     @property
     def numel(self) -> int:

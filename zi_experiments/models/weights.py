@@ -4,7 +4,7 @@ from typing import Any
 from zlib import crc32
 
 from zi_experiments.config.schema import ConfigError, Weights, WeightSource
-from zi_experiments.models import checkpoint, hub, native, opening
+from zi_experiments.models import checkpoint, hub, native, native_files, opening
 from zi_experiments.models.architecture import model_class, reason
 from zi_experiments.models.checkpoint import Checkpoint
 from zi_experiments.models.conversion import Recipe, resolve, without_zero3
@@ -68,13 +68,29 @@ class PretrainedWeights:
 
     def fill(self, name: str, tensor: Any) -> None:
         """Fill a parameter's tensor in place, on its device."""
-        name = name if name in self._recipes else self._tied[name]
+        name = self._stored_name(name)
         recipe = self._recipes[name]
         if tensor.dim() == 3 and recipe.is_by_expert(len(tensor)):
             for index in range(len(tensor)):
                 tensor[index : index + 1].copy_(self._made(recipe, tensor.device, index)[name])
         else:
             tensor.copy_(self._made(recipe, tensor.device)[name])
+
+    def packed(self, name: str, shape: tuple[int, ...], packing: Packing, dtype: Any, device: Any) -> Packed:
+        """Return codes and scales of a parameter of this shape as the files have them, on a device.
+
+        Raises `ConfigError` when their scales are of another 16-bit type than the run computes in.
+        """
+        found = native_files.read(packing, shape, self._recipes[self._stored_name(name)], self._tensors, device)
+        if packing.format.numbers == (2,) and found.scales.dtype != dtype:
+            stored = str(found.scales.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"{name} has scales in {stored}, which quant=native multiplies with: pass dtype={stored}, or quant=fp16"
+            )
+        return found
+
+    def _stored_name(self, name: str) -> str:
+        return name if name in self._recipes else self._tied[name]
 
     def _made(self, recipe: Recipe, device: Any, index: int | None = None) -> dict[str, Any]:
         return recipe.make(self._model, self._tensors, device, index)

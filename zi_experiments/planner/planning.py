@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
 
-from zi_experiments.config.schema import CacheDevice, ConfigError, OffloadDevice, Run, Verify, WeightSource
+from zi_experiments.config.schema import CacheDevice, ConfigError, OffloadDevice, Run, Verify
 from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.plan import Plan, Storage
 from zi_experiments.cost_model.spec import Spec
@@ -191,8 +191,6 @@ def _check_native(run: Run, arch: Architecture) -> None:
     """Raise `ConfigError` if weights are to stay in a checkpoint's own format, and there is none that is known."""
     if not run.quant.is_native:
         return
-    if run.weights.source is WeightSource.pretrained:
-        raise ConfigError("quant=native has random weights only: pass weights=random, or quant=fp16")
     for p in arch.parameters:
         if p.native is not None and (size := p.native.undivided(p.shape)):
             raise ConfigError(

@@ -177,7 +177,6 @@ class Loader:
         parameter = self._parameters[name]
         if self._plan.run.quant.is_native:
             assert parameter.native is not None
-            assert isinstance(self._weights, RandomWeights)
             packed = self._weights.packed(name, parameter.shape, parameter.native, self._dtype, self._device)
             write(packed, slabs, layout, place)
             return
