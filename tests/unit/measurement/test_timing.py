@@ -2,7 +2,7 @@
 
 import torch
 
-from zi_experiments.measurement.timing import measure_passes
+from zi_experiments.measurement.timing import Pass, Samples, measure_passes, of_ranks
 from zi_experiments.runtime.progress import silent
 
 
@@ -49,3 +49,23 @@ def test_counters_are_read_before_the_ranks_wait_and_after_the_last_token():
         {"gpu:a": (2.0, 3.0), "gpu:b": None},
     ]
     assert all(len(one.step_s) == 2 and one.ttft_s <= one.total_s for one in passes)
+
+
+def test_of_each_pass_the_slowest_rank_counts_and_energy_is_that_of_all_machines():
+    counters = {"cpu:package-0": (0.0, 5.0)}
+    one = Samples(load_s=1.0, warmup=[], measured=[of(2.0, counters), of(3.0, counters)])
+    two = Samples(load_s=4.0, warmup=[], measured=[of(5.0, {}), of(1.0, {})])
+    three = Samples(load_s=2.0, warmup=[], measured=[of(1.0, counters | {"gpu:b": None}), of(1.0, counters)])
+
+    together = of_ranks([one, two, three])
+
+    assert together.load_s == 4.0
+    assert [each.total_s for each in together.measured] == [5.0, 3.0]
+    assert [each.step_s for each in together.measured] == [[5.0], [3.0]]
+    assert together.measured[0].joules == counters | {"cpu:package-0@2": (0.0, 5.0), "gpu:b": None}
+    assert [[each.total_s for each in rank] for rank in together.ranks] == [[2.0, 3.0], [5.0, 1.0], [1.0, 1.0]]
+    assert of_ranks([one]) == one
+
+
+def of(seconds, joules):
+    return Pass(ttft_s=0.5, total_s=seconds, step_s=[seconds], joules=joules)

@@ -168,6 +168,7 @@ def test_samples_are_those_of_the_measured_passes_with_warm_up_apart(done):
         "warmup": [
             {"ttft_s": 2.0, "total_s": 3.0, "step_s": [0.4, 0.6], "routed": None, "joules": {"gpu:a": [1.0, 2.5]}}
         ],
+        "ranks": [],
     }
 
 

@@ -86,7 +86,7 @@ def test_a_launcher_that_does_not_say_where_to_meet_is_refused(tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env=dict(os.environ) | SRUN,
+        env=dict(os.environ) | SRUN | {"SLURM_PROCID": "0"},
     )
 
     assert done.returncode == 1
