@@ -40,6 +40,7 @@ class FixedPairs:
         order, pinned = torch.arange(tokens * each), device.type == "cuda"
         numbers = torch.stack([order // each, order, order % together, order])
         self._host = numbers.pin_memory() if pinned else numbers.clone()
+        self._written = self._host.numpy()  # the same memory
         self._seen = torch.empty(tokens * each, dtype=torch.long, pin_memory=pinned)
         self._numbers = numbers.to(device)
         self._one_call = torch.tensor([1, each], device=device)
@@ -74,7 +75,7 @@ class FixedPairs:
                 torch.cuda.current_stream(self._numbers.device).synchronize()  # for the choice
             self._chosen, self._filled = self._seen.tolist(), 0
             self._groups = bring(self._chosen)
-        host = self._host.numpy()
+        host = self._written
         while self._filled < part.stop and (group := next(self._groups, None)):
             rows = dict(zip(group.experts, group.rows, strict=True))
             pairs = [pair for pair, expert in enumerate(self._chosen) if expert in rows]
