@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass, fields
 
 import cli
+import formats
 import made_up
 import pytest
 import torch
@@ -130,6 +131,9 @@ def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     (folder / "nvme").mkdir()
     there = {"/mnt/nvme": str(folder / "nvme"), "/models/my-llama": save_llama(folder / "my-llama")}
+    formats.block_fp8(folder / "my-llama-fp8", max_position_embeddings=1024)
+    formats.gguf(folder / "made", max_position_embeddings=1024)
+    (folder / "made" / "model.gguf").rename(folder / "my-llama.gguf")
     return there | {"examples": str(ROOT / "examples")}
 
 

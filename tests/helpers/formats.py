@@ -264,25 +264,26 @@ def awq(folder: Path) -> None:
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-def gguf(folder: Path) -> None:
-    """Q4_K for the layers, Q8_0 for embedding and head, by the package that llama.cpp publishes."""
+def gguf(folder: Path, **changed) -> None:
+    """Q4_0 for the layers, Q8_0 for embedding and head, by the package that llama.cpp publishes."""
     import gguf as package
     from gguf.quants import quantize
 
-    write(folder / "source", "llama", LLAMA)
+    numbers = LLAMA | changed
+    write(folder / "source", "llama", numbers)
     tensors = load_file(folder / "source" / "model.safetensors")
     writer = package.GGUFWriter(folder / "model.gguf", "llama")
     writer.add_name("tiny")
-    writer.add_context_length(LLAMA["max_position_embeddings"])
-    writer.add_embedding_length(LLAMA["hidden_size"])
-    writer.add_block_count(LLAMA["num_hidden_layers"])
-    writer.add_feed_forward_length(LLAMA["intermediate_size"])
-    writer.add_head_count(LLAMA["num_attention_heads"])
-    writer.add_head_count_kv(LLAMA["num_key_value_heads"])
+    writer.add_context_length(numbers["max_position_embeddings"])
+    writer.add_embedding_length(numbers["hidden_size"])
+    writer.add_block_count(numbers["num_hidden_layers"])
+    writer.add_feed_forward_length(numbers["intermediate_size"])
+    writer.add_head_count(numbers["num_attention_heads"])
+    writer.add_head_count_kv(numbers["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(LLAMA["vocab_size"])
-    names = package.get_tensor_name_map(package.MODEL_ARCH.LLAMA, LLAMA["num_hidden_layers"])
+    writer.add_vocab_size(numbers["vocab_size"])
+    names = package.get_tensor_name_map(package.MODEL_ARCH.LLAMA, numbers["num_hidden_layers"])
     for name, tensor in tensors.items():
         values = tensor.float().numpy()
         form = package.GGMLQuantizationType.F32

@@ -1,8 +1,10 @@
 """Whole runs with engine=stream on the CPU: one rank, two ranks that gather each other's shares, and what the record says."""
 
+import hashlib
 import json
 import os
 
+import formats
 import pytest
 import tiny
 from checkpoints import write
@@ -149,3 +151,24 @@ def test_a_model_that_takes_no_cache_but_its_own(cli, tmp_path):
     (result,) = cli.results()
     check(result)
     assert result["verification"]["reference"] == "AutoModelForCausalLM"
+
+
+def test_a_file_of_quantized_weights(cli, tmp_path):
+    """From the command to the record: its format, its hash, and plain transformers as the reference."""
+    formats.gguf(tmp_path)
+    file = tmp_path / "model.gguf"
+    done = cli.run(
+        *("engine=stream", "model=local", f"model.path={file}", "weights=pretrained", "dtype=bfloat16"),
+        *("offload=cpu", "quant=fp16", "tracking=none"),
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = cli.results()
+    check(result)
+    assert result["verification"]["reference"] == "AutoModelForCausalLM"
+    assert (result["plan"]["dtype"], result["plan"]["revision"]) == ("bfloat16", None)
+    checkpoint = result["checkpoint"]
+    assert list(checkpoint["files"]) == ["model.gguf"]
+    assert checkpoint["files"]["model.gguf"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert checkpoint["format"] == "gguf (Q8_0)"
+    assert 4.5 < checkpoint["bits_per_parameter"] < 8.6
