@@ -40,7 +40,7 @@ CONFIG_NAME = "ds_config"
 
 
 def check(run: Run) -> None:
-    """Raise `ConfigError` for no profile, several folders, batches that differ, or weights kept in a checkpoint's own format."""
+    """Raise `ConfigError` for no profile, several folders, unequal batches, or weights in a checkpoint's own format."""
     if run.quant.is_native:
         raise ConfigError("engine=deepspeed has no quant=native: pass quant=int4, or engine=stream")
     if run.engine.profile is None:

@@ -305,7 +305,8 @@ def _room(spec: Spec) -> int:
     machine = spec.machine
     outside = _outside_bytes(spec)
     if machine.gpu_memory_bytes is None:
-        return spec.host_memory_bytes * 9 // 10 // ranks - outside - spec.kv_cache_bytes - spec.reference_bytes
+        own = spec.host_memory_bytes * 9 // 10 // spec.run.hardware.num_gpus
+        return own - outside - spec.kv_cache_bytes - spec.reference_bytes
     on_gpu = spec.run.kv_cache.device is CacheDevice.gpu
     kv = spec.of_one_rank(spec.kv_cache_bytes if on_gpu else spec.kv_slot_bytes)
     # no room for the reference: weights are parked meanwhile, so the same layers are resident with verify=off
