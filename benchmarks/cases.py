@@ -128,6 +128,22 @@ def tok_per_s(wanted: float) -> Target:
     return figure("tok/s", "decode_tok_per_s", wanted)
 
 
+def host_name(quant: str, dtype: str, sequences: int) -> str:
+    return f"{dtype if quant == 'fp16' else quant}-{sequences}"
+
+
+def host_targets(name: str, wanted: float | None) -> tuple[Target, ...]:
+    """Against the same run with all layers on the GPU: a choice that gains nothing may cost little."""
+    other = f"host-{name}-gpu/stream"
+
+    def prefill(entry: Entry, entries: Entries) -> float | None:
+        metrics = entries.get(other, {}).get("metrics")
+        return entry["metrics"]["ttft_s"] / metrics["ttft_s"] if metrics else None
+
+    unchanged = Target(what="of the prefill's time with compute=gpu", wanted=1.03, achieved=prefill, at_most=True)
+    return times("compute=gpu", wanted or 0.97, other), unchanged
+
+
 REFERENCE = ("engine=deepspeed", "engine.profile=reference", "offload.pin_memory=true")
 TUNED = ("engine=deepspeed", "engine.profile=tuned")
 FLEXGEN_FP16, FLEXGEN_INT4 = 16.2, 35.8  # tok/s: FlexGen 0.1.8 with OPT-13B on an H200, 8 sequences, prompt 512
@@ -181,6 +197,16 @@ CAPPED = (ONE, "offload.resident=auto")
 FROM_DISK = (STREAM, ONE, "workload.prompt_len=128")
 BLOCKS = "+model.architecture.quantization_config={quant_method:fp8,weight_block_size:[128,128]}"
 WHOLE = ("workload.batch_size=64", "workload.prompt_len=128", *workload(6, 1))  # sequences use all experts of a layer
+HOST = (  # (weights, type, sequences, multiple of `compute=gpu` to reach); float16 is reported
+    ("fp16", "bfloat16", 1, 2.4),
+    ("fp16", "bfloat16", 8, 2.0),
+    ("fp16", "bfloat16", 16, 1.7),
+    ("fp16", "float16", 1, None),
+    ("fp16", "float16", 8, None),
+    ("int4", "bfloat16", 1, 1.9),
+    ("int4", "bfloat16", 4, 1.4),
+    ("int4", "bfloat16", 8, 1.1),
+)
 MICRO_TARGETS = (times("one micro-batch", 7.0, "opt-13b-fp16/stream"),)
 CASES = (
     case("opt-13b-fp16", "stream", "opt-13b cpu fp16", STREAM, *workload(), targets=FP16_TARGETS),
@@ -228,6 +254,16 @@ CASES = (
                 (of_whole_layers(12), of_prompt(12)),
             ),
         )
+    ),
+    *(
+        case(
+            *(f"host-{host_name(quant, dtype, sequences)}-{compute}", "stream", f"opt-13b cpu {quant}", STREAM),
+            *SHORT_PROMPT,
+            *(f"hardware.dtypes=[{dtype}]", f"workload.batch_size={sequences}", f"offload.compute={compute}"),
+            targets=host_targets(host_name(quant, dtype, sequences), wanted) if compute == "auto" else (),
+        )
+        for quant, dtype, sequences, wanted in HOST
+        for compute in ("gpu", "auto")
     ),
     *(
         case(

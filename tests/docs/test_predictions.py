@@ -25,6 +25,10 @@ CALIBRATION = Calibration(
     expand_elements_per_s=None,
     layer_s=1e-5,
     step_s=1e-5,
+    host_read_bytes_per_s=None,
+    host_layer_s=None,
+    host_layer_busy_s=None,
+    link_busy_bytes_per_s=None,
     moments=None,
 )
 

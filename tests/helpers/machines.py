@@ -60,6 +60,10 @@ MACHINES["measured"] = replace(
         expand_elements_per_s=1e12,
         layer_s=1e-4,
         step_s=2e-3,
+        host_read_bytes_per_s=None,
+        host_layer_s=None,
+        host_layer_busy_s=None,
+        link_busy_bytes_per_s=None,
         moments=None,
     ),
 )

@@ -18,6 +18,7 @@ gpu: null
 num_gpus: 1
 memory_gib: null
 host_memory_gib: 0.1
+cpu_threads: null
 dtypes: null
 ceilings: {link_bytes_per_s: null, hbm_bytes_per_s: 1.0e+10, flops: 1.0e+11, disk_bytes_per_s: null, source: by hand}
 calibration:
@@ -30,6 +31,10 @@ calibration:
   gemm_flops: {float16: {1: 1.0e+9, 64: 5.0e+10}, bfloat16: {1: 1.0e+9, 64: 5.0e+10}}
   attention_flops: null
   cache_bytes_per_s: null
+  host_read_bytes_per_s: null
+  host_layer_s: null
+  host_layer_busy_s: null
+  link_busy_bytes_per_s: null
   expand_elements_per_s: null
   layer_s: 1.0e-3
   step_s: 1.0e-3

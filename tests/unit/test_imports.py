@@ -189,6 +189,7 @@ def test_only_kernels_import_triton():
     """CPU builds of torch come without it."""
     assert {name for name, tree in TREES.items() if "triton" in packages(tree)} == {
         "engines.stream.kernel",
+        "engines.stream.pinned_kernel",
         "engines.stream.product_kernel",
         "engines.stream.scaled_kernel",
     }

@@ -14,7 +14,7 @@ from zi_experiments.config.schema import Calibration, Ceilings
 from zi_experiments.system.disk import Disk, existing, mount_of
 from zi_experiments.system.machines import Machine
 
-FORMAT = 5  # increased when a rate is measured differently, or the measured code becomes faster
+FORMAT = 6  # increased when a rate is measured differently, or the measured code becomes faster
 _NAMES = {field.name for field in (*fields(Ceilings), *fields(Calibration))} - {"source"}
 
 
@@ -22,7 +22,7 @@ _NAMES = {field.name for field in (*fields(Ceilings), *fields(Calibration))} - {
 class Subject:
     """A machine or a disk to measure."""
 
-    kind: str  # "machine" or "disk"
+    kind: str  # "machine", "disk" or "host-layer"
     identity: dict[str, Any]  # an entry is valid only if all of it is equal
     request: dict[str, Any]  # for the process that measures
 
@@ -68,6 +68,12 @@ def of_disk(disk: Disk, machine: Machine) -> Subject:
         **settings,
     }
     return Subject(kind="disk", identity=identity, request={"folders": list(map(str, there)), **settings})
+
+
+def of_host_layer(machine: Machine, work: dict[str, Any]) -> Subject:
+    """Return the subject of a decoder layer on that machine's cores; `work` has the arguments of `host_layer.measure`."""
+    identity = of_machine(machine).identity | {"host_layer": work}
+    return Subject(kind="host-layer", identity=identity, request={"device": machine.device, "host_layer": work})
 
 
 def load(subject: Subject) -> Entry | None:

@@ -77,7 +77,9 @@ def answer(text: str) -> None:
     _end_with(request["parent"])
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)  # output of libraries goes to stderr, not into the answer
-        json.dump(_disk(request) if "folders" in request else _machine(request), out)
+        kinds = {"folders": _disk, "host_layer": _host_layer}
+        measure = next((measure for key, measure in kinds.items() if key in request), _machine)
+        json.dump(measure(request), out)
 
 
 def _end_with(parent: int) -> None:
@@ -106,3 +108,9 @@ def _machine(request: dict[str, Any]) -> dict[str, Any]:
 
     measured, notes = figures.measure(request["device"], request["dtypes"])
     return {"figures": measured, "notes": notes}
+
+
+def _host_layer(request: dict[str, Any]) -> dict[str, Any]:
+    from zi_experiments.calibration import host_layer  # imports transformers, which the launcher does not need for this
+
+    return {"figures": host_layer.measure(**request["host_layer"]), "notes": []}

@@ -145,6 +145,12 @@ def expand_elements_per_s(dtype: torch.dtype, device: str) -> float:
     return layout.elements / _seconds(lambda: expand(slab, layout, out), device)
 
 
+def host_read_bytes_per_s() -> float:
+    """Return the rate at which all cores read host memory."""
+    there = torch.ones(2 * COPY_BYTES // 4)
+    return there.nbytes / _seconds(there.sum, "cpu")
+
+
 def _pinned() -> Any:
     return host_empty(COPY_BYTES, torch.uint8, pinned=True)
 

@@ -16,6 +16,12 @@ from zi_experiments.system.machines import HERE, Machine
 
 Tell = Callable[[str], None]
 
+_NAMES = {
+    "machine": "this machine",
+    "disk": "the disk of {}",
+    "host-layer": "a decoder layer on the host's cores",
+}
+
 _PATIENCE_S = 300.0  # to wait for another process that measures; it may hang or be suspended
 _INTERVAL_S = 0.1
 
@@ -43,6 +49,21 @@ def ensure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) 
             for one in missing if is_ours else []:
                 entries[one.kind] = cache.load(one) or _measured(one, tell)
     return _laid_under(hardware, machine, entries)
+
+
+def with_host_layer(machine: Machine, work: dict[str, Any], tell: Tell | None) -> Machine:
+    """Return `machine` with the time of a decoder layer on its cores; with `tell`, it is measured if it is not cached.
+
+    `work` has the arguments of `host_layer.measure`.
+    """
+    subject = cache.of_host_layer(machine, work)
+    entry = cache.load(subject)
+    if entry is None and tell is not None and _is_there(subject, machine):
+        with _turn(tell) as is_ours:
+            entry = (cache.load(subject) or _measured(subject, tell)) if is_ours else None
+    if entry is None or machine.calibration is None:
+        return machine
+    return replace(machine, calibration=replace(machine.calibration, **_known(entry.figures)))
 
 
 def measure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) -> Machine:
@@ -112,7 +133,7 @@ def _acquired(lock: FolderLock, tell: Tell) -> bool:
 
 def _measured(subject: Subject, tell: Tell, before: Entry | None = None) -> Entry | None:
     """Return new measurements, combined with `before`, and cache them if possible; None if measuring failed."""
-    what = "this machine" if subject.kind == "machine" else f"the disk of {' and '.join(subject.request['folders'])}"
+    what = _NAMES[subject.kind].format(" and ".join(subject.request.get("folders", [])))
     tell(f"measuring {what} {'again' if before else 'once'}: ten to twenty seconds")
     try:
         answer = child.ask(subject.request)
@@ -145,6 +166,7 @@ def _laid_under(hardware: Hardware, machine: Machine, entries: dict[str, Entry |
     if not there:
         return machine
     found: dict[str, Any] = _known(vars(machine.ceilings))
+    found |= _known(vars(machine.calibration)) if machine.calibration is not None else {}
     moments: dict[str, list[float]] = {}
     for entry in there.values():
         found |= _known(entry.figures)

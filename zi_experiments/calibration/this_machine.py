@@ -6,6 +6,7 @@ from pathlib import Path
 
 from zi_experiments.calibration import suite
 from zi_experiments.config.schema import OffloadDevice, Run
+from zi_experiments.cost_model.plan import Plan
 from zi_experiments.engines import base
 from zi_experiments.runtime import scratch
 from zi_experiments.system import disk, machines
@@ -34,6 +35,26 @@ def measured(run: Run, machine: Machine, folders: list[Path], tell: Callable[[st
 def measured_again(run: Run, machine: Machine, folders: list[Path], tell: Callable[[str], None]) -> Machine:
     """Return `machine` with its rates measured again, after a run that beat its bound."""
     return suite.again(run.hardware, machine, _disk(run, folders), tell)
+
+
+def with_host_layer(plan: Plan, tell: Callable[[str], None] | None) -> Machine:
+    """Return a plan's machine with the time of one of its decoder layers on the host's cores.
+
+    With `tell`, it is measured if it is not cached.
+    """
+    run, machine = plan.run, plan.machine
+    if run.hardware.name not in machines.HERE or not plan.storage.can_compute_on_host:
+        return machine
+    work = {
+        "config": plan.architecture.config.to_dict(),
+        "dtype": plan.dtype,
+        "group_size": run.quant.group_size,  # of INT4 weights
+        "rows": run.workload.batch_size,
+        "tokens": run.workload.prompt_len + run.workload.gen_len // 2,
+        "threads": machines.cpu_threads(run.hardware, machine),
+        "cores": list(machine.cores),
+    }
+    return suite.with_host_layer(machine, work, tell)
 
 
 def _disk(run: Run, folders: list[Path]) -> disk.Disk | None:

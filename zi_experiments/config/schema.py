@@ -99,6 +99,9 @@ class Offload:
     path: Any  # a folder, or a list of them on several drives; null: inside the run's output folder
     pin_memory: bool | None  # null: pinned if enough host memory stays free
     resident: Any  # share of the decoder layers' weights kept on the GPU, from 0 to 1, or "auto": as much as fits
+    compute: (
+        Any  # share of the decoder layers whose decode steps the host computes, from 0 to 1, "gpu": none, or "auto"
+    )
     buffer_count: int | None
     buffer_size: int | None  # elements, not bytes
     use_gds: bool
@@ -159,6 +162,12 @@ class Calibration:
     expand_elements_per_s: float | None  # INT4 weights expanded to 16 bits
     layer_s: float | None  # launch overhead of one decoder layer of plain transformers, without arithmetic
     step_s: float | None  # time of a decode step of `generate` outside the layers
+    host_read_bytes_per_s: float | None  # at which the host's cores read memory; null, as on a CPU: not measured
+    # a decode step of one of the run's decoder layers on the host's cores: alone, and while copies to the GPU run, with the
+    # rate of those; null: not measured, since the host computes no layer
+    host_layer_s: float | None
+    host_layer_busy_s: float | None
+    link_busy_bytes_per_s: float | None
     # rates measured at several moments, by their names in `Ceilings`, arithmetic by 16-bit type: the ceiling is the best
     # of them, a prediction takes their mean; null: measured once
     moments: dict[str, list[float]] | None
@@ -172,6 +181,7 @@ class Hardware:
     num_gpus: int  # of all machines together: each of launch.nnodes machines has an equal share
     memory_gib: float | None  # GPU memory a run may use; null: all of it
     host_memory_gib: float | None  # host memory that a run may use on each machine; null: what is available
+    cpu_threads: int | None  # that compute layers on the host; null: one for each core of the GPU's NUMA node, less one
     dtypes: list[str] | None  # 16-bit types it computes in, best first; null: detect them
     price_per_hour: float | None  # of a whole machine, in any currency; null: no cost is computed
     peer_bytes_per_s: float | None  # that a GPU receives from the others of its machine over links of their own

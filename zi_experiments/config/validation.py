@@ -115,6 +115,10 @@ def _quant(run: Run) -> str | None:
     return None
 
 
+def _is_share(value: Any) -> bool:
+    return isinstance(value, float | int) and 0 <= value <= 1
+
+
 def _offload(run: Run) -> str | None:
     offload = run.offload
     if offload.device is not OffloadDevice.nvme:
@@ -125,11 +129,16 @@ def _offload(run: Run) -> str | None:
             return f"offload.aio is only used with offload=nvme, not offload={offload.device.value}: pass offload=nvme"
         if offload.use_gds:
             return "offload.use_gds=true is only used with offload=nvme: pass offload=nvme"
-    share = offload.resident if isinstance(offload.resident, float | int) else -1
-    if offload.resident != "auto" and not 0 <= share <= 1:
+    if offload.resident != "auto" and not _is_share(offload.resident):
         return (
             f"offload.resident={offload.resident} is not a share: pass offload.resident=auto, or a number from 0 to 1"
         )
+    if offload.compute not in ("gpu", "auto") and not _is_share(offload.compute):
+        return (
+            f"offload.compute={offload.compute} is not a share: pass offload.compute=auto, gpu, or a number from 0 to 1"
+        )
+    if offload.device is OffloadDevice.none and offload.compute not in ("gpu", 0):
+        return "offload.compute means nothing with offload=none, where everything stays on the GPU: pass offload=cpu"
     if offload.device is OffloadDevice.none and offload.resident != 0:
         return "offload.resident means nothing with offload=none, where everything stays on the GPU: pass offload=cpu"
     if offload.device is OffloadDevice.none and offload.pin_memory is not None:
@@ -187,6 +196,8 @@ def _hardware(run: Run) -> str | None:
         value = getattr(hardware, key)
         if value is not None and not 0 < value * 2**30 < inf:
             return f"hardware.{key} must be positive and finite, not {value}: pass hardware.{key}=null for no cap"
+    if hardware.cpu_threads is not None and hardware.cpu_threads < 1:
+        return f"hardware.cpu_threads must be at least 1, not {hardware.cpu_threads}: pass hardware.cpu_threads=null"
     if hardware.price_per_hour is not None and not 0 < hardware.price_per_hour < inf:
         return (
             f"hardware.price_per_hour must be positive and finite, not {hardware.price_per_hour}: "

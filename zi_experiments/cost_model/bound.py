@@ -21,7 +21,7 @@ class Bound:
     prefill_s: float | None
     decode_step_s: float | None
     prefill_limited_by: str | None
-    limited_by: str | None  # bottleneck of a decode step: "link", "disk", "hbm" or "gemm"
+    limited_by: str | None  # bottleneck of a decode step: "link", "disk", "hbm", "gemm" or "host"
     unknown: tuple[str, ...]  # missing rates, by their names in `hardware.ceilings`
 
 
@@ -31,18 +31,22 @@ def lower_bound(plan: Plan) -> Bound:
     A pass takes at least streamed bytes / link, disk bytes / disk rate, weights / HBM (in a decode step with the KV cache),
     and operations / arithmetic. Streamed are weights and, in a decode step, a KV cache in host memory: at least the prompt's.
     Operations are 2 · parameters · tokens, plus 2 · B · P² · h · L for causal attention in prefill. Only weights that a
-    token uses count: those of the decoder layers, and of experts those that one token is routed to.
+    token uses count: those of the decoder layers, and of experts those that one token is routed to. What the host computes
+    in a decode step takes at least its bytes / the rate at which the cores read memory; without that rate it does not count.
     """
     work, arch = plan.run.workload, plan.architecture
     traffic: dict[str, float] = {"link": plan.streamed_bytes_per_pass, "disk": plan.disk_bytes_per_pass}
     kv = ELEMENT_BYTES * work.sequences * arch.kv_elements(work.prompt_len)
     flops_per_token = 2 * plan.active(lambda p: p.numel)
+    read, on_host = ELEMENT_BYTES * plan.active(plan.stored_numel) + kv, len(plan.storage.host_layers) / arch.num_layers
     decode = traffic | {
         "link": plan.link_bytes_per_pass,
         "disk": plan.disk_bytes_per_step,
-        "hbm": ELEMENT_BYTES * plan.active(plan.stored_numel) + kv,
-        "gemm": flops_per_token * work.sequences,
+        "hbm": (1 - on_host) * read,
+        "gemm": (1 - on_host) * flops_per_token * work.sequences,
     }
+    if on_host and _host_rate(plan):
+        decode["host"] = on_host * read
     attention = 2 * work.sequences * work.prompt_len**2 * arch.hidden_size * arch.num_layers
     prefill = traffic | {
         "hbm": ELEMENT_BYTES * plan.active(plan.stored_numel),
@@ -62,8 +66,11 @@ def lower_bound(plan: Plan) -> Bound:
 def rate(plan: Plan, limit: str) -> float | None:
     """Return the peak rate of a resource in `RATES`, summed over all devices; None if unknown.
 
-    The devices of a machine share its disk, and machines that hold all weights read the same from each.
+    The devices of a machine share its disk, and machines that hold all weights read the same from each. Also that of
+    "host", at which the cores read memory.
     """
+    if limit == "host":
+        return _host_rate(plan)
     known = plan.machine.calibration
     each: float | None = getattr(plan.machine.ceilings, RATES[limit])
     if limit == "gemm" and known and (moments := (known.moments or {}).get(plan.dtype)):
@@ -72,9 +79,14 @@ def rate(plan: Plan, limit: str) -> float | None:
     return each and each * (disks if limit == "disk" else plan.run.hardware.num_gpus)
 
 
+def _host_rate(plan: Plan) -> float | None:
+    known = plan.machine.calibration
+    return known.host_read_bytes_per_s if known and plan.machine.device == "cuda" else None
+
+
 def is_published(plan: Plan, limit: str | None) -> bool:
     """Return whether the rate is from a vendor's data sheet, which never covers the disk."""
-    return limit not in (None, "disk") and (plan.machine.ceilings.source or "").startswith(PUBLISHED)
+    return limit not in (None, "disk", "host") and (plan.machine.ceilings.source or "").startswith(PUBLISHED)
 
 
 def _longest(plan: Plan, amounts: dict[str, float]) -> tuple[str, float] | tuple[None, None]:

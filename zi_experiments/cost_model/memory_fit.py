@@ -45,12 +45,18 @@ def _memory(plan: Plan) -> tuple[Use, ...]:
         weights=(plan.placement.gpu_bytes + stored.copied_bytes) // ranks,
         buffers=stored.gpu_buffer_bytes - stored.cached_bytes,
         experts=stored.cached_bytes,
-        kv_cache=plan.of_one_rank(plan.kv_slot_bytes if in_host else plan.kv_cache_bytes),
+        kv_cache=plan.of_one_rank(_kv_on_gpu(plan, in_host)),
         workspace=plan.workspace_bytes,
         processes=plan.context_bytes,
         available=memory,
     )
-    return gpu, _host(plan, copies=0, kv_cache=plan.kv_cache_bytes if in_host else 0, workspace=0)
+    return gpu, _host(plan, copies=0, kv_cache=plan.kv_cache_bytes if in_host else stored.host_kv_bytes, workspace=0)
+
+
+def _kv_on_gpu(plan: Plan, in_host: bool) -> int:
+    """Return the bytes of KV cache on the GPUs: keys and values for the host pass through room for two layers."""
+    hosted = plan.storage.host_kv_bytes
+    return (0 if in_host else plan.kv_cache_bytes - hosted) + (plan.kv_slot_bytes if in_host or hosted else 0)
 
 
 def _host(plan: Plan, *, copies: int, kv_cache: int, workspace: int) -> Use:

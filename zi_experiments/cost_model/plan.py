@@ -61,16 +61,20 @@ class Storage:
     copied_bytes: int = 0  # copies of weights that every rank holds, on all ranks but the first
     expanded_numel: int = 0  # quantized weights that are kept expanded, in 16 bits
     streamed_bytes_per_pass: int  # from host memory to the devices
-    # the same in a decode step that copies only the experts that tokens are routed to; None: as in every pass
+    # the same in a decode step that copies only the experts that tokens are routed to, or not the layers that the host
+    # computes; None: as in every pass
     streamed_bytes_per_step: int | None = None
     # read from disk in a decode step that reads only such experts; None: as in every pass
     disk_bytes_per_step: int | None = None
     routes: bool = False  # True if decode steps copy and expand only the experts that tokens are routed to
     packed_tokens: int = 0  # up to so many tokens in a pass, resident weights are multiplied without being expanded
+    can_compute_on_host: bool = False  # True if the host's cores can compute decode steps of layers
+    host_layers: tuple[int, ...] = ()  # layers whose decode steps the host's cores compute, by number
+    host_kv_bytes: int = 0  # part of the KV cache that is in host memory because the host computes its layers
     recorded: bool = False  # True if the operations of a decode step are launched at once
     each_machine_has_all: bool = False  # True if each machine holds all weights outside GPUs; False: each has a part
     gathered_bytes: int = 0  # of weights: what each GPU receives from the others of its machine in a pass
-    host_buffer_bytes: int = 0  # between disk and device
+    host_buffer_bytes: int = 0  # between disk and device; INT4 weights in the layout of the host's products
     host_cached_bytes: int = 0  # part of these: experts whose weights are on disk
     gpu_buffer_bytes: int = 0  # on each GPU: for weights that are copied or expanded
     cached_bytes: int = 0  # part of the GPU buffers: experts that may be given up at any time
@@ -111,7 +115,8 @@ class Plan(Spec):  # a subclass: everything known before the engine places the w
     @property
     def link_bytes_per_pass(self) -> int:
         """Bytes copied at least from host memory to the device in a decode step, over all ranks: weights and KV cache."""
-        return self.streamed_bytes_per_step + self.kv_link_bytes_per_pass
+        on_gpu = 1 - len(self.storage.host_layers) / self.architecture.num_layers
+        return self.streamed_bytes_per_step + round(on_gpu * self.kv_link_bytes_per_pass)
 
     @property
     def streamed_bytes_per_step(self) -> int:

@@ -1,6 +1,6 @@
 """Predict how long a plan takes, from rates measured on its machine. Pure; docs/limits.md has the formulas."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import exp, log
 from statistics import harmonic_mean
@@ -29,8 +29,9 @@ class Prediction:
     load_s: float | None
     prefill_s: float | None
     decode_step_s: float | None
+    decode_step_on_gpu_s: float | None  # if the host computed no layer; the same where it computes none
     prefill_limited_by: str | None
-    limited_by: str | None  # largest part of a decode step: "link", "disk", "hbm", "gemm" or "launch"
+    limited_by: str | None  # largest part of a decode step: "link", "disk", "hbm", "gemm", "launch" or "host"
     total_tok_per_s: float | None  # generated tokens over prefill and decode
     cost_per_million_tokens: float | None  # generated at that rate, at hardware.price_per_hour
 
@@ -52,17 +53,24 @@ def predict(plan: Plan) -> Prediction:
     work = plan.run.workload
     # the KV cache grows by a token in each step: take the middle one
     prefill_s, prefill_limited_by = _timed(plan, _Pass(tokens=work.prompt_len, cached=0))
-    step_s, limited_by = _timed(plan, _Pass(tokens=1, cached=work.prompt_len + work.gen_len // 2))
+    step = _Pass(tokens=1, cached=work.prompt_len + work.gen_len // 2)
+    step_s, limited_by = _timed(plan, step)
     tok_per_s = total_tok_per_s(plan, prefill_s, step_s)
     return Prediction(
         load_s=_load_s(plan),
         prefill_s=prefill_s,
         decode_step_s=step_s,
+        decode_step_on_gpu_s=_timed(_without_host(plan), step)[0] if plan.storage.host_layers else step_s,
         prefill_limited_by=prefill_limited_by,
         limited_by=limited_by,
         total_tok_per_s=tok_per_s,
         cost_per_million_tokens=cost_per_million_tokens(plan, tok_per_s),
     )
+
+
+def _without_host(plan: Plan) -> Plan:
+    """Return the plan with all layers computed on the GPU."""
+    return replace(plan, storage=replace(plan.storage, host_layers=(), streamed_bytes_per_step=None))
 
 
 def total_tok_per_s(plan: Plan, prefill_s: float | None, decode_step_s: float | None) -> float | None:
@@ -99,7 +107,31 @@ def _duration(plan: Plan, one: _Pass, seconds: dict[str, float]) -> float:
     overlaps = plan.machine.device == "cuda" and not _is_recorded(plan, one)
     computing = max(work, launch) if overlaps else work + launch
     stalled = 0.0 if _is_recorded(plan, one) else overlap.stall * plan.architecture.num_layers * _layer_s(plan)
+    if _on_host(plan, one):
+        return _beside_host(plan, seconds, copies, computing)
     return max(copies, computing) + (1 - hidden) * min(copies, computing) + stalled
+
+
+def _on_host(plan: Plan, one: _Pass) -> float:
+    """Return the share of the layers that the host computes in a pass."""
+    if one.tokens > 1 or plan.machine.device == "cpu":
+        return 0.0
+    return len(plan.storage.host_layers) / plan.architecture.num_layers
+
+
+def _beside_host(plan: Plan, seconds: dict[str, float], copies: float, computing: float) -> float:
+    """Return the seconds of a step in which the host computes layers: they follow those of the GPU, and copies run beside.
+
+    The host and the link share its memory. When one of them has ended, the other goes on at its usual rate.
+    """
+    known, link = _measured(plan), _known(_typical(plan, "link_bytes_per_s"))
+    layers = len(plan.storage.host_layers) * plan.run.workload.micro_batches
+    serial = computing + seconds["host"]
+    serial_beside = max(serial, computing + layers * (known.host_layer_busy_s or 0.0))
+    copies_beside = copies * max(1.0, link / (known.link_busy_bytes_per_s or link))
+    if copies_beside > serial_beside:
+        return serial_beside + (1 - serial_beside / copies_beside) * copies
+    return copies_beside + (1 - copies_beside / serial_beside) * serial if serial_beside else 0.0
 
 
 def _is_routed(plan: Plan, one: _Pass) -> bool:
@@ -133,12 +165,14 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
     if plan.machine.peer_bytes_per_s is None:
         gathered_s += weights_s + cache_s
     passes = plan.architecture.num_layers * plan.run.workload.micro_batches
+    on_gpu = 1 - _on_host(plan, one)
     return {
-        "link": max(weights_s + cache_s, gathered_s),
+        "link": max(weights_s + on_gpu * cache_s, gathered_s),
         "disk": _over(plan.of_one_machine(read), _typical(plan, "disk_bytes_per_s")),
-        "gemm": _gemm_s(plan, one),
-        "hbm": _traffic_s(plan, one),
-        "launch": passes * _launch_s(plan, one) + _known(known.step_s),
+        "gemm": on_gpu * _gemm_s(plan, one),
+        "hbm": on_gpu * _traffic_s(plan, one),
+        "launch": on_gpu * passes * _launch_s(plan, one) + _known(known.step_s),
+        "host": (1 - on_gpu) * passes * _known(known.host_layer_s) if on_gpu < 1 else 0.0,
     }
 
 

@@ -165,7 +165,7 @@ class Spec:
     @property
     def observed_bytes(self) -> int:
         """Bytes that verification keeps of the engine's own passes: the hidden states between all layers."""
-        arch, ways = self.architecture, 2 if self.experts else 1
+        arch, ways = self.architecture, 2 if self.experts or self.run.offload.compute not in ("gpu", 0) else 1
         return ways * ELEMENT_BYTES * VERIFIED_SEQUENCES * VERIFIED_TOKENS * (arch.num_layers + 1) * arch.hidden_size
 
     @property

@@ -110,6 +110,7 @@ class Engine(Protocol):
 OPTIONAL: dict[str, Any] = {
     "engine.profile": None,
     "offload.resident": 0,
+    "offload.compute": "gpu",
     "offload.buffer_count": None,
     "offload.buffer_size": None,
     "offload.use_gds": False,
@@ -119,6 +120,7 @@ OPTIONAL: dict[str, Any] = {
     "offload.aio.single_submit": None,
     "offload.aio.overlap_events": None,
     "workload.micro_batches": 1,
+    "hardware.cpu_threads": None,
 }
 
 

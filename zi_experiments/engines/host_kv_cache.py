@@ -1,5 +1,9 @@
-"""KV cache in host memory, for `kv_cache=cpu`: a layer's part is copied to the GPU while the layer before computes."""
+"""KV cache in host memory, for `kv_cache=cpu`: a layer's part is copied to the GPU while the layer before computes.
 
+Layers that the host computes in decode steps have theirs here too, and read it in place.
+"""
+
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -20,30 +24,47 @@ class HostCache(Cache):  # type: ignore[misc]
 
     layers: list[Any]
 
-    def __init__(self, config: Any, device: torch.device | str, sequences: int, capacity: int) -> None:
+    def __init__(
+        self,
+        config: Any,
+        device: torch.device | str,
+        sequences: int,
+        capacity: int,
+        on_host: Collection[int] = (),
+    ) -> None:
+        """`on_host` has the layers that the host computes in decode steps."""
         self._config = config.get_text_config(decoder=True)
-        slots = _Slots(torch.device(device), handed_on=bool(getattr(self._config, "num_kv_shared_layers", 0)))
         layers = DynamicCache(config=self._config).layers
-        for index, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
-                layers[index] = _HostLayer(slots, None, sequences * capacity)
-            elif type(layer) is DynamicSlidingWindowLayer:
-                # with room for two windows, a full buffer is rewritten from its front at most once per window
-                tokens = min(capacity, 2 * layer.sliding_window)
-                layers[index] = _HostLayer(slots, layer.sliding_window, sequences * tokens)
-        hosted = [layer for layer in layers if isinstance(layer, _HostLayer)]
-        for layer, following in zip(hosted, hosted[1:] + hosted[:1], strict=True):
+        made = host_layers(self._config, device, sequences, capacity, range(len(layers)))
+        fetched = [layer for index, layer in made.items() if index not in on_host]
+        for layer, following in zip(fetched, fetched[1:] + fetched[:1], strict=True):
             layer.following = following
-        super().__init__(layers=layers)
+        super().__init__(layers=[made.get(index, layer) for index, layer in enumerate(layers)])
 
     def reset(self) -> None:
         """Forget all tokens. Layers from transformers are made anew: not all of them accept another batch size."""
         made = DynamicCache(config=self._config).layers
-        self.layers = [old if isinstance(old, _HostLayer) else new for old, new in zip(self.layers, made, strict=True)]
+        self.layers = [old if isinstance(old, HostLayer) else new for old, new in zip(self.layers, made, strict=True)]
         super().reset()
 
 
-class _HostLayer(CacheLayerMixin):  # type: ignore[misc]
+def host_layers(
+    config: Any, device: torch.device | str, sequences: int, capacity: int, wanted: Collection[int]
+) -> dict[int, "HostLayer"]:
+    """Return those of the `wanted` layers' caches that can be in host memory, by layer; none of them is fetched ahead."""
+    slots = _Slots(torch.device(device), handed_on=bool(getattr(config, "num_kv_shared_layers", 0)))
+    found = {}
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if index in wanted and type(layer) is DynamicLayer:
+            found[index] = HostLayer(slots, None, sequences * capacity)
+        elif index in wanted and type(layer) is DynamicSlidingWindowLayer:
+            # with room for two windows, a full buffer is rewritten from its front at most once per window
+            tokens = min(capacity, 2 * layer.sliding_window)
+            found[index] = HostLayer(slots, layer.sliding_window, sequences * tokens)
+    return found
+
+
+class HostLayer(CacheLayerMixin):  # type: ignore[misc]
     """KV cache of one layer: keys and values each in a flat buffer, time-major: (tokens, batch, heads, head_dim).
 
     The tokens to attend to are contiguous for every batch size, so they cross PCIe in one copy.
@@ -57,6 +78,8 @@ class _HostLayer(CacheLayerMixin):  # type: ignore[misc]
         self._window = window
         self._room = room  # tokens that fit in the buffers, of all sequences together
         self._sizes: list[int] = []  # elements of one token of all sequences: keys, values
+        self._arrived: torch.cuda.Event | None = None  # tokens from the GPU are in the buffers
+        self.on_host = False  # True while the host computes the layer
         self.reset()
 
     def reset(self) -> None:
@@ -85,7 +108,52 @@ class _HostLayer(CacheLayerMixin):  # type: ignore[misc]
         """Return keys and values that new tokens attend to, their own last: (batch, heads, tokens, head_dim) each."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return self._slots.join(self, (key_states, value_states))
+        states = key_states, value_states
+        return self._append(states) if self.on_host else self._slots.join(self, states)
+
+    def _append(self, states: Pair) -> Pair:
+        """Write new tokens of the host into the buffers, and return views of all tokens there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+            self._arrived = None
+        new = states[0].shape[2]
+        total = self.held + new
+        self._sizes = [one.numel() // new for one in states]
+        if (self._start + total) * states[0].shape[0] > self._room:
+            self._move_to_front(states, total)
+        joined = []
+        for buffer, one, size in zip((self.keys, self.values), states, self._sizes, strict=True):
+            batch, heads, _, width = one.shape
+            tokens = buffer[self._start * size : (self._start + total) * size].view(total, batch, heads, width)
+            tokens[self.held :] = one.permute(2, 0, 1, 3)
+            joined.append(tokens.permute(1, 2, 0, 3))
+        kept = total if self._window is None else min(total, self._window - 1)
+        self._start += total - kept
+        self._left += total - kept
+        self.held = kept
+        return joined[0], joined[1]
+
+    def _move_to_front(self, states: Pair, total: int) -> None:
+        """Make room for `total` tokens: those that are held move to the front of the buffers, or of larger ones."""
+        held = [
+            buffer[self._start * size : (self._start + self.held) * size].clone()
+            for buffer, size in zip((self.keys, self.values), self._sizes, strict=True)
+        ]
+        if total * states[0].shape[0] > self._room:
+            self._room = 2 * total * states[0].shape[0]
+            self.lazy_initialization(*states)
+        for buffer, tokens in zip((self.keys, self.values), held, strict=True):
+            buffer[: len(tokens)] = tokens
+        self._start = 0
+
+    def pretend(self, tokens: int) -> None:
+        """Count so many tokens as held, and compute the layer on the host: to measure how long it takes."""
+        self.on_host, self._start = True, 0
+        if self.is_initialized:
+            self.keys.fill_(0.5)  # memory that nobody has written to is read faster
+            self.values.fill_(0.5)
+        self.held = tokens if self._window is None else min(tokens, self._window - 1)
+        self._left = tokens - self.held
 
     def fetch(self, slot: Pair) -> None:
         """Copy the held tokens to the front of a slot."""
@@ -111,6 +179,7 @@ class _HostLayer(CacheLayerMixin):  # type: ignore[misc]
         self._start = self._start + total - held if appended else 0
         self._left += total - held
         self.held = held
+        self._arrived = self._slots.launched()
 
 
 class _Slots:
@@ -124,7 +193,7 @@ class _Slots:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         nothing = torch.empty(0, device=device)
         self._slots = (nothing, nothing), (nothing, nothing)
-        self._fetched: _HostLayer | None = None  # its tokens are in the first slot, or being copied there
+        self._fetched: HostLayer | None = None  # its tokens are in the first slot, or being copied there
         self._handed_on = handed_on
 
     def __del__(self) -> None:
@@ -134,13 +203,17 @@ class _Slots:
         if self._side is not None:
             self._side.synchronize()
 
+    def launched(self) -> torch.cuda.Event | None:
+        """Return an event for the copies launched so far; None on a CPU."""
+        return self._side.record_event() if self._side is not None else None
+
     def host_empty(self, numel: int, dtype: torch.dtype) -> Any:
         return torch.empty(numel, dtype=dtype) if self._side is None else pinned_empty(numel, dtype)
 
     def forget(self) -> None:
         self._fetched = None
 
-    def join(self, layer: _HostLayer, states: Pair) -> Pair:
+    def join(self, layer: HostLayer, states: Pair) -> Pair:
         """Return a layer's tokens with the new ones behind them; store the new ones, and fetch the next layer's tokens.
 
         The side stream runs its copies in order: tokens are in host memory before they are fetched again, and have left
@@ -169,7 +242,7 @@ class _Slots:
             layer.store(joined, states[0].shape[2])
         return (joined[0].clone(), joined[1].clone()) if self._handed_on else joined
 
-    def _make_room(self, layer: _HostLayer, states: Pair, compute: torch.cuda.Stream | None) -> None:
+    def _make_room(self, layer: HostLayer, states: Pair, compute: torch.cuda.Stream | None) -> None:
         """Make both slots large enough for a layer's host buffers, and for all tokens that it has now."""
         old, total = self._slots[0], layer.held + states[0].shape[2]
         sizes = [

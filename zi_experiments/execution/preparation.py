@@ -24,13 +24,18 @@ def prepare(
     """Return the plan of a run on this machine; None: its search has no candidate of that rank.
 
     `folders` are for weights on disk. `arch` is the run's model, if it has been loaded. With `tell`, which gets a line
-    before slow work, the machine is measured first if the search has to rank candidates.
+    before slow work, the machine is measured first if the search has to rank candidates, or if the host may compute.
 
     Raises `ConfigError` for a run that cannot work or does not fit.
     """
     arch = arch or load_architecture(run)
     machine = this_machine.known(run, folders)
-    if tell is not None and run.search.rank is not None:
+    on_host = run.offload.compute not in ("gpu", 0)
+    if tell is not None and (run.search.rank is not None or on_host):
         machine = this_machine.measured(run, machine, folders, tell)
     settled = search.settle(run, arch, machine)
-    return planning.build(settled, arch, machine) if settled is not None else None
+    if settled is None:
+        return None
+    if on_host:
+        machine = this_machine.with_host_layer(planning.on_gpu(settled, arch, machine), tell)
+    return planning.build(settled, arch, machine)

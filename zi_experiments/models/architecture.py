@@ -33,6 +33,7 @@ class Parameter:
     # `tensor[i]`, through transformers' interface for experts; None for other parameters
     experts: str | None = None
     native: Packing | None = None  # how checkpoints store it, if they store it quantized
+    is_linear: bool = False  # the weight of a linear layer, as torch has it
 
     @property
     def numel(self) -> int:
@@ -389,6 +390,7 @@ def _parameters(model: Any, layers_name: str) -> Iterator[Parameter]:
             name=name,
             shape=tuple(parameter.shape),
             quantizable=is_quantizable(model, name),
+            is_linear=_is_linear(model, name),
             layer=layer,
             experts=experts.get(name) if layer is not None and len(names[id(parameter)]) == 1 else None,
             native=packings.get(name),
@@ -459,6 +461,12 @@ def _kv_layers(model: Any, num_layers: int) -> tuple[KVLayer, ...]:
         )
         for layer in cache.layers
     )
+
+
+def _is_linear(model: Any, name: str) -> bool:
+    from torch import nn
+
+    return name.endswith(".weight") and type(model.get_submodule(name.removesuffix(".weight"))) is nn.Linear
 
 
 def is_quantizable(model: Any, name: str) -> bool:

@@ -4,10 +4,12 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
+from math import inf
 
 from zi_experiments.config.schema import CacheDevice, ConfigError, OffloadDevice, Run, Verify
 from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.plan import Plan, Storage
+from zi_experiments.cost_model.prediction import predict
 from zi_experiments.cost_model.spec import Spec
 from zi_experiments.engines import base
 from zi_experiments.models import native
@@ -17,6 +19,7 @@ from zi_experiments.planner.alternatives import Change
 from zi_experiments.system.machines import HERE, Machine
 
 MOST_WAYS = 3  # alternatives that a refusal names
+WORTHWHILE = 0.97  # of a step's time on the GPU alone: with less to gain, an error of the prediction may cost more
 MOST_SEQUENCES = 1 << 20  # upper limit when searching for the largest batch
 
 
@@ -27,6 +30,11 @@ def build(run: Run, arch: Architecture, machine: Machine) -> Plan:
         advice = list(islice(chain(_of_another_machine(plan), _fitting_changes(plan)), MOST_WAYS))
         raise ConfigError(f"{problem}: pass {', or '.join(advice) or 'model=… of a smaller one'}")
     return plan
+
+
+def on_gpu(run: Run, arch: Architecture, machine: Machine) -> Plan:
+    """Return the plan of a run if the GPU computed all layers, whether or not it fits. Raises `ConfigError`."""
+    return _draft(_with_share(run, "gpu"), arch, machine)
 
 
 def _draft(run: Run, arch: Architecture, machine: Machine) -> Plan:
@@ -40,6 +48,8 @@ def _draft(run: Run, arch: Architecture, machine: Machine) -> Plan:
         _check_choices(run)
     if run.workload.batch_size == "auto":
         run = _with_largest_batch(run, arch, machine)
+    if run.offload.compute == "auto":
+        run = _with_best_share(run, arch, machine)
     spec = Spec(run=run, architecture=arch, machine=machine, dtype=choose_dtype(run, arch, machine))
     _check_experts(spec)
     storage = base.get(run.engine.name).storage(spec)
@@ -72,6 +82,29 @@ def _of_another_machine(plan: Plan) -> Iterator[str]:
 def _with_largest_batch(run: Run, arch: Architecture, machine: Machine) -> Run:
     """Return the run with the largest batch that fits, or with one sequence per rank if none fits."""
     return _with_batch(run, max(1, largest_batch(run, arch, machine) // run.hardware.num_gpus) * run.hardware.num_gpus)
+
+
+def _with_best_share(run: Run, arch: Architecture, machine: Machine) -> Run:
+    """Return the run with the share of layers on the host that is fastest by prediction; none if that gains little.
+
+    With more layers on the host, a step becomes faster as long as the link takes longer, and slower from there on.
+    """
+    alone = _with_share(run, 0)
+    plan, known = attempt(alone, arch, machine), machine.calibration
+    if plan is None or machine.device == "cpu" or known is None or known.host_layer_s is None:
+        return alone
+
+    def step_s(layers: int) -> float:
+        plan = attempt(_with_share(run, layers / arch.num_layers), arch, machine)
+        return (plan and predict(plan).decode_step_s) or inf
+
+    best = bisect_left(range(arch.num_layers), True, key=lambda layers: step_s(layers + 1) >= step_s(layers))
+    usual_s = predict(plan).decode_step_s
+    return _with_share(run, best / arch.num_layers) if usual_s and step_s(best) < WORTHWHILE * usual_s else alone
+
+
+def _with_share(run: Run, share: float | str) -> Run:
+    return replace(run, offload=replace(run.offload, compute=share))
 
 
 def _with_batch(run: Run, batch_size: int) -> Run:

@@ -13,6 +13,7 @@ _VERBS = {
     "disk": "decode reads {amount} per step from a {rate} disk",
     "hbm": "decode reads {amount} per step from {rate} memory",
     "gemm": "decode computes {amount} per step at {rate}",
+    "host": "the host's cores read {amount} per step at {rate}",
 }
 LIMITS = {
     "link": "PCIe",
@@ -20,6 +21,7 @@ LIMITS = {
     "hbm": "the memory of the device",
     "gemm": "matrix products",
     "launch": "launching operations",
+    "host": "the host's cores",
 }
 VENDORS = " (vendor's rates)"
 

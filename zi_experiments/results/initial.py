@@ -92,5 +92,5 @@ def settled(config: dict[str, Any], run: Run) -> dict[str, Any]:
     return config | {
         "workload": config["workload"] | work,
         "kv_cache": config["kv_cache"] | {"device": run.kv_cache.device.value},
-        "offload": config["offload"] | {"resident": run.offload.resident},
+        "offload": config["offload"] | {"resident": run.offload.resident, "compute": run.offload.compute},
     }

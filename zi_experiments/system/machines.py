@@ -8,7 +8,7 @@ from typing import Any
 
 from zi_experiments import environment
 from zi_experiments.config.schema import Calibration, Ceilings, DeviceType, Hardware, conf_dir
-from zi_experiments.system import peers
+from zi_experiments.system import cores, peers
 
 GIB = 1 << 30
 HERE = ("auto", "cpu")  # choices of `hardware` that mean this machine; the files of other choices have their own rates
@@ -36,6 +36,7 @@ class Machine:
     driver: str | None
     # that each GPU receives from the others of its machine over links of their own; None: one GPU, or PCIe only
     peer_bytes_per_s: float | None = None
+    cores: tuple[int, ...] = ()  # of the host that are near the GPU and may be used; (): unknown, on another machine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,7 @@ class Gpu:
     free_bytes: int
     dtypes: tuple[str, ...]
     driver: str | None
+    pci_address: str | None
 
 
 def detect(hardware: Hardware) -> Machine:
@@ -81,7 +83,13 @@ def detect(hardware: Hardware) -> Machine:
         calibration=hardware.calibration,
         driver=gpu.driver if gpu else None,
         peer_bytes_per_s=hardware.peer_bytes_per_s or (peers.bytes_per_s(gpus) if here else None),
+        cores=cores.near(here.pci_address) if here else (),
     )
+
+
+def cpu_threads(hardware: Hardware, machine: Machine) -> int:
+    """Return how many threads of the host compute layers beside a GPU; one core is left to launch operations."""
+    return hardware.cpu_threads or max(1, len(machine.cores) - 1)
 
 
 def is_elsewhere(hardware: Hardware, gpu_name: str | None) -> bool:
@@ -161,9 +169,14 @@ def first_gpu() -> Gpu:
             free_bytes=memory.free,
             dtypes=_gpu_dtypes(major),
             driver=pynvml.nvmlSystemGetDriverVersion(),
+            pci_address=_text(pynvml.nvmlDeviceGetPciInfo(handle).busId),
         )
     except pynvml.NVMLError:
         return _first_gpu_by_cuda()
+
+
+def _text(said: str | bytes) -> str:
+    return said.decode() if isinstance(said, bytes) else said  # the driver's bindings differ
 
 
 def _first_gpu_by_cuda() -> Gpu:
@@ -177,6 +190,7 @@ def _first_gpu_by_cuda() -> Gpu:
         free_bytes=torch.cuda.mem_get_info(0)[0],
         dtypes=_gpu_dtypes(properties.major),
         driver=None,
+        pci_address=None,
     )
 
 

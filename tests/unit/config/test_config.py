@@ -162,6 +162,9 @@ def test_values_live_in_yaml_only(kind):
         ("offload.resident", "0.25", 0.25),
         ("offload.resident", "1", 1),
         ("offload.resident", "auto", "auto"),
+        ("offload.compute", "0.5", 0.5),
+        ("offload.compute", "gpu", "gpu"),
+        ("offload.compute", "auto", "auto"),
         ("workload.micro_batches", "3", 3),
         ("quant.bits", "8", 8),
         ("quant.group_size", "32", 32),
@@ -178,7 +181,7 @@ def test_values_live_in_yaml_only(kind):
     ],
 )
 def test_promised_names_reach_the_run(compose_run, key, typed, value):
-    streamed = ["engine=stream"] if key in ("offload.resident", "workload.micro_batches") else []
+    streamed = ["engine=stream"] if key in ("offload.resident", "offload.compute", "workload.micro_batches") else []
     reached = compose_run(f"{key}={typed}", *streamed)
     for name in key.split("."):
         reached = getattr(reached, name)
@@ -262,6 +265,13 @@ RULES = [
     (["engine=stream", "offload.resident=Auto"], "offload.resident", "offload.resident=auto"),
     (["engine=stream", "offload.resident=null"], "offload.resident", "offload.resident=auto"),
     (["engine=stream", "offload=none", "offload.resident=0.5"], "offload.resident", "offload=cpu"),
+    (["offload.compute=0.5"], "offload.compute", "engine=stream"),
+    (["engine=stream", "offload.compute=1.5"], "offload.compute", "offload.compute=auto"),
+    (["engine=stream", "offload.compute=cpu"], "offload.compute", "offload.compute=auto"),
+    (["engine=stream", "offload.compute=null"], "offload.compute", "offload.compute=auto"),
+    (["engine=stream", "offload=none", "offload.compute=auto"], "offload.compute", "offload=cpu"),
+    (["hardware.cpu_threads=4"], "hardware.cpu_threads", "engine=stream"),
+    (["engine=stream", "hardware.cpu_threads=0"], "hardware.cpu_threads", "hardware.cpu_threads=null"),
     (["engine=stream", "workload.micro_batches=0"], "workload.micro_batches", "workload.micro_batches=1"),
     (["workload.micro_batches=2"], "workload.micro_batches", "engine=stream"),
     (["engine=stream", "engine.profile=tuned"], "engine.profile", "engine=deepspeed"),

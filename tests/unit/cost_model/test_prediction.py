@@ -35,6 +35,10 @@ INSTANT = Calibration(
     expand_elements_per_s=ENDLESS,
     layer_s=0.0,
     step_s=0.0,
+    host_read_bytes_per_s=None,
+    host_layer_s=None,
+    host_layer_busy_s=None,
+    link_busy_bytes_per_s=None,
     moments=None,
 )
 PERFECT = Overlap(hidden=1.0, launch=0.0, stall=0.0, load_s=0.0)
@@ -131,6 +135,50 @@ def test_keys_and_values_cross_pinned_whatever_the_weights(planned):
     plan = planned("offload=cpu", "kv_cache=cpu", "offload.pin_memory=false", known=known, link_bytes_per_s=50e9)
 
     assert predict(plan).decode_step_s == near(STREAMED / 10e9 + 2 * 8 * KV_TOKEN * MIDDLE / 50e9)
+
+
+HOST = {"host_layer_s": 0.010, "host_layer_busy_s": 0.012, "link_busy_bytes_per_s": 40e9}
+LAYER_BYTES = STREAMED / LAYERS
+
+
+@pytest.mark.parametrize("layers", [10, 20, 30, 40])
+def test_the_host_computes_while_the_link_brings_the_other_layers(planned, layers):
+    """Both share the host's memory: one of them ends, and the other goes on alone, at its usual rate."""
+    plan = planned("engine=stream", "offload=cpu", f"offload.compute={layers / 40}", known=HOST, link_bytes_per_s=50e9)
+    got = predict(plan)
+
+    copies, alone = (40 - layers) * plan.streamed_bytes_per_pass / 40, 0.012 * layers
+    if copies / 40e9 > alone:
+        expected = alone + (copies - alone * 40e9) / 50e9
+    else:
+        expected = copies / 40e9 + (1 - copies / 40e9 / alone) * 0.010 * layers
+    assert got.decode_step_s == near(expected)
+    assert got.decode_step_on_gpu_s == near(plan.streamed_bytes_per_pass / 50e9)
+    assert got.limited_by == ("host" if layers > 20 else "link")
+    assert got.prefill_s == near(plan.streamed_bytes_per_pass / 50e9)
+
+
+def test_what_the_gpu_computes_comes_after_what_the_host_does(planned):
+    known = {"host_layer_s": 0.010, "layer_s": 0.001, "step_s": 0.05}
+    plan = planned("engine=stream", "offload=cpu", "offload.compute=0.5", known=known, overlap={"launch": 2.0})
+
+    assert predict(plan).decode_step_s == near(20 * 0.010 + 20 * 2 * 0.001 + 0.05)
+
+
+def test_without_the_hosts_rate_its_steps_are_not_predicted(planned):
+    assert predict(planned("engine=stream", "offload=cpu", "offload.compute=0.5")).decode_step_s is None
+
+
+def test_the_host_reads_its_layers_at_least(planned):
+    """As its cores read memory; without that rate it does not count."""
+    choices = ("engine=stream", "offload=cpu", "offload.compute=0.5")
+    plan = planned(*choices, known=HOST | {"host_read_bytes_per_s": 40e9}, link_bytes_per_s=50e9)
+    read = (2 * MATRICES + 2 * 8 * KV_TOKEN * 512) / 2
+    bound, unknown = lower_bound(plan), lower_bound(planned(*choices, known=HOST, link_bytes_per_s=50e9))
+
+    assert bound.decode_step_s == near(read / 40e9)
+    assert bound.limited_by == "host"
+    assert unknown.decode_step_s == near(plan.streamed_bytes_per_step / 50e9)
 
 
 def test_all_ranks_share_a_disk(planned):

@@ -1,6 +1,7 @@
 """Whatever the cache keeps in host memory, a model computes with it what it computes with transformers' own."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -98,6 +99,9 @@ class LateStream:
 
     def wait_stream(self, compute):
         """What computes here does so at once."""
+
+    def record_event(self):
+        return self  # all copies so far
 
     def synchronize(self):
         for copy in self.copies:
@@ -213,3 +217,53 @@ def test_only_the_window_is_fetched():
         logits = model(tiny.prompts(1, 1), past_key_values=cache).logits
 
     assert torch.isfinite(logits).all()
+
+
+# --- layers that the host computes -----------------------------------------------------------------------------------
+
+
+class OnHost(HostCache):
+    """Decode steps of some layers append on the host, as they do beside a GPU."""
+
+    def __init__(self, config, which, **room):
+        super().__init__(config, "cpu", on_host=which, **room)
+        self.which = which
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        if layer_idx in self.which:
+            self.layers[layer_idx].on_host = keys.shape[2] == 1
+        return super().update(keys, values, layer_idx, *args, **kwargs)
+
+
+@pytest.mark.parametrize(("family", "capacity"), [("llama", 4), ("gemma2", 40), ("gemma2", 4)])
+def test_the_host_appends_to_what_the_gpu_has_stored(family, capacity):
+    """With room, and without; in windows that slide."""
+    model = tiny.model(family)
+    count = model.config.num_hidden_layers
+
+    for which in ({count - 1}, set(range(count))):
+        cache = OnHost(model.config, which, sequences=2, capacity=capacity)
+        assert_equal_to_the_default(model, cache, (2, 5, 30), (1, 20, 10), (2, 5, 30))
+
+
+def test_the_host_waits_for_what_the_gpu_has_stored(monkeypatch):
+    cache = HostCache(tiny.model("llama").config, "cpu", sequences=1, capacity=8, on_host={0})
+    layer, events = cache.layers[0], []
+    monkeypatch.setattr(layer._slots, "launched", lambda: SimpleNamespace(synchronize=lambda: events.append("waited")))
+    prompt, token = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 1, 4)
+    layer.update(prompt, prompt)
+    layer.on_host = True
+
+    for _ in range(2):
+        keys, _ = layer.update(token, token)
+
+    assert events == ["waited"]  # once: later tokens are the host's own
+    assert torch.equal(keys, torch.cat([prompt, token, token], 2))
+
+
+def test_nothing_is_fetched_for_layers_that_the_host_computes():
+    layers = HostCache(tiny.model("llama").config, "cpu", sequences=1, capacity=8, on_host={1}).layers
+    others = [layer for index, layer in enumerate(layers) if index != 1]
+
+    assert layers[1].following is layers[1]
+    assert all(layer.following in others for layer in others)

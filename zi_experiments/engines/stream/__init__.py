@@ -3,6 +3,7 @@
 docs/stream.md has a picture of it.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -24,11 +25,18 @@ from zi_experiments.models.architecture import decoder_layers
 from zi_experiments.models.packing import Code
 from zi_experiments.runtime import distributed
 from zi_experiments.runtime.progress import Progress
-from zi_experiments.system import toolchain
+from zi_experiments.system import machines, toolchain
 from zi_experiments.system.disk import Disk
 
 OPTIONS = frozenset(
-    {"offload.resident", "offload.aio.block_size", "offload.aio.intra_op_parallelism", "workload.micro_batches"}
+    {
+        "offload.resident",
+        "offload.compute",
+        "offload.aio.block_size",
+        "offload.aio.intra_op_parallelism",
+        "workload.micro_batches",
+        "hardware.cpu_threads",
+    }
 )
 CONFIG_NAME = "engine_config"
 
@@ -48,9 +56,13 @@ def stored(plan: Plan) -> dict[str, Stored]:
 
 
 def requirements(plan: Plan) -> Iterator[str]:
-    """Yield what Triton lacks to compile the kernel that expands quantized weights on a GPU, and what verification lacks."""
-    if plan.machine.device == "cuda" and plan.run.quant.is_quantized:
-        need = "Triton compiles the kernel that expands quantized weights"
+    """Yield what Triton lacks to compile the kernels that quantized weights and layers on the host need on a GPU.
+
+    Also what verification lacks.
+    """
+    if plan.machine.device == "cuda" and (plan.run.quant.is_quantized or plan.storage.host_layers):
+        need = "Triton compiles the kernel that "
+        need += "expands quantized weights" if plan.run.quant.is_quantized else "reads what the host computes"
         yield from toolchain.lacking(need, toolchain.c_compiler(), toolchain.python_headers())
     if (
         plan.run.verify is Verify.on
@@ -76,6 +88,7 @@ def config(plan: Plan, scratch: Sequence[str]) -> dict[str, Any]:
         "resident_bytes": sum(layer.resident.nbytes for layer in placed),
         "workspace_bytes": plan.workspace_bytes,
         "layers_on_disk": sum(layer.on_disk for layer in placed),
+        "host_layers": list(plan.storage.host_layers),
         "most_routed_tokens": routing.most_tokens(plan) if plan.storage.routes else 0,
         "expert_slots": placement.expert_slots(plan, placed),
         "expert_host_slots": placement.host_slots(plan, placed),
@@ -93,6 +106,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
 
     from zi_experiments.engines.stream import host_cache
     from zi_experiments.engines.stream.device_kv_cache import make_cache
+    from zi_experiments.engines.stream.host_layers import Crossing, HostLayer
     from zi_experiments.engines.stream.layers import StreamedLayer
     from zi_experiments.engines.stream.loading import Loader
     from zi_experiments.engines.stream.parking import parked
@@ -100,6 +114,8 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
 
     device, dtype = device_of(plan), getattr(torch, plan.dtype)
     placed = placement.place(plan)
+    if plan.storage.host_layers:
+        _use_cores(plan)
     paths = [Path(folder) / f"rank{distributed.rank()}" for folder in config["folders"]]
     progress.begin("load", plan.weight_bytes, "bytes")
     with ExitStack() as stack, torch.no_grad():
@@ -116,15 +132,20 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         store = loader.store({f"{prefix}.{index}": placed[index] for index in streamed}, paths, cache)
         # allocated last: until here, quantizing weights takes this room
         expanded = torch.empty(placement.expanded_elements(placed), dtype=dtype, device=device)
-    source: Any = _source(plan, store, device) if streamed else None
+    source: Any = _source(plan, store, streamed, device) if streamed else None
+    on_host, micro_batches, crossing = plan.storage.host_layers, plan.run.workload.micro_batches, Crossing(device)
     layers = []
     for index, module in enumerate(modules):
-        layer = StreamedLayer(module, placed[index], resident[index], expanded, plan.run.workload.micro_batches)
+        host = None
+        if index in on_host:
+            slab, layout = store.slab(streamed.index(index)), placed[index].streamed
+            host = HostLayer(module, index, slab, layout, dtype, crossing, micro_batches)
+        layer = StreamedLayer(module, placed[index], resident[index], expanded, micro_batches, host)
         layers.append(layer)
         if index in streamed:
-            layer.attach(source, streamed.index(index))
+            layer.attach(source, streamed.index(index), min(on_host, default=0))
     short = None
-    if plan.storage.routes or plan.storage.packed_tokens or plan.storage.recorded:
+    if plan.storage.routes or plan.storage.packed_tokens or plan.storage.recorded or on_host:
         short = ShortPasses(plan, layers, store, streamed, cache, device)
     kv_cache: Any = make_cache(plan, device)
     if short and plan.storage.recorded:
@@ -145,6 +166,17 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         short=short,
         close=store.close,
     )
+
+
+def _use_cores(plan: Plan) -> None:
+    """Compute on the cores near the GPU, and have the slabs in memory near them: the first to write to a page decides."""
+    import torch
+
+    hardware, on_gpu = plan.run.hardware, plan.machine.device == "cuda"
+    if on_gpu and plan.machine.cores:
+        os.sched_setaffinity(0, plan.machine.cores)
+    if on_gpu or hardware.cpu_threads:
+        torch.set_num_threads(machines.cpu_threads(hardware, plan.machine))
 
 
 def _inventory(plan: Plan, model: Any, prefix: str, layers: list[Any], homes: dict[int, Home], store: Any) -> Inventory:
@@ -174,11 +206,12 @@ def _machine_group(ranks: int) -> Any:
     return groups[distributed.rank() // ranks * ranks]
 
 
-def _source(plan: Plan, store: Any, device: Any) -> Any:
+def _source(plan: Plan, store: Any, streamed: list[int], device: Any) -> Any:
     from zi_experiments.engines.stream.ring import InPlace, Ring, Shares
 
     if shares := sharing.share_slots(plan):
         return Ring(Shares(store, shares, device), placement.slots(plan), device, group=_machine_group(plan.ranks_each))
+    in_steps = [number for number, index in enumerate(streamed) if index not in plan.storage.host_layers]
     if device.type == "cpu":
-        return InPlace(store)
-    return Ring(store, placement.slots(plan), device, wraps=not plan.storage.routes)
+        return InPlace(store, in_steps)
+    return Ring(store, placement.slots(plan), device, wraps=not plan.storage.routes, in_steps=in_steps)

@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from zi_experiments.config.schema import CacheDevice
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.engines.hf_session import host_cache
+from zi_experiments.engines.host_kv_cache import HostCache, HostLayer, host_layers
 from zi_experiments.engines.stream.micro_batches import BlockCache
 
 
@@ -22,24 +22,28 @@ def make_cache(plan: Plan, device: torch.device) -> Cache | None:
 
 
 def _part(plan: Plan, device: torch.device) -> Cache:
+    tokens = plan.run.workload.prompt_len + plan.run.workload.gen_len
+    on_host = plan.storage.host_layers
     if plan.run.kv_cache.device is CacheDevice.cpu:
-        return host_cache(plan, device)
-    work = plan.run.workload
-    return DeviceCache(plan.architecture.config, work.prompt_len + work.gen_len, plan.largest_share)
+        return HostCache(plan.architecture.config, device, plan.largest_share, tokens, on_host)
+    config = plan.architecture.config.get_text_config(decoder=True)
+    own = host_layers(config, device, plan.largest_share, tokens, on_host)
+    return DeviceCache(plan.architecture.config, tokens, plan.largest_share, own)
 
 
 class DeviceCache(Cache):  # type: ignore[misc]
     """A KV cache on the device: room for `capacity` tokens of each of `sequences`; it grows when a pass needs more.
 
     More sequences share that room, so that the verification of a run takes no more memory than the run.
-    Layers other than full attention and sliding windows stay as transformers makes them.
+    Layers other than full attention and sliding windows stay as transformers makes them. Those of `on_host`, by their
+    numbers, are in host memory.
     """
 
     layers: list[Any]
 
-    def __init__(self, config: Any, capacity: int, sequences: int) -> None:
+    def __init__(self, config: Any, capacity: int, sequences: int, on_host: dict[int, HostLayer] | None = None) -> None:
         self._config = config.get_text_config(decoder=True)
-        self._capacity, self._sequences = capacity, sequences
+        self._capacity, self._sequences, self._on_host = capacity, sequences, on_host or {}
         super().__init__(layers=[])
         self.reset()
 
@@ -48,7 +52,10 @@ class DeviceCache(Cache):  # type: ignore[misc]
         kept = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, _RoomyLayer)}
         self.layers = DynamicCache(config=self._config).layers
         for index, layer in enumerate(self.layers):
-            if index in kept:
+            if index in self._on_host:
+                self.layers[index] = self._on_host[index]
+                self.layers[index].reset()
+            elif index in kept:
                 self.layers[index] = kept[index].emptied()
             elif type(layer) is DynamicLayer:
                 self.layers[index] = _RoomyLayer(self._capacity, self._sequences)

@@ -13,6 +13,7 @@ class FewTokens:
     routed: float = 0  # only the experts that tokens are routed to are brought
     packed: float = 0  # resident weights are multiplied as they are packed, and not expanded
     packed_experts: float = 0  # the same of routed experts: tokens for each of them, on average
+    on_host: float = 0  # layers that the host computes are computed there: new tokens of each sequence
 
     @contextmanager
     def always(self, applies: bool) -> Iterator[None]:

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from zi_experiments.cost_model.spec import ELEMENT_BYTES
 from zi_experiments.engines.stream.expert_pool import Source as ExpertSource
 from zi_experiments.engines.stream.experts import RoutedExperts
 from zi_experiments.engines.stream.few_tokens import FewTokens
 from zi_experiments.engines.stream.fixed_pairs import Counts
+from zi_experiments.engines.stream.host_layers import HostLayer, has_room_for
 from zi_experiments.engines.stream.micro_batches import in_blocks
 from zi_experiments.engines.stream.packed_linear import PackedLinears
 from zi_experiments.engines.stream.placement import LayerPlacement
@@ -35,8 +37,10 @@ class StreamedLayer:
         resident: torch.Tensor,
         expanded: torch.Tensor,
         micro_batches: int,
+        host: HostLayer | None = None,
     ) -> None:
-        self._layer, self._placed = layer, placed
+        """`host` computes the layer's decode steps."""
+        self._layer, self._placed, self._host = layer, placed, host
         self.resident = resident  # the slab of the weights that stay on the device
         first = placed.resident.elements
         last = first + placed.streamed.elements
@@ -49,14 +53,15 @@ class StreamedLayer:
         self._experts: RoutedExperts | None = None
         self._packed: PackedLinears | None = None
         self._few = FewTokens()
+        self._first_on_host = 0
         fixed = plain_views(resident, placed.resident, self._dtype)
         fixed |= expanded_views(self._expanded[0], placed.resident)
         self._point(_as_parameters(fixed | expanded_views(self._expanded[1], placed.streamed)))
         layer.forward = self._run
 
-    def attach(self, source: Source, index: int) -> None:
-        """Set the source of the slab; `index` counts the streamed layers only."""
-        self._source, self._index = source, index
+    def attach(self, source: Source, index: int, first_on_host: int = 0) -> None:
+        """Set the source of the slab; `index` counts the streamed layers only, `first_on_host` all of the model."""
+        self._source, self._index, self._first_on_host = source, index, first_on_host
 
     def resident_experts(self) -> torch.Tensor | None:
         """Return the experts that stay on the device, of shape (experts, bytes); None if the layer has none there."""
@@ -101,21 +106,30 @@ class StreamedLayer:
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
         tokens: int = states.shape[:-1].numel()
+        is_step = self._source is not None and self._is_host_step(states, (*args, *kwargs.values()))
+        if is_step and self._host is not None:
+            return self._host.run(args, kwargs)
         routed: AbstractContextManager[None] = nullcontext()
         if self._experts is not None and tokens <= self._few.routed:
             routed = self._experts.routed()
         elif self._source is not None:
-            return self._run_streamed(args, kwargs)
+            return self._run_streamed(args, kwargs, is_step)
         elif self._placed.resident.experts:
             expand(self.resident, self._placed.resident, self._expanded[0])
             return self._compute(args, kwargs)
         with routed, self._own_weights(tokens):
             return self._compute(args, kwargs)
 
-    def _run_streamed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _is_host_step(self, states: torch.Tensor, values: tuple[Any, ...]) -> bool:
+        """Return whether the host computes some layers of this pass. All layers say the same."""
+        if states.shape[-2] > self._few.on_host:
+            return False
+        return all(has_room_for(value, self._first_on_host) for value in values if isinstance(value, Cache))
+
+    def _run_streamed(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_step: bool) -> Any:
         assert self._source is not None
         expand(self.resident, self._placed.resident, self._expanded[0])
-        slab = self._source.take(self._index)
+        slab = self._source.take(self._index, is_step=is_step)
         self._point(self._in_slot(slab))
         expand(slab, self._placed.streamed, self._expanded[1])
         output = self._compute(args, kwargs)

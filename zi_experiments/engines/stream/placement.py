@@ -1,7 +1,7 @@
 """Which weights stay on the device, which are streamed, and from where. Figures only."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -12,7 +12,7 @@ from zi_experiments.config.schema import CacheDevice, OffloadDevice, Verify
 from zi_experiments.cost_model.inventory import Home, Stored
 from zi_experiments.cost_model.plan import Overlap, Placement, Storage
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
-from zi_experiments.engines.stream import routing, sharing
+from zi_experiments.engines.stream import host_share, routing, sharing
 from zi_experiments.engines.stream.slab import Layout, lay_out
 from zi_experiments.models.architecture import Parameter
 from zi_experiments.models.packing import Packing
@@ -62,11 +62,11 @@ class _Layer:
 
 def place(spec: Spec) -> tuple[LayerPlacement, ...]:
     """Return the placement of each decoder layer, in the order in which they run."""
-    layers = _layers(spec)
+    layers, on_host = _layers(spec), host_share.layers(spec)
     resident = spec.run.offload.resident
     if spec.run.offload.device is OffloadDevice.none:
-        return _split(spec, layers, _evenly(layers, 0))
-    if resident == "auto" and _excess(spec, placed := _split(spec, layers, _evenly(layers, 0))) <= 0:
+        return _split(spec, layers, _evenly(layers, 0, ()))
+    if resident == "auto" and _excess(spec, placed := _split(spec, layers, _evenly(layers, 0, on_host))) <= 0:
         return placed
     if routing.pays(spec):
         placed = _split(spec, layers, [layer.experts for layer in layers])
@@ -74,15 +74,15 @@ def place(spec: Spec) -> tuple[LayerPlacement, ...]:
             return placed
     total = sum(sum(layer.stored_bytes.values()) for layer in layers)
     if resident != "auto":
-        return _split(spec, layers, _evenly(layers, ceil((1 - resident) * total)))
+        return _split(spec, layers, _evenly(layers, ceil((1 - resident) * total), on_host))
     # streamed weights need slots, which take room from resident weights
     needed = 0
-    placed = _split(spec, layers, _evenly(layers, needed))
+    placed = _split(spec, layers, _evenly(layers, needed, on_host))
     while (excess := _excess(spec, placed)) > 0:
         if needed >= total:
             break  # nothing can stay; the planner refuses the run if even that is too much
         needed = min(total, sum(layer.streamed.nbytes for layer in placed) + excess)
-        placed = _split(spec, layers, _evenly(layers, needed))
+        placed = _split(spec, layers, _evenly(layers, needed, on_host))
     return placed
 
 
@@ -130,7 +130,11 @@ def windows_slide(config: Any) -> bool:
 
 
 def _notes(spec: Spec, placed: Sequence[LayerPlacement]) -> Iterator[str]:
-    """Yield what a decode step brings of a mixture of experts."""
+    """Yield what the host computes of a decode step, or why nothing, and what the step brings of a mixture of experts."""
+    if on_host := host_share.layers(spec):
+        yield f"the host's cores compute {len(on_host)} of {len(placed)} layers in decode steps"
+    if spec.run.offload.compute != "gpu" and (why := host_share.obstacle(spec)):
+        yield f"all layers compute on the GPU: {why}"
     if not spec.architecture.is_routed or not any(layer.streamed.nbytes for layer in placed):
         return
     if is_routed(spec, placed):
@@ -171,11 +175,15 @@ def storage(spec: Spec) -> Storage:
     disk = sum(layer.streamed.nbytes for layer in placed if layer.on_disk)
     largest = max((layer.streamed.nbytes for layer in placed if layer.on_disk), default=0)
     expanded = ELEMENT_BYTES * expanded_elements(placed)
-    streamed = [layer.streamed for layer in placed]
+    streamed, on_host = [layer.streamed for layer in placed], host_share.layers(spec)
     each, nodes = spec.ranks_each, spec.run.launch.nnodes
     brought = nodes if sharing.gathers(spec) else ranks  # how often each weight crosses in a pass
     copied, read = expert_slots(spec, placed), host_slots(spec, placed)
     cached = read * routing.slot_bytes(streamed)
+    packed = host_share.packed_bytes(spec, on_host)
+    step_bytes = routing.per_step(spec, streamed, copied) if copied else None
+    if on_host and on_gpu:
+        step_bytes = host + disk - sum(streamed[index].nbytes for index in on_host)
     return Storage(
         placement=Placement(
             gpu_bytes=resident if on_gpu else 0,
@@ -187,12 +195,15 @@ def storage(spec: Spec) -> Storage:
         streamed_bytes_per_pass=brought * (host + disk) if on_gpu else 0,
         each_machine_has_all=True,
         gathered_bytes=(each - 1) * (host + disk) // each if on_gpu and sharing.gathers(spec) else 0,
-        streamed_bytes_per_step=routing.per_step(spec, streamed, copied) if copied else None,
+        streamed_bytes_per_step=step_bytes,
         disk_bytes_per_step=routing.per_step(spec, streamed, copied, read) if read else None,
+        can_compute_on_host=on_gpu and host > 0 and host_share.obstacle(spec) is None,
+        host_layers=on_host,
+        host_kv_bytes=host_share.kv_bytes(spec, on_host) if on_gpu else 0,
         routes=is_routed(spec, placed),
         packed_tokens=PACKED_TOKENS if on_gpu and steps_in_place(spec, placed) and _multiplies_packed(spec) else 0,
         recorded=on_gpu and steps_in_place(spec, placed) and _is_recorded(spec, is_routed(spec, placed)),
-        host_buffer_bytes=nodes * (BUFFERS * largest + cached) + (0 if on_gpu else ranks * expanded),
+        host_buffer_bytes=nodes * (BUFFERS * largest + cached) + (0 if on_gpu else ranks * expanded) + packed,
         gpu_buffer_bytes=_buffer_bytes(spec, placed) if on_gpu else 0,
         cached_bytes=copied * routing.slot_bytes(streamed),
         host_cached_bytes=nodes * cached,
@@ -253,11 +264,19 @@ def _outside_bytes(spec: Spec) -> int:
     return ELEMENT_BYTES * sum(p.numel for p in spec.architecture.parameters if p.layer is None)
 
 
-def _evenly(layers: list[_Layer], needed: int) -> list[tuple[str, ...]]:
-    """Return what each layer streams of `needed` bytes or more: a part of every one, so that slots are small."""
-    streamed, sent = [], 0
+def _evenly(layers: list[_Layer], needed: int, whole: Collection[int]) -> list[tuple[str, ...]]:
+    """Return what each layer streams of `needed` bytes or more: a part of every one, so that slots are small.
+
+    The layers `whole` stream everything.
+    """
+    left = needed - sum(sum(layers[index].stored_bytes.values()) for index in whole)
+    parts, streamed, split, sent = len(layers) - len(whole), [], 0, 0
     for index, layer in enumerate(layers):
-        due = -(-needed * (index + 1) // len(layers))
+        if index in whole:
+            streamed.append(tuple(layer.stored_bytes))
+            continue
+        split += 1
+        due = -(-max(0, left) * split // parts)
         streamed.append(tuple(_choose(layer, due - sent)))
         sent += sum(layer.stored_bytes[name] for name in streamed[-1])
     return streamed
@@ -308,7 +327,9 @@ def _room(spec: Spec) -> int:
         own = spec.host_memory_bytes * 9 // 10 // spec.run.hardware.num_gpus
         return own - outside - spec.kv_cache_bytes - spec.reference_bytes
     on_gpu = spec.run.kv_cache.device is CacheDevice.gpu
-    kv = spec.of_one_rank(spec.kv_cache_bytes if on_gpu else spec.kv_slot_bytes)
+    hosted = host_share.kv_bytes(spec, host_share.layers(spec))
+    kv = spec.kv_cache_bytes - hosted if on_gpu else spec.kv_slot_bytes
+    kv = spec.of_one_rank(kv + (spec.kv_slot_bytes if hosted else 0))
     # no room for the reference: weights are parked meanwhile, so the same layers are resident with verify=off
     return (
         machine.gpu_memory_bytes - spec.context_bytes - outside - max(kv + spec.workspace_bytes, spec.observing_bytes)

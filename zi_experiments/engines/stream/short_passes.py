@@ -37,6 +37,7 @@ class ShortPasses:
             # other roundings in front of a router would choose other experts
             packed=0 if plan.experts else stored.packed_tokens,
             packed_experts=stored.packed_tokens,
+            on_host=1 if stored.host_layers else 0,
         )
         self._pool: Pool | None = None
         self._cache = cache

@@ -37,11 +37,13 @@ def plan_stream(make_plan, machine):
         gpu_gib=1000,
         host_gib=4000,
         kv_cache="gpu",
+        compute="gpu",
         **settings,
     ):
         choices = (f"model={model}", f"quant={quant}", f"offload={offload}", f"kv_cache={kv_cache}", "engine=stream")
-        settings = {"hardware.num_gpus": ranks, "offload.resident": resident} | {
-            name if name == "verify" else f"workload.{name}": value for name, value in settings.items()
+        settings = {"hardware.num_gpus": ranks, "offload.resident": resident, "offload.compute": compute} | {
+            {"verify": name, "group_dim": "quant.group_dim"}.get(name, f"workload.{name}"): value
+            for name, value in settings.items()
         }
         on = machine(gpu_memory_bytes=int(gpu_gib * GIB), host_memory_bytes=int(host_gib * GIB))
         typed = (f"{name}={value}" for name, value in settings.items())
@@ -460,3 +462,82 @@ def test_a_gather_that_takes_longer_than_the_copies_decides(make_plan, machine):
 
     assert sharing.gathers(plan)
     assert predict(plan).decode_step_s == pytest.approx(plan.placement.cpu_bytes * 7 / 8 / 100e9, rel=1e-3)
+
+
+# --- layers that the host computes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("compute", "count"), [("gpu", 0), (0, 0), (0.3, 14), (0.5, 24), (0.71, 34), (1, 48), (0.001, 0)]
+)
+def test_the_hosts_layers_are_spread_evenly(plan_stream, compute, count):
+    plan = plan_stream("opt-30b", compute=compute)
+    layers = plan.storage.host_layers
+
+    assert len(layers) == count
+    assert (f"the host's cores compute {count} of 48 layers in decode steps" in plan.notes) == (count > 0)
+    if count:
+        assert {after - before for before, after in pairwise(layers)} <= {48 // count, -(-48 // count)}
+        assert layers[-1] == 47
+    assert plan.streamed_bytes_per_pass == plan_stream("opt-30b").streamed_bytes_per_pass
+    assert plan.streamed_bytes_per_step == plan.streamed_bytes_per_pass * (48 - count) // 48
+
+
+@pytest.mark.parametrize("resident", [0.5, "auto"])
+def test_the_hosts_layers_have_nothing_on_the_gpu(plan_stream, resident):
+    """What the GPU holds is of the other layers, and no less of them all together."""
+    plan = plan_stream("opt-30b", resident=resident, gpu_gib=40, compute=0.25)
+    placed, usual = placement.place(plan), placement.place(plan_stream("opt-30b", resident=resident, gpu_gib=40))
+
+    for index, layer in enumerate(placed):
+        assert bool(layer.resident.nbytes) == (index not in plan.storage.host_layers)
+    held, before = (sum(layer.resident.nbytes for layer in each) for each in (placed, usual))
+    assert held == pytest.approx(before, rel=0.12)
+
+
+def test_a_share_of_the_gpu_larger_than_the_other_layers_keeps_these_whole(plan_stream):
+    plan = plan_stream("opt-30b", resident=0.9, compute=0.5)
+
+    for index, layer in enumerate(placement.place(plan)):
+        assert bool(layer.streamed.nbytes) == (index in plan.storage.host_layers)
+    assert plan.streamed_bytes_per_step == 0
+
+
+def test_the_hosts_layers_have_their_keys_and_values_in_host_memory(plan_stream):
+    usual, plan = (plan_stream("opt-30b", compute=compute) for compute in ("gpu", 0.5))
+    gpu, host = memory_fit.uses(plan)
+
+    assert plan.storage.host_kv_bytes == host.kv_cache == usual.kv_cache_bytes // 2
+    assert gpu.kv_cache == usual.kv_cache_bytes // 2 + usual.kv_slot_bytes
+    assert plan_stream("opt-30b", compute=0.5, kv_cache="cpu").storage.host_kv_bytes == 0
+
+
+def test_int4_on_the_host_has_a_layout_of_its_own_beside_the_slabs(plan_stream):
+    usual, plan = (plan_stream("opt-30b", "int4", compute=compute) for compute in ("gpu", 0.5))
+    matrices = 12 * 7168**2
+
+    assert len(plan.storage.host_layers) == 24
+    assert plan.storage.host_buffer_bytes - usual.storage.host_buffer_bytes == 24 * matrices * (4 + 0.5) // 8
+    assert plan.placement == usual.placement
+
+
+INT4_ONLY = "the host computes 16-bit layers, and INT4 of linear layers in groups of 32 to 256 inputs"
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "why"),
+    [
+        ("opt-30b", {"ranks": 2}, "the host computes layers with one GPU only"),
+        ("opt-30b", {"offload": "nvme"}, "the host computes layers from host memory only, not from disk"),
+        ("opt-30b", {"quant": "int8"}, INT4_ONLY),
+        ("bloom-7b1", {"quant": "int4", "group_dim": 0}, INT4_ONLY),
+        ("mixtral-8x7b", {"quant": "int4", "batch_size": 32}, INT4_ONLY),
+        ("qwen3-30b-a3b", {"batch_size": 1}, "experts are brought one by one, and the host computes whole layers"),
+    ],
+)
+@pytest.mark.parametrize("compute", [0.5, "auto"])
+def test_the_plan_says_why_the_host_computes_nothing(plan_stream, model, settings, why, compute):
+    plan = plan_stream(model, compute=compute, **settings)
+
+    assert plan.storage.host_layers == ()
+    assert f"all layers compute on the GPU: {why}" in plan.notes

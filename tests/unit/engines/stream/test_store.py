@@ -281,6 +281,42 @@ def test_shares_come_while_slabs_wait_for_their_layers(store_of, alone, on_disk)
         ring.hand_back()
 
 
+IN_STEPS = [1, 2, 4]  # slabs that a decode step takes: the host computes the layers of the others
+LONG = [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("slots", [None, 2, 3, 8], ids=str)
+@pytest.mark.parametrize("in_steps", [IN_STEPS, [0, 3], [], LONG], ids=str)
+def test_decode_steps_take_fewer_slabs(store_of, slots, in_steps):
+    """Whatever follows: what was sent ahead for another pass is not taken for a slab of this one."""
+    store = store_of([])
+    source = Ring(store, slots, torch.device("cpu"), in_steps=in_steps) if slots else InPlace(store, in_steps)
+
+    for is_step in (False, True, True, False, False, True, False):
+        for index in in_steps if is_step else LONG:
+            assert torch.equal(source.take(index, is_step=is_step), slab_of(index)), (is_step, index)
+            source.hand_back()
+
+
+def test_slabs_of_the_next_step_are_sent_ahead(store_of):
+    ring = Ring(store_of([]), 3, torch.device("cpu"), in_steps=IN_STEPS)
+    for index in LONG:
+        ring.take(index, is_step=False)
+        ring.hand_back()
+
+    assert [ring._schedule.index(number) for number in range(ring._computed, ring._sent)] == IN_STEPS
+    sent = ring._sent
+    ring.take(1, is_step=True)
+    assert ring._sent == sent
+
+
+def test_a_step_out_of_turn_is_an_error(store_of):
+    ring = Ring(store_of([]), 2, torch.device("cpu"), in_steps=IN_STEPS)
+
+    with pytest.raises(RuntimeError, match="layer 0 runs instead of layer 1"):
+        ring.take(0, is_step=True)
+
+
 @pytest.mark.parametrize("order", [[1], [0, 2], [0, 1, 2, 3, 4, 4], [0, 0]], ids=str)
 def test_layers_that_run_out_of_turn_are_an_error(store_of, order):
     ring = Ring(store_of([]), 2, torch.device("cpu"))

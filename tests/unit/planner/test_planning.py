@@ -1,0 +1,54 @@
+"""What `auto` decides, against all that it could have decided."""
+
+from dataclasses import replace
+
+import pytest
+
+from zi_experiments.cost_model.prediction import predict
+
+CHOICES = ("engine=stream", "model=opt-13b", "quant=fp16", "workload=zero-inference")
+
+
+@pytest.fixture
+def plan_on(make_plan, machine):
+    """`plan_on(compute, layer_s, …)` → the plan on a machine whose cores take so long for a layer."""
+
+    def plan_on(compute, layer_s, *overrides, **known):
+        measured = machine("measured")
+        rates = {"host_layer_s": layer_s, "host_layer_busy_s": layer_s and 1.1 * layer_s, "link_busy_bytes_per_s": 45e9}
+        on = replace(measured, calibration=replace(measured.calibration, **rates | known))
+        return make_plan(*CHOICES, f"offload.compute={compute}", *overrides, on=on)
+
+    return plan_on
+
+
+@pytest.mark.parametrize("layer_s", [0.002, 0.008, 0.03])
+def test_auto_is_the_fastest_share_by_prediction(plan_on, layer_s):
+    chosen = plan_on("auto", layer_s)
+    all_s = [predict(plan_on(layers / 40, layer_s)).decode_step_s for layers in range(41)]
+
+    assert predict(chosen).decode_step_s == min(all_s)
+    assert chosen.run.offload.compute == len(chosen.storage.host_layers) / 40
+    assert predict(chosen).decode_step_on_gpu_s == all_s[0]
+
+
+@pytest.mark.parametrize("layer_s", [2.0, None])
+def test_a_host_that_is_slow_or_unknown_computes_nothing(plan_on, layer_s):
+    plan = plan_on("auto", layer_s)
+
+    assert plan.run.offload.compute == 0
+    assert plan.storage.host_layers == ()
+
+
+def test_a_small_gain_is_none(plan_on):
+    """It would be an error of the prediction."""
+    assert 0.97 < predict(plan_on(4 / 40, 0.1)).decode_step_s / predict(plan_on(0, 0.1)).decode_step_s < 1
+
+    assert plan_on("auto", 0.1).storage.host_layers == ()
+
+
+def test_auto_is_decided_for_the_batch_that_is(plan_on):
+    plan = plan_on("auto", 0.008, "workload.batch_size=auto")
+
+    assert isinstance(plan.run.workload.batch_size, int)
+    assert plan.storage.host_layers
