@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoints import configure, rewrite
 from tiny import GROUPED, generate, prompts
+from transformers import AutoConfig
 
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.cost_model import inventory
@@ -15,7 +16,8 @@ from zi_experiments.engines import stream
 from zi_experiments.execution.preparation import prepare
 from zi_experiments.measurement.verification import verify
 from zi_experiments.models import contents
-from zi_experiments.models.weights import RandomWeights
+from zi_experiments.models.packing import Code, Format, Packing
+from zi_experiments.models.weights import PretrainedWeights, RandomWeights
 from zi_experiments.runtime.progress import silent
 
 STEPS = 5
@@ -188,3 +190,14 @@ def test_integers_are_multiplied_in_the_type_of_their_scales(compose_run, tmp_pa
         pretrained(
             compose_run, tmp_path, tmp_path / "checkpoint", "dtype=float16", "hardware.dtypes=[float16,bfloat16]"
         )
+
+
+def test_files_that_came_after_the_plan_are_compared_with_it(compose_run, tmp_path):
+    folder = tmp_path / "checkpoint"
+    written(compose_run, folder, "llama-small")
+    source = PretrainedWeights(str(folder), AutoConfig.from_pretrained(folder), torch.bfloat16)
+    other = Packing(format=Format(name="FP8", code=Code.e4m3, bits=8, group=(128, 128), numbers=(1,)))
+    with pytest.raises(
+        ConfigError, match=r"which are here only now, have model\.layers\.0\.mlp\.up_proj\.weight in another"
+    ):
+        source.packed("model.layers.0.mlp.up_proj.weight", (96, 64), other, torch.bfloat16, "cpu")

@@ -23,7 +23,11 @@ def as_held(
     parameters: Iterable[Parameter], recipes: Mapping[str, Recipe], tensors: Mapping[str, Stored]
 ) -> tuple[Parameter, ...]:
     """Return parameters with the formats in which the files really have them; None for what is not in a known one."""
-    return tuple(replace(p, native=_packing(p, recipes.get(p.name), tensors)) if p.native else p for p in parameters)
+
+    def held(p: Parameter) -> Packing | None:
+        return packing_of(p.native, p.shape, recipes.get(p.name), tensors) if p.native else None
+
+    return tuple(replace(p, native=held(p)) for p in parameters)
 
 
 def read(
@@ -47,11 +51,12 @@ def read(
     )
 
 
-def _packing(parameter: Parameter, recipe: Recipe | None, tensors: Mapping[str, Stored]) -> Packing | None:
-    """Return how the files have a parameter; None if they do not have it in its format."""
-    packing, shape = parameter.native, parameter.shape
-    names = _sources(packing, shape, recipe) if packing and recipe else None
-    if packing is None or not names:
+def packing_of(
+    packing: Packing, shape: tuple[int, ...], recipe: Recipe | None, tensors: Mapping[str, Stored]
+) -> Packing | None:
+    """Return how the files have a parameter of this shape that should be stored so; None if they have it otherwise."""
+    names = _sources(packing, shape, recipe) if recipe else None
+    if not names:
         return None
     code, each = packing.format.code, packing.codes(shape)[0] // len(names)
     (_, rows, columns), grid = packing.codes(shape), packing.grid(shape)

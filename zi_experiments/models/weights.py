@@ -79,9 +79,16 @@ class PretrainedWeights:
     def packed(self, name: str, shape: tuple[int, ...], packing: Packing, dtype: Any, device: Any) -> Packed:
         """Return codes and scales of a parameter of this shape as the files have them, on a device.
 
-        Raises `ConfigError` when their scales are of another 16-bit type than the run computes in.
+        Raises `ConfigError` when their scales are of another 16-bit type than the run computes in, or when the files were
+        downloaded after the plan, and have another format than their `config.json` says.
         """
-        found = native_files.read(packing, shape, self._recipes[self._stored_name(name)], self._tensors, device)
+        recipe = self._recipes[self._stored_name(name)]
+        if native_files.packing_of(packing, shape, recipe, self._tensors) != packing:
+            raise ConfigError(
+                f"the files, which are here only now, have {name} in another format than their config.json says: "
+                "type the command again, or pass quant=fp16"
+            )
+        found = native_files.read(packing, shape, recipe, self._tensors, device)
         if packing.format.numbers == (2,) and found.scales.dtype != dtype:
             stored = str(found.scales.dtype).removeprefix("torch.")
             raise ConfigError(
