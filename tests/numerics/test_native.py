@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+import checkpoints
 import families
+import formats
 import native
 import pytest
 import torch
@@ -201,3 +203,20 @@ def test_files_that_came_after_the_plan_are_compared_with_it(compose_run, tmp_pa
         ConfigError, match=r"which are here only now, have model\.layers\.0\.mlp\.up_proj\.weight in another"
     ):
         source.packed("model.layers.0.mlp.up_proj.weight", (96, 64), other, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("FP8 whose last blocks are not whole", "runs, equal to plain transformers"),
+        ("MXFP8", "runs, equal to plain transformers"),
+        ("compressed-tensors, FP8 by channel", "refused: quant=native keeps weights as block FP8"),
+    ],
+)
+def test_checkpoints_as_other_tests_write_them(tmp_path, name, said):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    formats.FORMATS[name](folder)
+    expected = families.outputs(formats.plain(folder, 16))
+
+    assert checkpoints.outcome(folder, "stream", "native", "cpu", expected).startswith(said)

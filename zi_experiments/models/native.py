@@ -84,7 +84,7 @@ def quantization(config: Any) -> dict[str, Any]:
 def _blocks(stated: dict[str, Any]) -> Format | None:
     """Return the format of FP8 weights with a scale for each block; None if it is another one."""
     block = stated.get("weight_block_size")
-    is_plain = stated.get("quant_method") == "fp8" and stated.get("expert_dtype", "fp8") == "fp8"
+    is_plain = stated.get("quant_method") in ("fp8", "mxfp8") and stated.get("expert_dtype", "fp8") == "fp8"
     if not is_plain or not isinstance(block, list | tuple) or len(block) != 2:
         return None
     if not all(isinstance(size, int) and size > 0 for size in block):
