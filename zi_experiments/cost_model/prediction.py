@@ -161,7 +161,8 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
     weights_s = _over(streamed / ranks, link)
     cache_s = _over(plan.of_one_rank(_cache_bytes_on_link(plan, one)), pinned)
     # without links of their own, GPUs gather over PCIe, which brings the shares too
-    gathered_s = _over(plan.storage.gathered_bytes, plan.machine.peer_bytes_per_s or link)
+    is_over_network = plan.run.launch.nnodes > 1 and not plan.storage.each_machine_has_all
+    gathered_s = _over(plan.storage.gathered_bytes, None if is_over_network else plan.machine.peer_bytes_per_s or link)
     if plan.machine.peer_bytes_per_s is None:
         gathered_s += weights_s + cache_s
     passes = plan.architecture.num_layers * plan.run.workload.micro_batches

@@ -193,12 +193,12 @@ def _inventory(plan: Plan, model: Any, prefix: str, layers: list[Any], homes: di
             stored[f"{prefix}.{index}.{name}"] = Stored(
                 numel=numel, home=home_on(layer.resident.device) if stays else homes[index]
             )
-            own += numel if stays else numel // plan.ranks_each
+            own += numel if stays else numel // sharing.sharers(plan)
     return Inventory(parameters=stored, held=held(pieces, ELEMENT_BYTES * own))
 
 
-def _machine_group(ranks: int) -> Any:
-    """Return the group of the ranks on this machine, which are consecutive; all ranks call this."""
+def _sharers_group(ranks: int) -> Any:
+    """Return the group of so many consecutive ranks that this one is in; all ranks call this."""
     import torch
 
     firsts = range(0, distributed.ranks(), ranks)
@@ -210,7 +210,9 @@ def _source(plan: Plan, store: Any, streamed: list[int], device: Any) -> Any:
     from zi_experiments.engines.stream.ring import InPlace, Ring, Shares
 
     if shares := sharing.share_slots(plan):
-        return Ring(Shares(store, shares, device), placement.slots(plan), device, group=_machine_group(plan.ranks_each))
+        return Ring(
+            Shares(store, shares, device), placement.slots(plan), device, group=_sharers_group(sharing.sharers(plan))
+        )
     in_steps = [number for number, index in enumerate(streamed) if index not in plan.storage.host_layers]
     if device.type == "cpu":
         return InPlace(store, in_steps)

@@ -125,7 +125,7 @@ class Loader:
 
     def _own(self, share: int) -> slice:
         """Return the bytes of a slab that this rank fills."""
-        number = distributed.rank() % self._plan.ranks_each
+        number = distributed.rank() % sharing.sharers(self._plan)
         return slice(number * share, (number + 1) * share)
 
     def _staged(self, prefix: str, layer: LayerPlacement) -> torch.Tensor:

@@ -176,8 +176,9 @@ def storage(spec: Spec) -> Storage:
     largest = max((layer.streamed.nbytes for layer in placed if layer.on_disk), default=0)
     expanded = ELEMENT_BYTES * expanded_elements(placed)
     streamed, on_host = [layer.streamed for layer in placed], host_share.layers(spec)
-    each, nodes = spec.ranks_each, spec.run.launch.nnodes
-    brought = nodes if sharing.gathers(spec) else ranks  # how often each weight crosses in a pass
+    each = sharing.sharers(spec)
+    holders = ranks // each  # of all weights: the machines, or all of them together
+    brought = holders if sharing.gathers(spec) else ranks  # how often each weight crosses in a pass
     copied, read = expert_slots(spec, placed), host_slots(spec, placed)
     cached = read * routing.slot_bytes(streamed)
     packed = host_share.packed_bytes(spec, on_host)
@@ -193,7 +194,7 @@ def storage(spec: Spec) -> Storage:
         copied_bytes=(ranks - 1) * resident,
         expanded_numel=sum(p.numel for p in spec.architecture.parameters if p.layer is None and spec.is_quantized(p)),
         streamed_bytes_per_pass=brought * (host + disk) if on_gpu else 0,
-        each_machine_has_all=True,
+        each_machine_has_all=each == spec.ranks_each,
         gathered_bytes=(each - 1) * (host + disk) // each if on_gpu and sharing.gathers(spec) else 0,
         streamed_bytes_per_step=step_bytes,
         disk_bytes_per_step=routing.per_step(spec, streamed, copied, read) if read else None,
@@ -203,10 +204,10 @@ def storage(spec: Spec) -> Storage:
         routes=is_routed(spec, placed),
         packed_tokens=PACKED_TOKENS if on_gpu and steps_in_place(spec, placed) and _multiplies_packed(spec) else 0,
         recorded=on_gpu and steps_in_place(spec, placed) and _is_recorded(spec, is_routed(spec, placed)),
-        host_buffer_bytes=nodes * (BUFFERS * largest + cached) + (0 if on_gpu else ranks * expanded) + packed,
+        host_buffer_bytes=holders * (BUFFERS * largest + cached) + (0 if on_gpu else ranks * expanded) + packed,
         gpu_buffer_bytes=_buffer_bytes(spec, placed) if on_gpu else 0,
         cached_bytes=copied * routing.slot_bytes(streamed),
-        host_cached_bytes=nodes * cached,
+        host_cached_bytes=holders * cached,
         parked_bytes=_parked_bytes(spec, placed),
         notes=(*sharing.notes(spec), *_notes(spec, placed)),
         overlap=OVERLAP,
@@ -292,7 +293,7 @@ def _split(spec: Spec, layers: list[_Layer], streamed: list[tuple[str, ...]]) ->
         goes = [(name, p) for name, p in layer.parameters if _unit(name, p) in chosen]
         return LayerPlacement(
             resident=lay_out(stays, packings),
-            streamed=lay_out(goes, packings, shares=spec.ranks_each),
+            streamed=lay_out(goes, packings, shares=sharing.sharers(spec)),
             on_disk=False,
         )
 
@@ -371,7 +372,7 @@ def _ring_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
 def _slot_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
     """Return the bytes of the slots for slabs, and of those for shares of them."""
     largest = _largest(placed)
-    return slots(spec) * largest + sharing.share_slots(spec) * largest // spec.ranks_each
+    return slots(spec) * largest + sharing.share_slots(spec) * largest // sharing.sharers(spec)
 
 
 def _largest(placed: Sequence[LayerPlacement]) -> int:
