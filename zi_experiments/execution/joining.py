@@ -39,7 +39,10 @@ def take_launcher(arguments: list[str]) -> list[str]:
         "launch.nnodes": found.machines,
         "launch.rdzv_endpoint": found.endpoint,
     }
-    return [*arguments, *(f"{key}={value}" for key, value in follows.items() if key not in typed)]
+    settings = [f"{key}={value}" for key, value in follows.items() if key not in typed]
+    # flags have to be together, before all settings or after them
+    end = max((index + 1 for index, each in enumerate(arguments) if "=" in each and each[0] != "-"), default=None)
+    return [*arguments, *settings] if end is None else [*arguments[:end], *settings, *arguments[end:]]
 
 
 class Nodes(Callback):

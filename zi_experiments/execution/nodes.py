@@ -102,7 +102,7 @@ class Group:
         if self._lost:
             raise self._lost
         self._answers.clear()
-        self._run_id = record.run.id
+        self._run_id, self._said = record.run.id, ""
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # on a free port
         work = Work(
             plan=plan,

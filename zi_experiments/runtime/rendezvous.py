@@ -5,8 +5,10 @@ import os
 import secrets
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,7 +29,9 @@ _STEP_S = 10.0  # for what takes no time among processes that are there
 class NobodyCameError(Exception):
     """Too few processes came to the endpoint in time, or nobody listens there."""
 
-    is_first = False  # whether this process is the one that others were to come to
+    def __init__(self, message: str, is_first: bool = False) -> None:
+        super().__init__(message)
+        self.is_first = is_first  # whether this process is the one that others were to come to
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,37 +69,67 @@ def meet(
     The first is the one that a launcher has numbered 0, else the one on whose machine HOST is. `hello` makes what this
     process says of itself from its number; `tell` gets a line when it begins to wait. Raises `NobodyCameError`.
     """
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-
-    host, port, until = *split(endpoint), time.monotonic() + timeout_s
-    silence_s = min(_SILENCE_S, timeout_s)
-    listens = launched.number == 0 and not launched.has_store if launched else _is_free_here(host, port)
+    host, port = split(endpoint)
+    is_first = launched.number == 0 if launched else _is_free_here(host, port)
     tell(f"waiting at {endpoint} for {processes} processes")
-    if not listens:
-        _wait_for_listener(host, port, until)
-    within = timedelta(seconds=max(1.0, until - time.monotonic()))
-    server = TCPStore(host, port, is_master=listens, wait_for_workers=False, timeout=within)
-    attempt = launched.attempt if launched else "0"
-    store = PrefixStore(f"{_PREFIX}/{attempt}", server)
-    done: Callable[[], Any] = _nothing
+    found: Future[Met] = Future()
+
+    def act() -> None:
+        try:
+            found.set_result(_meet(host, port, is_first, processes, launched, hello, timeout_s))
+        except Exception as error:  # torch's and the system's have many types
+            found.set_exception(error)
+
+    # torch waits for ever for a program that listens there and does not answer, and for no signal meanwhile
+    threading.Thread(target=act, name="rendezvous", daemon=True).start()
     try:
-        if launched:
-            number = launched.number
-        else:
-            number, done = _join(server, store, (host, port), listens, processes, until)
+        return found.result(timeout_s + _STEP_S)
+    except TimeoutError:
+        raise NobodyCameError(f"what listens at {endpoint} does not answer", is_first) from None
+    except Exception as error:
+        text = str(error) if isinstance(error, NobodyCameError) else f"{type(error).__name__}: {error}"
+        raise NobodyCameError(text.splitlines()[0], is_first) from error
+
+
+def _meet(
+    host: str,
+    port: int,
+    is_first: bool,
+    processes: int,
+    launched: environment.Launched | None,
+    hello: Callable[[int], Hello],
+    timeout_s: float,
+) -> Met:
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    until, silence_s = time.monotonic() + timeout_s, min(_SILENCE_S, timeout_s)
+    server = _store(host, port, is_first and not (launched and launched.has_store), until)
+    store = PrefixStore(f"{_PREFIX}/{launched.attempt if launched else 0}", server)
+    number, done = launched.number if launched else None, _nothing
+    if number is None:
+        number, done = _join(server, store, (host, port), is_first, processes, until)
+    try:
         if number == 0:
             return _lead(store, host, processes, until, silence_s, hello(0))
         return _follow(store, host, hello(number), until, silence_s)
-    except NobodyCameError as error:
-        error.is_first = listens if launched is None else launched.number == 0
-        raise
     finally:
         done()
-        if listens:
-            _SERVERS.append(server)  # others may still read what it has
 
 
-_SERVERS: list[Any] = []
+_SERVERS: list[Any] = []  # others may still read what they have
+
+
+def _store(host: str, port: int, listens: bool, until: float) -> Any:
+    """Return torch's store at an endpoint, where this process listens or another one does."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    if not listens:
+        _wait_for_listener(host, port, until)
+    within = timedelta(seconds=max(1.0, until - time.monotonic()))
+    store = TCPStore(host, port, is_master=listens, wait_for_workers=False, timeout=within)
+    if listens:
+        _SERVERS.append(store)
+    return store
 
 
 def split(endpoint: str) -> tuple[str, int]:
