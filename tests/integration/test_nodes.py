@@ -151,6 +151,7 @@ def test_a_fault_on_one_host_is_a_record(cli, page, start, hosts, fault):
     page.check(fault, f"`{result['status']}`", f"`{shown(message, cli.folder)}`", left(cli, act is kill_launcher))
 
 
+@pytest.mark.release
 def test_the_first_launcher_is_killed(cli, page, start):
     started = start(*LONG, executed=0)
     wait_for(started[0], "measure:")
