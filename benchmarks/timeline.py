@@ -53,7 +53,7 @@ def trace_of(choices: dict[str, str], settings: dict[str, Any]) -> tuple[list[di
 
     choices = choices | {"offload": "cpu", "engine": "stream", "workload": "zero-inference", "tracking": "none"}
     settings = settings | {"workload.gen_len": TOKENS, "engine.profile": None}
-    plan = prepare(from_choices(choices, settings), ROOT)
+    plan = prepare(from_choices(choices, settings), [ROOT])
     if plan.machine.device != "cuda":
         raise SystemExit("no GPU is visible: --draw works without one")
     environment.set_variables(environment.worker_environment(cuda=True))
