@@ -174,7 +174,7 @@ def test_a_text_of_several_lines_is_quoted_in_one(composed, key):
 
 
 @some
-@given(st.dictionaries(st.sampled_from(SINGLE), values, min_size=2, max_size=5))
+@given(st.dictionaries(st.sampled_from(SINGLE), values, min_size=2, max_size=4))
 def test_several_values_at_once(composed, overrides):
     cfg = asked(composed, overrides)
     assume(cfg is not None)
