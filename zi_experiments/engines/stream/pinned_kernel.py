@@ -3,8 +3,6 @@
 Copies to a GPU run one after the other whatever their streams are, so a layer's hidden states would wait for slabs.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +11,7 @@ BLOCK = 1024  # elements of one program
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _copy(source: Any, target: Any, count: Any, block: tl.constexpr) -> None:
+def _copy(source, target, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0) * block + tl.arange(0, block)
     tl.store(target + at, tl.load(source + at, mask=at < count), mask=at < count)
 

@@ -177,3 +177,18 @@ def test_what_the_host_computes_is_read_as_it_is():
     done = compare_kernel_interpreted(__file__)
 
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("pointer", ["*fp16", "*bf16"])
+def test_the_kernel_compiles_without_a_gpu(pointer):
+    """The interpreter accepts what the compiler does not."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from zi_experiments.engines.stream import pinned_kernel
+
+    signature = {"source": pointer, "target": pointer, "count": "i32", "block": "constexpr"}
+    source = triton.compiler.ASTSource(
+        fn=pinned_kernel._copy, signature=signature, constexprs={"block": pinned_kernel.BLOCK}
+    )
+    assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
