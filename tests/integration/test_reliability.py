@@ -487,11 +487,14 @@ def test_a_neighbour_keeps_its_weights(cli):
     assert not kept.exists()
 
 
+FILES = ("test_reliability.py", "test_sweep.py", "test_nodes.py")  # that write the page
+
+
 def test_the_page_has_no_other_lines(page, request):
     """What is not tested any more is not promised either."""
     if len(request.session.items) < 30:
         pytest.skip("only some of the tests run")
     titles = {line.split(" | ")[0].removeprefix("| ") for line in page.rows().values()}
-    sources = "".join(Path(__file__).with_name(name).read_text() for name in ("test_reliability.py", "test_sweep.py"))
+    sources = "".join(Path(__file__).with_name(name).read_text() for name in FILES)
     for title in titles:
         assert title.split(":")[0].split(" (")[0] in sources
