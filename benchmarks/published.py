@@ -155,6 +155,7 @@ def described_machine(hardware: Hardware) -> Machine:
         dtypes=tuple(hardware.dtypes),
         ceilings=hardware.ceilings,
         calibration=None,
+        peer_bytes_per_s=hardware.peer_bytes_per_s,
         driver=None,
     )
 

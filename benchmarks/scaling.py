@@ -79,8 +79,8 @@ this project measures what to do with fewer.
 MEASURED_TEXT = f"""Two H100 of one machine, PCIe 5 and NVLink, `hardware=auto`, prompts of 128 tokens, 16 new ones: one GPU
 against two, with the same sequences in all ([`{MEASURED.name}`](results/{MEASURED.name})).
 "Of all links" is what crosses in a decode step over what all links together can bring, by the best moment that was measured;
-predictions take the mean. The gathered run is of another job and machine: it took 19 % longer than predicted, and why is not known yet.
-The predicted steps above, from two GPUs on, assume that gathering costs no time.
+predictions take the mean. The gathered run is of another job and machine: it took 19 % longer than predicted, and why is not
+known yet. The predicted steps above, from two GPUs on, assume that gathering costs no time.
 """
 
 

@@ -17,6 +17,7 @@ from zi_experiments.engines.stream import quantized
 from zi_experiments.engines.stream.slab import ALIGNMENT
 from zi_experiments.measurement.reference import round_trip
 from zi_experiments.models.architecture import Parameter
+from zi_experiments.models.packing import groupwise
 from zi_experiments.planner import planning
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -153,7 +154,7 @@ def test_a_minimum_is_kept_and_the_order_of_a_group_too(case):
 @given(ordinary() | any_bits())
 def test_codes_are_in_range_and_packing_again_gives_the_same_bytes(case):
     quant, weight = case
-    codes, scale, low = quantized._quantize(weight.reshape(-1, weight.shape[-1]), quant)
+    codes, scale, low = quantized._quantize(weight.reshape(-1, weight.shape[-1]), groupwise(quant).format)
     slab, layout = packed({"weight": weight}, quant.bits, quant.group_size, quant.group_dim)
     before = slab.clone()
     expanded(slab, layout, weight.dtype)
@@ -200,7 +201,9 @@ def test_what_is_stored_takes_what_the_plan_says(compose_run, describe, machine,
 
     assert stored.numel() == planned
     slab, layout = packed({"weight": weight}, quant.bits, quant.group_size, quant.group_dim)
-    whole = spec.stored_numel(Parameter(name="weight", shape=(layout.elements,), quantizable=True, layer=0))
+    groups = (quant.group_size, layout.elements // quant.group_size)
+    flat = groups if quant.group_dim == 0 else groups[::-1]
+    whole = spec.stored_numel(Parameter(name="weight", shape=flat, quantizable=True, layer=0))
     padding = sum(region.stop - region.start for region in layout.regions) - whole * ELEMENT_BYTES
     assert 0 <= layout.elements - weight.numel() < lcm(quant.group_size, ALIGNMENT // ELEMENT_BYTES)
     assert 0 <= padding < 3 * ALIGNMENT

@@ -90,10 +90,17 @@ def cost_per_million_tokens(plan: Plan, tok_per_s: float | None) -> float | None
 def _timed(plan: Plan, one: _Pass) -> tuple[float, str] | tuple[None, None]:
     """Return the seconds of a pass and its largest part; None if a rate is unknown."""
     try:
-        seconds = _pass_s(plan, one)
-        return _duration(plan, one, seconds), max(seconds, key=lambda name: seconds[name])
+        found = _estimated(plan, one)
+        if _is_recorded(plan, one):  # which takes no longer than launching operations one by one
+            found = min(found, _estimated(replace(plan, storage=replace(plan.storage, recorded=False)), one))
+        return found
     except _Unknown:
         return None, None
+
+
+def _estimated(plan: Plan, one: _Pass) -> tuple[float, str]:
+    seconds = _pass_s(plan, one)
+    return _duration(plan, one, seconds), max(seconds, key=lambda name: seconds[name])
 
 
 def _duration(plan: Plan, one: _Pass, seconds: dict[str, float]) -> float:

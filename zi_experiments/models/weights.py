@@ -142,6 +142,7 @@ def empty_model(weights: RandomWeights | PretrainedWeights, config: Any, dtype: 
     with without_zero3(), init_empty_weights(include_buffers=False), no_init_weights():
         model = model_class(config)._from_config(config, dtype=dtype)
     model.tie_weights()
+    model.initialize_weights()  # computes buffers in 32 bits, as after a checkpoint is loaded; parameters have no values
     fill_buffers(model, weights, device)
     return model.eval()
 

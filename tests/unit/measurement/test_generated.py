@@ -85,7 +85,7 @@ def test_ranks_are_joined_in_order_and_passes_compared(make_plan, machine, monke
     ranks = [slice(0, 2), slice(2, 4)]
 
     def described(passes):
-        mine = [(generated._bytes(ids[one]), generated._bytes(passes[-1][one]), True) for one in ranks]
+        mine = [(generated._bytes(ids[one]), generated._bytes(passes[-1][one]), True, 4) for one in ranks]
         other = mine[1]
         monkeypatch.setattr(generated.distributed, "from_all_ranks", lambda value: [value, other])
         return generated.describe(plan, ids[ranks[0]], [one[ranks[0]] for one in passes])
