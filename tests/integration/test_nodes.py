@@ -133,7 +133,7 @@ FAULTS = {
 }
 
 
-# on a busy machine both sides of a cut network have left a record at times, each in a folder of its own
+# once, on a busy machine, a cut network has left two records
 RARE = {"`kill -9` of rank 0's worker, on two machines", "the network between two machines is cut"}
 
 
