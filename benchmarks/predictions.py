@@ -6,7 +6,7 @@ python benchmarks/predictions.py [--output FILE]
 import argparse
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -200,12 +200,13 @@ def load() -> list[Measured]:
     return [each for path in RESULTS for each in runs(json.loads(path.read_text(encoding="utf-8")))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=PAGE, metavar="FILE")
+def write(usage: str | None, default: Path, text: Callable[[], str]) -> None:
+    """Write a page to the file of the command line."""
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=default, metavar="FILE")
     asked = parser.parse_args()
-    asked.output.write_text(page(load()), encoding="utf-8")
+    asked.output.write_text(text(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    write(__doc__, PAGE, lambda: page(load()))

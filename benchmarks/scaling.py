@@ -3,15 +3,13 @@
 python benchmarks/scaling.py [--output FILE]
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from predictions import DOCS, compare, error, machine_of, runs
+from predictions import DOCS, compare, error, machine_of, runs, write
 from published import compose, described
 
 from zi_experiments.cost_model.bound import lower_bound
@@ -171,12 +169,5 @@ def load() -> dict[str, Any]:
     return dict(json.loads(MEASURED.read_text(encoding="utf-8"))) if MEASURED.is_file() else {}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=PAGE, metavar="FILE")
-    asked = parser.parse_args()
-    asked.output.write_text(page(load()), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write(__doc__, PAGE, lambda: page(load()))

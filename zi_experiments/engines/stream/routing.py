@@ -9,9 +9,7 @@ from zi_experiments.engines.stream.slab import Layout, Stack
 
 COPIED_TOGETHER = 64 << 20  # bytes that are worth waiting for: fewer take less time than launching their operations
 WORTHWHILE = 0.85  # share of a layer's experts above which whole layers, copied ahead of the compute, are faster
-WORTHWHILE_FROM_DISK = (
-    0.97  # the same of a disk: the time that is lost between layers is less than what a hundredth takes
-)
+WORTHWHILE_FROM_DISK = 0.97  # the same of a disk, where the time between layers takes a smaller share of a step
 
 
 def obstacle(spec: Spec) -> str | None:
