@@ -16,7 +16,7 @@ from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import Hardware, Run
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.models import architecture
+from zi_experiments.models import description
 from zi_experiments.models.architecture import Architecture
 from zi_experiments.planner import planning
 from zi_experiments.system.machines import GIB, Machine
@@ -135,7 +135,7 @@ def described(run: Run) -> Architecture:
     """The architecture of a run; each model is built once."""
     key = repr((run.model, run.weights))
     if key not in _DESCRIBED:
-        _DESCRIBED[key] = architecture.load(run)
+        _DESCRIBED[key] = description.load(run)
     return _DESCRIBED[key]
 
 

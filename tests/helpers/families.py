@@ -342,7 +342,7 @@ def held_by_deepspeed(session) -> tuple[int, int]:
 
 def held_by_stream(session, checkpoint: Path) -> tuple[int, int]:
     """The same: what is outside of layers, the slabs that stay with each layer, those in host memory, and the file."""
-    from zi_experiments.models.architecture import decoder_layers
+    from zi_experiments.models.structure import decoder_layers
 
     layers = decoder_layers(session.model)[1]
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from families import load, save_checkpoint
 
-from zi_experiments.models.architecture import decoder_layers
+from zi_experiments.models.structure import decoder_layers
 
 
 @contextmanager

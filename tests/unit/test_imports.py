@@ -85,7 +85,7 @@ def test_no_two_modules_need_each_other():
 
 
 ORDER = (
-    ("units", "environment"),
+    ("units", "environment", "quoting"),
     ("lines",),
     ("config",),
     ("system",),
@@ -165,7 +165,9 @@ def test_packages_are_light(name):
         ("engines.stream.quantized", {"triton", "transformers"}),
         ("engines.stream.store", {"transformers"}),
         ("engines.stream.ring", {"transformers"}),
-        ("models.architecture", {"deepspeed"}),
+        ("quoting", {"os", "hydra", "omegaconf", "rich", *HEAVY}),
+        ("models.architecture", {"os", "hydra", "omegaconf", *HEAVY}),
+        *((f"models.{name}", {"deepspeed"}) for name in ("causal_lm", "configuration", "description", "structure")),
         ("system.machines", {"deepspeed", "transformers"}),
         ("calibration.disk", {"hydra", "omegaconf", *HEAVY}),
         ("calibration.child", {"hydra", "omegaconf", *HEAVY}),

@@ -16,7 +16,7 @@ from zi_experiments.calibration.rates import COPY_BYTES
 from zi_experiments.engines.host_kv_cache import HostCache, HostLayer
 from zi_experiments.engines.stream import host_int4
 from zi_experiments.models import weights
-from zi_experiments.models.architecture import decoder_layers
+from zi_experiments.models.structure import decoder_layers
 from zi_experiments.runtime.pinned_memory import host_empty
 
 LEAST_BYTES = 3 << 30  # of the layers that are computed in turn: much more than caches keep

@@ -11,7 +11,7 @@ import wandb_workspaces.workspaces as ws
 from wandb_workspaces.workspaces import internal
 
 from zi_experiments.config.schema import ConfigError
-from zi_experiments.models.architecture import reason
+from zi_experiments.quoting import reason
 from zi_experiments.report.charts import CHARTS, Chart
 from zi_experiments.report.columns import COLUMNS, Column
 

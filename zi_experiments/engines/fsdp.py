@@ -17,7 +17,7 @@ from zi_experiments.engines import sixteen_bit
 from zi_experiments.engines.hf_session import HFSession, host_cache
 from zi_experiments.engines.modules import device_of, names_of, put
 from zi_experiments.models import weights
-from zi_experiments.models.architecture import decoder_layers
+from zi_experiments.models.structure import decoder_layers
 from zi_experiments.runtime import distributed
 from zi_experiments.runtime.progress import Progress
 from zi_experiments.system.disk import Disk

@@ -6,7 +6,7 @@ from typing import Any
 
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.measurement.text import tokenizer
-from zi_experiments.models.architecture import printable
+from zi_experiments.quoting import printable
 from zi_experiments.runtime import distributed
 
 

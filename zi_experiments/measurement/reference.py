@@ -11,7 +11,9 @@ from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.spec import ELEMENT_BYTES
 from zi_experiments.measurement.dequantized import dequantized
 from zi_experiments.models import conversion, weights
-from zi_experiments.models.architecture import Parameter, decoder_layers, is_quantizable, source_of
+from zi_experiments.models.architecture import Parameter
+from zi_experiments.models.configuration import source_of
+from zi_experiments.models.structure import decoder_layers, is_quantizable
 
 Layer = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from zi_experiments.config.schema import ConfigError, Workload
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.models.architecture import is_refused_code, refused_code, source_of
+from zi_experiments.models.configuration import source_of
+from zi_experiments.models.remote_code import is_refused_code, refused_code
 
 KEYS = ("text", "prompts")  # of a workload, in which a text file is named
 

@@ -15,7 +15,7 @@ from zi_experiments.cost_model.spec import VERIFIED_SEQUENCES, VERIFIED_TOKENS
 from zi_experiments.engines.base import Session
 from zi_experiments.measurement import prompts
 from zi_experiments.measurement import reference as references
-from zi_experiments.models.architecture import decoder_layers
+from zi_experiments.models.structure import decoder_layers
 from zi_experiments.runtime import distributed
 from zi_experiments.runtime.progress import Progress
 from zi_experiments.system.machines import host_memory_available

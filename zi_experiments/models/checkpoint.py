@@ -14,8 +14,9 @@ from typing import Any
 
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.models import gguf_file
-from zi_experiments.models.architecture import local_or_hub, printable, reason
+from zi_experiments.models.configuration import local_or_hub
 from zi_experiments.models.hub import WEIGHT_FILES
+from zi_experiments.quoting import printable, reason
 
 _DISTRIBUTED = "shard-[0-9]*-model-*.safetensors"
 _LARGEST_HEADER = 100_000_000  # bytes of JSON that safetensors accepts

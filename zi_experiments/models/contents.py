@@ -13,28 +13,22 @@ from typing import Any
 
 from zi_experiments.config.schema import ConfigError, Run
 from zi_experiments.models import (
-    architecture,
     checkpoint,
     conversion,
+    description,
     formats,
     gguf_file,
     native_files,
     opening,
     stored,
 )
-from zi_experiments.models.architecture import (
-    Architecture,
-    StoredAs,
-    is_gguf,
-    local_or_hub,
-    model_class,
-    printable,
-    quietly,
-    reason,
-)
+from zi_experiments.models.architecture import Architecture, StoredAs
+from zi_experiments.models.causal_lm import model_class, quietly
 from zi_experiments.models.checkpoint import Checkpoint
+from zi_experiments.models.configuration import is_gguf, local_or_hub
 from zi_experiments.models.conversion import Resolved
 from zi_experiments.models.opening import Opened
+from zi_experiments.quoting import printable, reason
 
 _MOST_NAMES = 4  # of tensors in one message
 
@@ -50,7 +44,7 @@ def load(run: Run) -> Architecture:
     for named in (run.model.path, run.weights.path):
         if named is not None and is_gguf(named):
             gguf_file.check(Path(local_or_hub(named)))
-    found = architecture.load(run)
+    found = description.load(run)
     path = run.weights.path
     settings = _forget_quantization(found.config)
     if path is None:
@@ -144,7 +138,7 @@ def _held(found: Architecture, files: Checkpoint, opened: Opened, path: str, nam
     if any(not _are_equal(resolved, opened, *names) for names in _tied_twice(resolved)):
         config = deepcopy(found.config)
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-        found = architecture.describe(config, name)
+        found = description.describe(config, name)
         formats_of = {p.name: p.native for p in parameters}
         parameters = tuple(replace(p, native=formats_of.get(p.name)) for p in found.parameters)
     return replace(found, parameters=parameters, ignored_tensors=tuple(sorted(resolved.ignored)))

@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-from zi_experiments.models.architecture import model_class, quietly
+from zi_experiments.models.causal_lm import model_class, quietly
 from zi_experiments.models.stored import Stored
 
 # causal masks that older versions of transformers stored; for some families it reports them as unexpected

@@ -13,8 +13,8 @@ from typing import Any
 
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.models import expansion
-from zi_experiments.models.architecture import printable
 from zi_experiments.models.stored import Stored
+from zi_experiments.quoting import printable
 
 Tensors = dict[str, Stored]
 METHOD = "quant_method"

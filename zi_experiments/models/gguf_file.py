@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from zi_experiments.config.schema import ConfigError
-from zi_experiments.models.architecture import empty_model, printable, reason
+from zi_experiments.models.causal_lm import empty_model
 from zi_experiments.models.stored import Stored
+from zi_experiments.quoting import printable, reason
 
 _OTHER = "pass model.path=… of a folder with the model in safetensors, or weights=random"
 

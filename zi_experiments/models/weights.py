@@ -5,11 +5,12 @@ from zlib import crc32
 
 from zi_experiments.config.schema import ConfigError, Weights, WeightSource
 from zi_experiments.models import checkpoint, hub, native, native_files, opening
-from zi_experiments.models.architecture import model_class, reason
+from zi_experiments.models.causal_lm import model_class
 from zi_experiments.models.checkpoint import Checkpoint
 from zi_experiments.models.conversion import Recipe, resolve, without_zero3
 from zi_experiments.models.native import Packed
 from zi_experiments.models.packing import Packing
+from zi_experiments.quoting import reason
 
 
 class RandomWeights:

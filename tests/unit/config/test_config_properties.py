@@ -21,7 +21,7 @@ from zi_experiments.config.schema import Calibration, Ceilings, ConfigError, Off
 from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.prediction import predict
-from zi_experiments.models import architecture
+from zi_experiments.models import description
 from zi_experiments.planner import planning
 from zi_experiments.results.record import describe_plan
 
@@ -201,7 +201,7 @@ def test_a_name_of_any_characters_comes_through_the_command_line(compose, key, t
 
 
 FAMILIES = ("opt", "bloom", "mixtral", "gemma2")
-describe_tiny = cache(lambda family: architecture.describe(tiny.config(family), family))
+describe_tiny = cache(lambda family: description.describe(tiny.config(family), family))
 counts = st.sampled_from((*range(1, 40), 2**31, 2**62, 2**63 - 1))
 
 

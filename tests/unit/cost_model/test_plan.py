@@ -12,7 +12,7 @@ from zi_experiments.config.schema import Ceilings, ConfigError
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.spec import Spec
 from zi_experiments.engines.deepspeed import placement
-from zi_experiments.models import architecture
+from zi_experiments.models import description
 from zi_experiments.planner import planning
 from zi_experiments.results import explanation
 
@@ -391,7 +391,7 @@ def test_a_token_is_routed_to_as_many_experts_as_its_model_says(compose_run, mac
         watched.setattr(torch, "topk", lambda *args, **kwargs: (routed.append(topk(*args, **kwargs)), routed[-1])[1])
         model(tiny.prompts(1, 5))
     run = compose_run("quant=fp16")
-    spec = Spec(run=run, architecture=architecture.describe(config, family), machine=machine(), dtype="float16")
+    spec = Spec(run=run, architecture=description.describe(config, family), machine=machine(), dtype="float16")
 
     assert spec.routed_experts == min(chosen.indices.shape[-1] for chosen in routed) == 3
 
@@ -773,7 +773,7 @@ def plan_tiny(compose_run, machine):
 
     def plan_tiny(family, *overrides, **numbers):
         config = AutoConfig.for_model(family, **tiny.FAMILIES[family] | numbers)
-        return planning.build(compose_run(*overrides), architecture.describe(config, family), machine())
+        return planning.build(compose_run(*overrides), description.describe(config, family), machine())
 
     return plan_tiny
 
@@ -831,7 +831,7 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(refusal, machine, setting):
 )
 def test_what_a_model_s_own_cache_cannot_do_is_refused(compose_run, machine, setting, advised):
     """MiniMax takes no cache but its own, whose layers hold states where their attention is linear."""
-    arch = architecture.describe(AutoConfig.for_model("minimax", **tiny.MINIMAX), "tiny")
+    arch = description.describe(AutoConfig.for_model("minimax", **tiny.MINIMAX), "tiny")
 
     with pytest.raises(ConfigError, match=rf"\(minimax\) has a cache of its own, .*: pass {advised}$"):
         planning.build(compose_run("engine=stream", "quant=fp16", setting), arch, machine())

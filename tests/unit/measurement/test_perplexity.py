@@ -16,7 +16,7 @@ from zi_experiments.config.schema import ConfigError
 from zi_experiments.engines.hf_session import HFSession
 from zi_experiments.execution import preflight
 from zi_experiments.measurement import perplexity
-from zi_experiments.models import architecture
+from zi_experiments.models import description
 from zi_experiments.planner import planning
 from zi_experiments.runtime.progress import silent
 
@@ -68,7 +68,7 @@ def plan(compose_run, machine, checkpoint):
     def plan(*overrides):
         given = ["experiment=quality", "model=local", f"model.path={checkpoint}", f"workload.prompt_len={WINDOW}"]
         run = compose_run(*given, *overrides)
-        return planning.build(run, architecture.load(run), machine("cpu"))
+        return planning.build(run, description.load(run), machine("cpu"))
 
     return plan
 

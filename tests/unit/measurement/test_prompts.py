@@ -14,7 +14,7 @@ from zi_experiments.config.schema import ConfigError
 from zi_experiments.execution import preflight
 from zi_experiments.measurement import prompts as measured
 from zi_experiments.measurement.prompts import prompts
-from zi_experiments.models import architecture
+from zi_experiments.models import description
 from zi_experiments.planner import planning
 
 WORDS = 128
@@ -109,7 +109,7 @@ def plan(compose_run, machine, tmp_path, folder):
         ]
         given += [f"workload.prompts={tmp_path / 'my.txt'}", "workload.batch_size=3", "workload.prompt_len=4"]
         run = compose_run(*given, *overrides)
-        return planning.build(run, architecture.load(run), machine("cpu"))
+        return planning.build(run, description.load(run), machine("cpu"))
 
     return plan
 

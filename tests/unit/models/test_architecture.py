@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, OPTConfig, T5Config
 
 from zi_experiments.config.schema import ConfigError, conf_dir
-from zi_experiments.models import architecture
+from zi_experiments.models import causal_lm, configuration, description
 
 MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml") if path.stem != "local")
 
@@ -132,9 +132,9 @@ def test_the_layer_class_is_that_of_the_family(load, model):
     ],
 )
 def test_each_family_has_its_causal_class(compose_run, model, expected):
-    config = architecture.read_config(compose_run(f"model={model}"))
+    config = configuration.read_config(compose_run(f"model={model}"))
 
-    assert architecture.model_class(config).__name__ == expected
+    assert causal_lm.model_class(config).__name__ == expected
 
 
 @pytest.mark.parametrize(
@@ -165,13 +165,13 @@ def test_keys_and_values_are_what_the_cache_holds(family, gen_len):
     growing = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values", "indexer_keys")]
     held = sum(tensor.numel() for tensor in growing if tensor is not None)
     # the last token is not fed to the model any more
-    assert 2 * architecture.describe(config, family).kv_elements(3 + gen_len - 1) == held
+    assert 2 * description.describe(config, family).kv_elements(3 + gen_len - 1) == held
 
 
 def test_describing_a_model_does_not_choose_how_it_is_computed():
     config = tiny.config("mixtral")
 
-    found = architecture.describe(config, "tiny")
+    found = description.describe(config, "tiny")
 
     assert found.config is config
     assert config._attn_implementation != "eager"
@@ -181,7 +181,7 @@ def test_describing_a_model_does_not_choose_how_it_is_computed():
 def test_a_model_that_cannot_run_without_data_is_estimated_from_its_numbers():
     routed = AutoConfig.for_model("jetmoe", vocab_size=128, hidden_size=32, num_hidden_layers=3, num_local_experts=4)
 
-    found = architecture.describe(routed, "tiny")
+    found = description.describe(routed, "tiny")
 
     assert found.kv_elements(10) == 10 * 3 * 2 * routed.num_key_value_heads * routed.head_dim
 
@@ -192,7 +192,7 @@ def test_without_attention_nothing_grows_with_a_sequence():
     kernels = {"sequence_kernel": "native_sequence__native", "step_kernel": "native", "return_last_states": True}
     config = AutoConfig.for_model("xlstm", **numbers, **kernels, chunkwise_kernel="chunkwise--native_autograd")
 
-    assert architecture.describe(config, "tiny").kv_elements(10) == 0
+    assert description.describe(config, "tiny").kv_elements(10) == 0
 
 
 def test_a_tied_head_counts_once(load):
@@ -221,7 +221,7 @@ def test_a_vision_tower_is_not_taken_for_the_decoder():
         "gemma3", text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
     )
 
-    found = architecture.describe(config, "tiny")
+    found = description.describe(config, "tiny")
 
     assert (found.num_layers, found.hidden_size, found.is_text_part) == (2, 32, False)
     assert found.layer_classes == ("transformers.models.gemma3.modeling_gemma3.Gemma3DecoderLayer",)
@@ -236,7 +236,7 @@ def test_the_text_part_is_described_where_transformers_has_a_class_for_it():
     vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 4, "out_hidden_size": 32}
     config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision, dtype="bfloat16")
 
-    found = architecture.describe(config, "tiny")
+    found = description.describe(config, "tiny")
 
     assert (found.model_type, found.config.model_type, found.dtype) == ("qwen3_5", "qwen3_5_text", "bfloat16")
     assert found.is_text_part
@@ -249,7 +249,7 @@ def test_what_several_layers_share_belongs_to_none():
     blocks = ["mamba", "hybrid"] * 2
     config = AutoConfig.for_model("zamba2", **tiny.SMALL | shape, intermediate_size=64, layers_block_type=blocks)
 
-    found = architecture.describe(config, "tiny")
+    found = description.describe(config, "tiny")
 
     assert [one.rpartition(".")[2] for one in found.layer_classes] == ["Zamba2MambaDecoderLayer", "Zamba2HybridLayer"]
     assert {p.layer for p in found.parameters} == {None, 0, 1, 2, 3}
@@ -275,7 +275,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("family", LAYERS)
 def test_families_with_another_structure_are_described(family):
-    found = architecture.describe(AutoConfig.for_model(family), family)
+    found = description.describe(AutoConfig.for_model(family), family)
 
     assert found.num_layers == LAYERS[family]
     assert sum(p.numel for p in found.parameters if p.layer is not None) > 0
@@ -294,23 +294,23 @@ def test_families_with_another_structure_are_described(family):
 )
 def test_an_encoder_is_refused_although_it_has_a_causal_class(family, kind):
     with pytest.raises(ConfigError, match=rf"{family} is {kind}.* and no causal language model: pass model=opt-125m"):
-        architecture.describe(AutoConfig.for_model(family), family)
+        description.describe(AutoConfig.for_model(family), family)
 
 
 def test_bert_that_is_told_to_decode_is_none():
-    assert architecture.describe(AutoConfig.for_model("bert", is_decoder=True), "bert").num_layers == 12
+    assert description.describe(AutoConfig.for_model("bert", is_decoder=True), "bert").num_layers == 12
 
 
 def test_a_model_of_several_widths_is_refused():
     with pytest.raises(ConfigError, match=r"blt has no single width .* pass model="):
-        architecture.describe(AutoConfig.for_model("blt"), "blt")
+        description.describe(AutoConfig.for_model("blt"), "blt")
 
 
 def test_attention_that_is_not_installed_is_replaced_and_said():
     config = tiny.config("llama")
     config._attn_implementation = "flash_attention_3"
 
-    found = architecture.describe(config, "tiny")
+    found = description.describe(config, "tiny")
 
     assert found.notes == (
         "flash_attention_3, which the configuration asks for, is not available here: transformers' default attention is used",
@@ -323,7 +323,7 @@ def test_attention_that_is_there_stays(available):
     config = tiny.config("llama")
     config._attn_implementation = available
 
-    found = architecture.describe(config, "tiny")
+    found = description.describe(config, "tiny")
 
     assert (found.notes, found.config._attn_implementation) == ((), available)
 
@@ -342,7 +342,7 @@ LEFT_ALONE = {
 
 @pytest.mark.parametrize("family", LEFT_ALONE)
 def test_matrices_and_stacked_experts_are_quantizable(family):
-    parameters = architecture.describe(tiny.config(family), family).parameters
+    parameters = description.describe(tiny.config(family), family).parameters
 
     left = {p.name.split(f".{p.layer}.")[-1] for p in parameters if len(p.shape) > 1 and not p.quantizable}
     assert left == LEFT_ALONE[family]
@@ -365,7 +365,7 @@ def test_a_model_with_experts_is_routed(load, model, routed):
 
 def test_a_vector_of_three_dimensions_is_no_stack_of_experts():
     shape = {"hidden_size": 64, "attention_hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    rwkv = architecture.describe(AutoConfig.for_model("rwkv", vocab_size=128, **shape), "rwkv")
+    rwkv = description.describe(AutoConfig.for_model("rwkv", vocab_size=128, **shape), "rwkv")
 
     mixing = [parameter for parameter in rwkv.parameters if "time_mix" in parameter.name]
     assert {len(parameter.shape) for parameter in mixing} == {3}
@@ -378,7 +378,7 @@ def test_positions_are_limited_where_the_model_limits_them(load):
     assert load("model=bloom-560m").max_positions is None  # ALiBi
     xlnet = AutoConfig.for_model("xlnet", vocab_size=128, d_model=32, n_layer=2, n_head=4, d_inner=48)
     assert xlnet.max_position_embeddings == -1
-    assert architecture.describe(xlnet, "tiny").max_positions is None
+    assert description.describe(xlnet, "tiny").max_positions is None
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("opt-125m", "float16"), ("bloom-176b", "bfloat16")])
@@ -399,7 +399,7 @@ def test_a_folder_written_by_transformers(load, llama_folder):
 
 def test_a_checkpoint_s_own_configuration_counts(compose_run, llama_folder):
     run = compose_run("model=opt-125m", "weights=pretrained", f"weights.path={llama_folder}")
-    found = architecture.load(run)
+    found = description.load(run)
 
     assert found.model_type == "llama"
 
@@ -412,17 +412,17 @@ def test_a_model_that_is_not_causal_is_refused_by_name(compose_run, tmp_path):
     T5Config(d_model=64, num_layers=2).save_pretrained(tmp_path)
 
     with pytest.raises(ConfigError, match=r"t5 is not a causal language model: pass model="):
-        architecture.load(compose_run("model=local", f"model.path={tmp_path}"))
+        description.load(compose_run("model=local", f"model.path={tmp_path}"))
 
 
 def test_an_unknown_model_type_is_refused_by_name(compose_run):
     with pytest.raises(ConfigError, match=r"model\.architecture\.model_type=oppt is not a model"):
-        architecture.load(compose_run("model.architecture.model_type=oppt"))
+        description.load(compose_run("model.architecture.model_type=oppt"))
 
 
 def test_a_folder_without_a_configuration_is_refused(compose_run, tmp_path):
     with pytest.raises(ConfigError, match=r"has no config\.json, .*: pass model=opt-125m"):
-        architecture.load(compose_run("model=local", f"model.path={tmp_path}"))
+        description.load(compose_run("model=local", f"model.path={tmp_path}"))
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def test_a_configuration_that_cannot_be_read_is_told_from_a_path_that_is_none(co
     (tmp_path / "config.json").write_text(text)
 
     with pytest.raises(ConfigError, match=r": its config\.json cannot be read \(.*: pass model=opt-125m") as refusal:
-        architecture.load(compose_run("model=local", f"model.path={tmp_path}"))
+        description.load(compose_run("model=local", f"model.path={tmp_path}"))
 
     assert said in str(refusal.value)
 
@@ -447,12 +447,12 @@ def test_a_configuration_that_cannot_be_read_is_told_from_a_path_that_is_none(co
 @pytest.mark.parametrize("layers", [0, -1])
 def test_a_model_without_layers_is_refused(compose_run, layers):
     with pytest.raises(ConfigError, match=r"OPTForCausalLM has no decoder layers.*: pass model=opt-125m"):
-        architecture.load(compose_run(f"model.architecture.num_hidden_layers={layers}"))
+        description.load(compose_run(f"model.architecture.num_hidden_layers={layers}"))
 
 
 def test_a_path_that_is_neither_folder_nor_hub_name_is_refused(compose_run):
     with pytest.raises(ConfigError, match=r"/no/such/model is neither .* pass model\.path=") as refusal:
-        architecture.load(compose_run("model=local", "model.path=/no/such/model"))
+        description.load(compose_run("model=local", "model.path=/no/such/model"))
 
     assert "\n" not in str(refusal.value)
 
@@ -460,7 +460,7 @@ def test_a_path_that_is_neither_folder_nor_hub_name_is_refused(compose_run):
 @pytest.mark.parametrize("number", ["num_attention_heads=7", "num_hidden_layers=many"])
 def test_numbers_that_make_no_model_are_refused(compose_run, number):
     with pytest.raises(ConfigError, match="opt-125m"):
-        architecture.load(compose_run(f"model.architecture.{number}"))
+        description.load(compose_run(f"model.architecture.{number}"))
 
 
 def test_describing_a_model_allocates_no_weights():
@@ -469,4 +469,4 @@ def test_describing_a_model_allocates_no_weights():
         hidden_size=65536, ffn_dim=262144, word_embed_proj_dim=65536, num_hidden_layers=4, num_attention_heads=64
     )
 
-    assert architecture.describe(wide, "wide").num_parameters > 200e9
+    assert description.describe(wide, "wide").num_parameters > 200e9

@@ -22,7 +22,7 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files
 from zi_experiments import environment
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.execution import preflight
-from zi_experiments.models import architecture, checkpoint, hashes
+from zi_experiments.models import checkpoint, description, hashes
 
 LAYOUTS = {
     "safetensors": ("model.safetensors",),
@@ -381,7 +381,7 @@ def test_of_a_known_model_the_code_that_comes_with_it_is_not_needed(compose_run,
     remote_code.save(tmp_path, mark)
     remote_code.change(tmp_path / "config.json", model_type="llama")
 
-    found = architecture.load(compose_run(*pretrained(tmp_path)))
+    found = description.load(compose_run(*pretrained(tmp_path)))
 
     assert found.layer_classes == ("transformers.models.llama.modeling_llama.LlamaDecoderLayer",)
     assert not mark.exists()
@@ -394,7 +394,7 @@ def test_names_of_code_cannot_break_the_line(compose_run, tmp_path, mark):
     )
 
     with pytest.raises(ConfigError, match=r"wants to run 7\.py, o/r/a\\n\\x1b\[2J\.py, and") as refused:
-        architecture.load(compose_run(*pretrained(tmp_path)))
+        description.load(compose_run(*pretrained(tmp_path)))
 
     assert str(refused.value).isprintable()
 

@@ -31,13 +31,13 @@ server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 import os
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-from zi_experiments.models import architecture
+from zi_experiments.models import description
 from zi_experiments.config.composition import from_choices
 from zi_experiments.config.schema import ConfigError
 
 def layers(name, revision=None):
     run = from_choices({"model": "local"}, {"model.path": name, "model.revision": revision, "model.name": "x", "name": "x"})
-    found = architecture.load(run)
+    found = description.load(run)
     return found.num_layers, found.config._commit_hash[:1]
 
 print(layers("some/model"))
@@ -101,13 +101,13 @@ import os
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 import torch
 from transformers import AutoModelForCausalLM
-from zi_experiments.models import architecture, hub
+from zi_experiments.models import description, hub
 from zi_experiments.models.weights import PretrainedWeights
 from zi_experiments.config.composition import from_choices
 from zi_experiments.config.schema import ConfigError
 
 run = from_choices({"model": "local"}, {"model.path": "some/model", "model.name": "x", "name": "x"})
-found = architecture.load(run)
+found = description.load(run)
 weights = PretrainedWeights("some/model", found.config, torch.bfloat16)
 plain = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 for name, parameter in plain.named_parameters():

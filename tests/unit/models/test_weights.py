@@ -5,7 +5,7 @@ from families import save_checkpoint, tiny_config
 from transformers import AutoModelForCausalLM
 
 from zi_experiments.config.schema import ConfigError
-from zi_experiments.models import architecture
+from zi_experiments.models import description
 from zi_experiments.models.weights import PretrainedWeights, RandomWeights
 
 SHAPES = {
@@ -115,7 +115,7 @@ def test_a_checkpoint_has_the_values_that_plain_transformers_loads(pretrained, t
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     weights = pretrained(tmp_path, tiny_config(family))
 
-    parameters = architecture.describe(tiny_config(family), family).parameters
+    parameters = description.describe(tiny_config(family), family).parameters
     assert {p.name for p in parameters} == {name for name, _ in plain.named_parameters()}
     for p in parameters:
         assert torch.equal(filled(p.name, p.shape, weights=weights), plain.get_parameter(p.name)), p.name
@@ -144,7 +144,7 @@ def test_reading_a_checkpoint_writes_nothing(tmp_path, monkeypatch, family, layo
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
 
     weights = PretrainedWeights(str(tmp_path / "checkpoint"), tiny_config(family), torch.float16)
-    for p in architecture.describe(tiny_config(family), family).parameters:
+    for p in description.describe(tiny_config(family), family).parameters:
         filled(p.name, p.shape, weights=weights, dtype=torch.float16)
     weights.close()
 

@@ -18,7 +18,7 @@ from zi_experiments.engines.deepspeed.prerequisites import problems
 from zi_experiments.engines.disk_access import MOST_IN_FLIGHT, check_one_folder, reading
 from zi_experiments.engines.hf_session import HFSession, host_cache
 from zi_experiments.models import weights
-from zi_experiments.models.architecture import model_class
+from zi_experiments.models.causal_lm import model_class
 from zi_experiments.runtime import distributed
 from zi_experiments.runtime.progress import Progress
 from zi_experiments.system.disk import Disk

@@ -13,7 +13,7 @@ from rich.console import Console
 from zi_experiments import environment, lines
 from zi_experiments.config.schema import Tracking
 from zi_experiments.measurement.timing import Pass
-from zi_experiments.models.architecture import reason
+from zi_experiments.quoting import reason
 from zi_experiments.results import metrics
 from zi_experiments.results.record import Record
 from zi_experiments.results.sinks.console import display_path

@@ -20,7 +20,7 @@ from zi_experiments.engines.stream.few_tokens import FewTokens
 from zi_experiments.engines.stream.fixed_pairs import Counts
 from zi_experiments.engines.stream.slab import expanded_views, experts_in, lay_out, plain_views
 from zi_experiments.measurement.verification import verify
-from zi_experiments.models.architecture import is_experts_module
+from zi_experiments.models.structure import is_experts_module
 from zi_experiments.runtime.progress import silent
 
 EXPERTS = 8

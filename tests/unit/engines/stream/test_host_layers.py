@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from zi_experiments.engines.stream.host_int4 import Int4Linear, matrices
 from zi_experiments.engines.stream.quantized import integers
 from zi_experiments.measurement.verification import greedy_fraction, verify
-from zi_experiments.models.architecture import decoder_layers
+from zi_experiments.models.structure import decoder_layers
 from zi_experiments.runtime import progress
 
 COUNT = 5

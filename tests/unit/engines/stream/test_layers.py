@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from zi_experiments.engines.stream.device_kv_cache import DeviceCache
 from zi_experiments.engines.stream.micro_batches import BlockCache, in_blocks
-from zi_experiments.models.architecture import decoder_layers
+from zi_experiments.models.structure import decoder_layers
 
 # as they differ to a layer: a mask, alibi as a tensor of (batch · heads) rows, rotary tables as a tuple, windows, experts,
 # latents, layers that read what another layer was given

@@ -8,7 +8,7 @@ import torch
 
 from zi_experiments.engines import base
 from zi_experiments.measurement.verification import verify
-from zi_experiments.models.architecture import decoder_layers
+from zi_experiments.models.structure import decoder_layers
 from zi_experiments.runtime.progress import silent
 
 
