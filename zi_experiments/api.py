@@ -13,7 +13,7 @@ from zi_experiments.config.composition import from_choices
 from zi_experiments.config.schema import ConfigError, Run, conf_dir
 from zi_experiments.engines import base
 from zi_experiments.execution import preflight
-from zi_experiments.execution.preparation import prepare
+from zi_experiments.execution.preparation import check, prepare
 from zi_experiments.runtime import caches, distributed, progress, scratch
 
 
@@ -89,6 +89,7 @@ def _load(run: Run) -> Any:
     console = Console(stderr=True)
     if (line := caches.settle()) and not distributed.launched_rank():
         lines.say(line, console)
+    check(run)
     scratch.check_bases("offload_dir", run.offload.folders)
     paths = scratch.for_weights(run, Path.cwd(), uuid.uuid4().hex[:12])
     scratch.remove_abandoned(*(path.parent for path in paths))

@@ -18,6 +18,7 @@ from rich.console import Console
 from zi_experiments import environment, lines
 from zi_experiments.runtime import caches, stdio
 from zi_experiments.system import toolchain
+from zi_experiments.system.disk import folder_problem
 from zi_experiments.system.toolchain import Finding
 from zi_experiments.units import gigabytes
 
@@ -47,9 +48,8 @@ def main() -> int:
     arguments = parser.parse_args()
     folders = [folder.expanduser().resolve() for folder in arguments.path]
     for folder in folders:
-        if not folder.is_dir():
-            text = f"refused: --path {folder} is no folder: mkdir -p {folder}, or pass --path /another/folder"
-            sys.exit(lines.fit(text, sys.stderr))
+        if problem := folder_problem("--path ", folder):
+            sys.exit(lines.fit(f"refused: {problem}", sys.stderr))
     # torch warns about the same problems that the table shows
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     console, states = Console(), set()

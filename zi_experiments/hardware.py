@@ -12,6 +12,7 @@ from zi_experiments.config.composition import from_choices
 from zi_experiments.config.schema import ConfigError, conf_dir
 from zi_experiments.engines import base
 from zi_experiments.runtime import caches, signals, stdio
+from zi_experiments.system.disk import folder_problem
 from zi_experiments.system.machines import detect
 
 
@@ -41,8 +42,8 @@ def main() -> int:
 
 def _measure(folders: list[Path], name: str | None, output: Path | None) -> int:
     for folder in folders:
-        if not folder.expanduser().is_dir():
-            raise ConfigError(f"--path {folder} is no folder: mkdir -p {folder}, or pass --path /another/folder")
+        if problem := folder_problem("--path ", folder):
+            raise ConfigError(problem)
     if line := caches.settle():
         _say(line)
     run = from_choices({"hardware": "auto", "engine": "stream"}, {})

@@ -15,10 +15,9 @@ from zi_experiments.config.composition import composed_run
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.execution import failures, preflight
-from zi_experiments.execution.preparation import prepare
-from zi_experiments.measurement import text
+from zi_experiments.execution.preparation import check, prepare
 from zi_experiments.planner import search
-from zi_experiments.results import initial, metrics
+from zi_experiments.results import initial
 from zi_experiments.results.record import Failure, Record
 from zi_experiments.results.sinks import plan_table
 from zi_experiments.results.sinks.console import show_plan
@@ -64,8 +63,7 @@ def _planned(cfg: DictConfig, record: Record, console: Console) -> Record | None
     Returns None when its search has no candidate of that rank. Raises `ConfigError` for a run that would be refused.
     """
     run = composed_run(cfg)
-    metrics.check(run)
-    text.check(run.workload)
+    check(run)
     plan = prepare(run, scratch.bases_for_weights(run, Path(record.folder) / "offload"))
     if plan is None:
         return None

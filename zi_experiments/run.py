@@ -23,9 +23,8 @@ from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.engines import base
 from zi_experiments.execution import failures, launcher, nodes, preflight, sweep
-from zi_experiments.execution.preparation import load_architecture, prepare
-from zi_experiments.measurement import text
-from zi_experiments.models import architecture, checkpoint, hashes
+from zi_experiments.execution.preparation import check, prepare
+from zi_experiments.models import checkpoint, contents, hashes
 from zi_experiments.models.architecture import Architecture
 from zi_experiments.planner import search
 from zi_experiments.results import explanation, fingerprints, initial, metrics
@@ -107,16 +106,16 @@ class _Job:
 
     def _attempt(self, cfg: DictConfig, keep: bool) -> dict[str, Any] | None:
         run = composed_run(cfg)
-        metrics.check(run)
-        text.check(run.workload)
         nodes.check(run)
+        check(run)
+        scratch.check_bases("offload.path", run.offload.folders)
         _settle_caches(self._console)
         launcher.warm_up()  # before anything asks for GPUs
         machine = machines.detect(run.hardware)
         self._update(environment=environment.describe(machine) | nodes.described())
         may_keep = keep and not run.force and (self._folder / NAME).exists()
         # errors of a checkpoint are found before it is hashed, which takes long
-        arch = None if may_keep else load_architecture(run)
+        arch = None if may_keep else contents.load(run)
         self._identify(run)
         if may_keep and (before := self._finished_before()):
             return before
@@ -297,7 +296,7 @@ class _Job:
             sink.close()
 
 
-def _as_read(arch: architecture.Architecture) -> dict[str, Any]:
+def _as_read(arch: Architecture) -> dict[str, Any]:
     """Return what reading the model tells about its checkpoint: commit on the hub, format, and the tensors not loaded."""
     commit, stored = getattr(arch.config, "_commit_hash", None), arch.stored
     form = {"format": stored.format, "bits_per_parameter": stored.bits_per_parameter} if stored else {}

@@ -89,10 +89,11 @@ SETTINGS = {
     "groups of 16-bit weights": (["quant=fp16", "quant.group_size=64"], r"quant\.group_size.*pass quant=int4"),
     "no type to compute in": (["hardware.dtypes=[]"], r"hardware\.dtypes=\[\]"),
     "a path for weights in host memory": (["offload.path=/tmp"], r"offload\.path is only used with offload=nvme"),
+    "a yes for a share": (["engine=stream", "offload.resident=true"], r"offload\.resident=True is not a share: pass"),
     "a share of another engine's": (["offload.resident=0.5"], r"offload\.resident.*or engine=stream"),
     "a path on disk that is a file": (
         ["offload=nvme", "offload.path=a-file"],
-        r"offload\.path=a-file is no folder: mkdir -p a-file, or pass offload\.path=/another/folder",
+        r"offload\.path=a-file is a file: pass offload\.path=/a/folder",
     ),
     "a path on disk that is not there": (
         ["offload=nvme", "offload.path=AROUND/nowhere"],
@@ -101,6 +102,11 @@ SETTINGS = {
     "a plan on a disk that is not there": (
         ["offload=nvme", "offload.path=AROUND/nowhere", "plan_only=true"],
         r"refused offload\.path=.*around/nowhere is no folder: mkdir -p .*around/nowhere",
+    ),
+    "a model that is a file": (["model=local", "model.path=a-file"], "a-file is a file, and a model is a folder"),
+    "a meeting place without a port": (
+        ["hardware.num_gpus=2", "launch.nnodes=2", "launch.rdzv_endpoint=node0"],
+        r"(?m)\Arefused \S+: launch\.rdzv_endpoint=node0 is no host with a port: pass launch\.rdzv_endpoint=",
     ),
     "weights that are nowhere": (["weights=pretrained", "weights.path=/nowhere/x"], r"/nowhere/x is neither"),
     "a text for random weights": (["workload.text=a-file"], r"workload\.text=a-file asks for the perplexity of random"),
@@ -220,3 +226,13 @@ def test_each_folder_of_a_run_has_one_result_that_says_refused(outcomes, name):
         message = result["error"]["message"]
         assert message.splitlines() == [message]
         assert message in outcomes[name].output
+
+
+@pytest.mark.parametrize("arguments", [["engine=fsdp"], ["offload=nvme", "offload.path=/nowhere"]], ids=str)
+def test_what_is_wrong_with_any_model_is_said_before_anything_heavy_is_imported(tmp_path, arguments):
+    done = Cli(tmp_path).execute(*arguments, PYTHONPROFILEIMPORTTIME="1")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+
+    assert done.stdout.startswith("refused "), done.stdout
+    assert "zi_experiments.run" in imported
+    assert imported.isdisjoint({"torch", "transformers", "deepspeed"})

@@ -17,7 +17,7 @@ from hydra.errors import CompactHydraException, MissingConfigException, Override
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from zi_experiments.config.schema import Run, conf_dir, typed
+from zi_experiments.config.schema import Run, conf_dir, literal, typed
 
 _KINDS: dict[Any, str] = {
     int: "an integer",
@@ -214,7 +214,7 @@ def _example(key: str) -> str:
     known = OmegaConf.load(conf_dir() / group / f"{choice}.yaml") if choice else main
     value = OmegaConf.select(known, inside if choice else key)
     plain: Any = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    return Override._get_value_element_as_str(plain)
+    return literal(plain) if isinstance(plain, bool) else Override._get_value_element_as_str(plain)
 
 
 def _first_line(error: BaseException) -> str:

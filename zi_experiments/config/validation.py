@@ -20,6 +20,11 @@ def validate(run: Run) -> None:
             raise ConfigError(problem)
 
 
+def is_endpoint(text: str) -> bool:
+    """Return whether a text is HOST:PORT."""
+    return _ENDPOINT.fullmatch(text) is not None and int(text.rpartition(":")[2]) < 1 << 16
+
+
 def _settings(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted name and value of every setting."""
     for field in fields(node):
@@ -116,7 +121,7 @@ def _quant(run: Run) -> str | None:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, float | int) and 0 <= value <= 1
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _offload(run: Run) -> str | None:
@@ -249,7 +254,7 @@ def _machines(run: Run) -> str | None:
             f"hardware.num_gpus={ranks} counts the GPUs of all machines and cannot be divided among launch.nnodes={nodes}: "
             f"pass hardware.num_gpus={above}"
         )
-    if endpoint is not None and not (_ENDPOINT.fullmatch(endpoint) and int(endpoint.rpartition(":")[2]) < 1 << 16):
+    if endpoint is not None and not is_endpoint(endpoint):
         return f"launch.rdzv_endpoint={endpoint} is no host with a port: pass launch.rdzv_endpoint=node0:29500, for example"
     if nodes > 1 and endpoint is None and not run.plan_only:
         return (

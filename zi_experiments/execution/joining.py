@@ -8,6 +8,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from zi_experiments import environment, lines
+from zi_experiments.config.validation import is_endpoint
 
 _launched: environment.Launched | None = None
 _has_met = False
@@ -82,8 +83,8 @@ def _join(config: DictConfig) -> None:
         if _launched and _launched.number:
             sys.exit(0)  # the first one plans
         return
-    if processes < 2 or launch.rdzv_endpoint is None:
-        return  # validation says what is missing
+    if processes < 2 or not is_endpoint(launch.rdzv_endpoint or ""):
+        return  # validation says what is wrong
     _meet(launch, processes)
 
 

@@ -7,15 +7,18 @@ from zi_experiments.calibration import this_machine
 from zi_experiments.config.schema import Run
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.engines import base
+from zi_experiments.measurement import text
 from zi_experiments.models import contents
 from zi_experiments.models.architecture import Architecture
 from zi_experiments.planner import planning, search
+from zi_experiments.results import metrics
 
 
-def load_architecture(run: Run) -> Architecture:
-    """Return the run's model. Raises `ConfigError` if the model, or a setting of the engine, is wrong."""
+def check(run: Run) -> None:
+    """Raise `ConfigError` for what is wrong with any model on any machine, before anything heavy is imported."""
+    metrics.check(run)
+    text.check(run.workload)
     base.check(run)
-    return contents.load(run)
 
 
 def prepare(
@@ -28,7 +31,7 @@ def prepare(
 
     Raises `ConfigError` for a run that cannot work or does not fit.
     """
-    arch = arch or load_architecture(run)
+    arch = arch or contents.load(run)
     machine = this_machine.known(run, folders)
     on_host = run.offload.compute not in ("gpu", 0)
     if tell is not None and (run.search.rank is not None or on_host):

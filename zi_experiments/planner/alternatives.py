@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial, reduce
 
 from zi_experiments.config.composition import choose
-from zi_experiments.config.schema import ConfigError, Run, literal
+from zi_experiments.config.schema import ConfigError, OffloadDevice, Run, literal
 from zi_experiments.config.validation import validate
 from zi_experiments.engines import base
 
@@ -34,7 +34,7 @@ class Change:
 def one(run: Run, gpus_visible: int) -> Iterator[Change]:
     """Yield the variants of `run` that differ by one choice and are valid."""
     for group, choice in CHOICES:
-        yield from _changed(run, f"{group}={choice}", partial(choose, group=group, choice=choice))
+        yield from _changed(run, _text(run, group, choice), partial(_choose, group=group, choice=choice))
     for count in GPUS:
         if run.hardware.num_gpus < count <= run.launch.nnodes * gpus_visible:
             yield from with_setting(run, "hardware.num_gpus", count)
@@ -46,6 +46,18 @@ def with_setting(run: Run, key: str, value: object) -> Iterator[Change]:
     yield from _changed(
         run, f"{key}={literal(value)}", lambda copy: setattr(reduce(getattr, groups, copy), name, value)
     )
+
+
+def _text(run: Run, group: str, choice: str) -> str:
+    """Return a choice as typed. A folder for weights on disk would stay, and is refused with another target."""
+    leaves_disk = group == "offload" and choice != "nvme" and run.offload.path is not None
+    return f"{group}={choice}" + (" offload.path=null" if leaves_disk else "")
+
+
+def _choose(run: Run, group: str, choice: str) -> None:
+    choose(run, group, choice)
+    if run.offload.device is not OffloadDevice.nvme:
+        run.offload.path = None
 
 
 def _changed(run: Run, text: str, apply: Callable[[Run], None]) -> Iterator[Change]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from zi_experiments import environment
 from zi_experiments.config.schema import ConfigError, OffloadDevice, Run
 from zi_experiments.runtime.locks import FolderLock
+from zi_experiments.system.disk import folder_problem
 
 _NAME = re.compile("zi-[0-9a-f]{12}")
 
@@ -32,12 +33,12 @@ def check_bases(key: str, folders: list[str]) -> None:
     """
     found = set()
     for folder in folders:
-        path = Path(folder).expanduser()
-        if not path.is_dir():
-            raise ConfigError(f"{key}={folder} is no folder: mkdir -p {folder}, or pass {key}=/another/folder")
-        if path.resolve() in found:
-            raise ConfigError(f"{key} names {path.resolve()} twice: pass {key}=[/a,/b] with a folder on each drive")
-        found.add(path.resolve())
+        if problem := folder_problem(f"{key}=", folder):
+            raise ConfigError(problem)
+        path = Path(folder).expanduser().resolve()
+        if path in found:
+            raise ConfigError(f"{key} names {path} twice: pass {key}=[/a,/b] with a folder on each drive")
+        found.add(path)
 
 
 def for_weights(run: Run, default: Path, run_id: str) -> list[Path]:

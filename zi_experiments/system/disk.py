@@ -5,6 +5,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,18 @@ def existing(folder: Path) -> Path:
     """Return `folder`, or its nearest parent that exists: it is on the same disk."""
     folder = folder.expanduser().resolve()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def folder_problem(typed: str, folder: str | Path) -> str | None:
+    """Return one line that says what to type instead if `folder` is none; `typed` is what stood before it: "--path "."""
+    path = Path(folder).expanduser()
+    try:
+        kind = path.stat().st_mode
+    except FileNotFoundError:
+        return f"{typed}{folder} is no folder: mkdir -p {folder}, or pass {typed}/another/folder"
+    except OSError as error:
+        return f"{typed}{folder} cannot be read ({error.strerror}): pass {typed}/another/folder"
+    return None if S_ISDIR(kind) else f"{typed}{folder} is a file: pass {typed}/a/folder"
 
 
 def free_bytes(folders: list[Path]) -> int | None:

@@ -115,7 +115,7 @@ def test_a_flag_is_told_to_be_a_setting():
     [
         ("quant.bits=four", "quant.bits takes an integer, or null: pass quant.bits=4"),
         ("weights.seed=1.5", "weights.seed takes an integer: pass weights.seed=0"),
-        ("plan_only=maybe", "plan_only takes true or false: pass plan_only=False"),
+        ("plan_only=maybe", "plan_only takes true or false: pass plan_only=false"),
         ("verify=perhaps", "verify takes on or off: pass verify=on"),
         ("launch.timeout_s=long", "launch.timeout_s takes a number: pass launch.timeout_s=1800"),
         ("hardware.memory_gib=big", "hardware.memory_gib takes a number, or null: pass hardware.memory_gib=null"),

@@ -93,11 +93,20 @@ def test_what_is_chosen_already_is_no_change(compose_run):
 
 
 def test_what_the_configuration_does_not_allow_is_no_change(compose_run):
-    """A path means nothing without a disk."""
-    found = texts(compose_run("offload=nvme", "offload.path=/mnt/x", "quant=int4"))
+    """The settings of a disk's requests mean nothing without a disk."""
+    found = texts(compose_run("offload=nvme", "offload.aio.queue_depth=7", "quant=int4"))
 
     assert not {"offload=cpu", "offload=none"} & set(found)
     assert "kv_cache=cpu" in found
+
+
+def test_a_folder_for_weights_is_taken_back_with_the_disk(compose_run):
+    """It is no reason to offer nothing but another disk."""
+    typed = ("offload=nvme", "offload.path=/mnt/x", "quant=int4")
+    found = {change.text: change.run for change in alternatives.one(compose_run(*typed), 1)}
+
+    for text in ("offload=cpu offload.path=null", "offload=none offload.path=null"):
+        assert found[text].offload == compose_run(*typed, *text.split()).offload
 
 
 @pytest.mark.parametrize(
