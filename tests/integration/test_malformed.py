@@ -103,12 +103,15 @@ SETTINGS = {
         ["offload=nvme", "offload.path=AROUND/nowhere", "plan_only=true"],
         r"refused offload\.path=.*around/nowhere is no folder: mkdir -p .*around/nowhere",
     ),
-    "a model that is a file": (["model=local", "model.path=a-file"], "a-file is a file, and a model is a folder"),
+    "a model that is a file": (["model=local", "model.path=a-file"], "a-file is a file, and a model is"),
     "a meeting place without a port": (
         ["hardware.num_gpus=2", "launch.nnodes=2", "launch.rdzv_endpoint=node0"],
         r"(?m)\Arefused \S+: launch\.rdzv_endpoint=node0 is no host with a port: pass launch\.rdzv_endpoint=",
     ),
-    "weights that are nowhere": (["weights=pretrained", "weights.path=/nowhere/x"], r"/nowhere/x is neither"),
+    "weights that are nowhere": (
+        ["weights=pretrained", "weights.path=/nowhere/x"],
+        r"/nowhere/x does not exist, and a model",
+    ),
     "a text for random weights": (["workload.text=a-file"], r"workload\.text=a-file asks for the perplexity of random"),
     "an engine elsewhere": (["engine=stream", "engine.name=../x"], r"engine\.name=\.\./x is not an engine"),
     "an engine that quantizes nothing": (["engine=fsdp"], "engine=fsdp keeps 16-bit weights: pass quant=fp16"),

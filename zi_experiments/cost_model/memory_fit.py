@@ -81,9 +81,9 @@ def problem(plan: Plan) -> str | None:
     return _verification_problem(plan) if plan.run.verify is Verify.on else None
 
 
-def lacks_host_memory(plan: Plan) -> bool:
-    """Return whether host memory is too small for the plan, by itself."""
-    return any(use.where == "host" and use.total > use.available for use in uses(plan))
+def lacks(plan: Plan, where: str) -> bool:
+    """Return whether the GPU, host memory or the disk (`Use.where`) is too small for the plan, by itself."""
+    return any(use.where == where and use.total > use.available for use in uses(plan))
 
 
 def _verification_problem(plan: Plan) -> str | None:

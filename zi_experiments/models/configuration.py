@@ -44,8 +44,9 @@ def _from_path(path: str, trusted: bool, revision: str | None) -> Any:
     source, how = source_of(path)
     if not how and Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ConfigError(f"{source} has no config.json, so it is not a Hugging Face model folder: {ANOTHER_MODEL}")
-    if Path(path).expanduser().is_file() and not how:
-        raise ConfigError(f"{path} is a file, and a model is a folder or a .gguf file: {ANOTHER_MODEL}")
+    if not how and not Path(source).is_dir() and (path.startswith(("/", ".", "~")) or Path(path).is_file()):
+        problem = "is a file" if Path(path).expanduser().is_file() else "does not exist"
+        raise ConfigError(f"{path} {problem}, and a model is a folder, a .gguf file or a hub name: {ANOTHER_MODEL}")
     if Path(source).is_dir() and revision is not None:
         raise ConfigError(
             f"model.revision={revision} is of the hub, and {path} is on this machine: pass model.revision=null"

@@ -28,7 +28,7 @@ def build(run: Run, arch: Architecture, machine: Machine) -> Plan:
     plan = _draft(run, arch, machine)
     if problem := memory_fit.problem(plan):
         advice = list(islice(chain(_of_another_machine(plan), _fitting_changes(plan)), MOST_WAYS))
-        raise ConfigError(f"{problem}: pass {', or '.join(advice) or 'model=… of a smaller one'}")
+        raise ConfigError(f"{problem}: pass {', or '.join(advice) or _last_resort(plan)}")
     return plan
 
 
@@ -75,8 +75,14 @@ def attempt(run: Run, arch: Architecture, machine: Machine) -> Plan | None:
 def _of_another_machine(plan: Plan) -> Iterator[str]:
     """Yield what to type if the GPU of another machine is planned for, and the host memory of this one is too small."""
     hardware = plan.run.hardware
-    if hardware.name not in HERE and hardware.host_memory_gib is None and memory_fit.lacks_host_memory(plan):
+    if hardware.name not in HERE and hardware.host_memory_gib is None and memory_fit.lacks(plan, "host"):
         yield "hardware.host_memory_gib=… of the machine that you plan for"
+
+
+def _last_resort(plan: Plan) -> str:
+    """Return what to type when no change of a plan fits this machine."""
+    larger = "offload.path=… on a larger disk, or " if memory_fit.lacks(plan, "disk") else ""
+    return f"{larger}model=… of a smaller one"
 
 
 def _with_largest_batch(run: Run, arch: Architecture, machine: Machine) -> Run:

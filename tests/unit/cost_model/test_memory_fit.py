@@ -188,6 +188,15 @@ def test_a_disk_that_is_too_small_is_refused_with_what_fits(refusal, machine):
     )
 
 
+def test_a_larger_disk_is_advised_when_nothing_else_fits(make_plan, machine):
+    small = machine(disk_free_bytes=10**9, host_memory_bytes=20 * 10**9, gpu_memory_bytes=24 * 10**9)
+
+    with pytest.raises(
+        ConfigError, match=r"free there: pass offload\.path=… on a larger disk, or model=… of a smaller one$"
+    ):
+        make_plan("model=opt-175b", "quant=int4", "offload=nvme", on=small)
+
+
 def test_amounts_below_a_tenth_of_a_gigabyte_are_in_megabytes(refusal, machine):
     message = refusal("model=opt-125m", "quant=fp16", "offload=nvme", on=machine(disk_free_bytes=7_400_000))
 

@@ -450,11 +450,16 @@ def test_a_model_without_layers_is_refused(compose_run, layers):
         description.load(compose_run(f"model.architecture.num_hidden_layers={layers}"))
 
 
-def test_a_path_that_is_neither_folder_nor_hub_name_is_refused(compose_run):
-    with pytest.raises(ConfigError, match=r"/no/such/model is neither .* pass model\.path=") as refusal:
-        description.load(compose_run("model=local", "model.path=/no/such/model"))
+@pytest.mark.parametrize(("path", "problem"), [("/no/such/model", "does not exist"), (__file__, "is a file")])
+def test_a_path_that_is_no_folder_is_refused(compose_run, path, problem):
+    """The hub is not asked: no name there is a path."""
+    with pytest.raises(ConfigError) as refusal:
+        description.load(compose_run("model=local", f"model.path={path}"))
 
-    assert "\n" not in str(refusal.value)
+    assert str(refusal.value) == (
+        f"{path} {problem}, and a model is a folder, a .gguf file or a hub name: "
+        "pass model=opt-125m, or model=local model.path=… of another"
+    )
 
 
 @pytest.mark.parametrize("number", ["num_attention_heads=7", "num_hidden_layers=many"])
