@@ -11,7 +11,7 @@ from typing import Any, cast
 import hydra
 from omegaconf import OmegaConf
 
-from zi_experiments.config import published, schema
+from zi_experiments.config import published, resolvers, schema
 from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import Hardware, Run
 from zi_experiments.cost_model.bound import lower_bound
@@ -117,7 +117,7 @@ def load() -> list[Table]:
 
 def compose(overrides: tuple[str, ...]) -> Run:
     """The run that a command line gives."""
-    schema.register()
+    resolvers.register()
     with hydra.initialize_config_dir(config_dir=str(schema.conf_dir()), version_base="1.3"):
         return to_run(hydra.compose("config", overrides=list(overrides)))
 

@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from machines import MACHINES
 from reliability import Page
 
-from zi_experiments.config import schema
+from zi_experiments.config import resolvers, schema
 from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.engines import base
@@ -106,7 +106,7 @@ def _no_process_group_is_left():
 @pytest.fixture(scope="session")
 def compose_anew():
     """`compose_anew(*overrides)` → the DictConfig that this command line would give."""
-    schema.register()
+    resolvers.register()
 
     def compose_anew(*overrides):
         with hydra.initialize_config_dir(config_dir=str(schema.conf_dir()), version_base="1.3"):

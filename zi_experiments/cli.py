@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from zi_experiments import environment, lines
-from zi_experiments.config import errors, schema
+from zi_experiments.config import errors, resolvers, schema
 from zi_experiments.execution import joining, sweep
 from zi_experiments.runtime import signals, stdio
 
@@ -41,7 +41,7 @@ def _main() -> None:
         sys.argv[1:] = joining.take_launcher(sys.argv[1:])
     except ValueError as error:
         sys.exit(lines.fit(f"refused: {error}", sys.stderr))
-    schema.register()
+    resolvers.register()
     signals.install(before=sweep.stop_jobs)
     environment.set_variables({"HYDRA_FULL_ERROR": "1"})  # it raises what it cannot compose, and prints no traceback
     if problem := errors.of_flags(sys.argv[1:]):

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
-from zi_experiments import environment, lines
+from zi_experiments import lines, provenance
 from zi_experiments.config.composition import composed_run
 from zi_experiments.config.schema import ConfigError
 from zi_experiments.cost_model.prediction import predict
@@ -76,7 +76,7 @@ def _planned(cfg: DictConfig, record: Record, console: Console) -> Record | None
         status="predicted" if prediction.total_tok_per_s else "bound",
         error=None,
         config=initial.settled(record.config, plan.run),
-        environment=environment.describe(plan.machine),
+        environment=provenance.describe(plan.machine),
         plan=plan,
         prediction=prediction,
     )

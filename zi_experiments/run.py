@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from zi_experiments import environment, lines, plan_only
+from zi_experiments import environment, lines, plan_only, provenance
 from zi_experiments.calibration import this_machine
 from zi_experiments.config.composition import composed_run
 from zi_experiments.config.schema import Run, TrackingMode
@@ -112,7 +112,7 @@ class _Job:
         _settle_caches(self._console)
         launcher.warm_up()  # before anything asks for GPUs
         machine = machines.detect(run.hardware)
-        self._update(environment=environment.describe(machine) | nodes.described())
+        self._update(environment=provenance.describe(machine) | nodes.described())
         may_keep = keep and not run.force and (self._folder / NAME).exists()
         # errors of a checkpoint are found before it is hashed, which takes long
         arch = None if may_keep else contents.load(run)

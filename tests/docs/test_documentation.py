@@ -23,7 +23,7 @@ from places import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zi_experiments import environment
+from zi_experiments import provenance
 from zi_experiments.config.schema import Calibration, Ceilings
 from zi_experiments.cost_model.inventory import Held
 from zi_experiments.cost_model.prediction import predict
@@ -371,7 +371,7 @@ def test_every_key_of_the_record_is_explained(make_plan, machine):
         *plan,
         *(key for part in ("placement", "bound", "prediction") for key in plan[part]),
         *(key for use in plan["memory"] for key in use),
-        *environment.describe(machine()),
+        *provenance.describe(machine()),
     }
     text = (ROOT / "docs" / "metrics.md").read_text()
 

@@ -17,7 +17,8 @@ from cli import wait_for, workers
 from reliability import Faulty, fill
 
 from zi_experiments.config.folders import slug, sweep_name
-from zi_experiments.config.schema import conf_dir, register
+from zi_experiments.config.resolvers import register
+from zi_experiments.config.schema import conf_dir
 from zi_experiments.execution import sweep
 from zi_experiments.results import fingerprints
 from zi_experiments.results.record import Record, RunInfo

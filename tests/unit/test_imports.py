@@ -86,7 +86,7 @@ def test_no_two_modules_need_each_other():
 
 ORDER = (
     ("units", "environment", "quoting"),
-    ("lines",),
+    ("lines", "provenance"),
     ("config",),
     ("system",),
     ("runtime",),
@@ -129,7 +129,10 @@ def test_packages_are_light(name):
     ("name", "never"),
     [
         ("config.schema", {"torch", "transformers", "deepspeed", "accelerate", "wandb"}),
-        ("environment", {"torch", "transformers", "deepspeed", "accelerate", "wandb"}),
+        *(
+            (name, {"torch", "transformers", "deepspeed", "accelerate", "wandb"})
+            for name in ("environment", "provenance")
+        ),
         ("cost_model.plan", {"torch", "transformers", "deepspeed", "accelerate", "wandb", "psutil", "pynvml", "os"}),
         ("engines.deepspeed.ds_config", {"torch", "transformers", "deepspeed", "accelerate", "wandb", "os"}),
         ("measurement.timing", {"deepspeed", "wandb"}),
@@ -215,9 +218,9 @@ def test_an_engine_is_known_by_its_module_alone():
 
     assert {name for name in naming if not name.startswith("engines.")} <= {
         "doctor",
-        "environment",
         "hardware",
         "planner.alternatives",
+        "provenance",
     }
 
 

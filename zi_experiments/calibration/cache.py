@@ -9,7 +9,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from zi_experiments import environment
+from zi_experiments import environment, provenance
 from zi_experiments.config.schema import Calibration, Ceilings
 from zi_experiments.system.disk import Disk, existing, mount_of
 from zi_experiments.system.machines import Machine
@@ -43,7 +43,7 @@ def of_machine(machine: Machine) -> Subject:
     """Return the subject of a machine: device, CPU and memory."""
     import torch
 
-    around = environment.describe(machine)
+    around = provenance.describe(machine)
     kept = ("device", "gpu", "driver", "cpu", "cpu_cores", "host_memory_bytes", "python")
     identity = {key: around[key] for key in kept} | {
         "format": FORMAT,
@@ -57,7 +57,7 @@ def of_machine(machine: Machine) -> Subject:
 
 def of_disk(disk: Disk, machine: Machine) -> Subject:
     """Return the subject of disks of that machine, read together with the request size and count of `disk`."""
-    around = environment.describe(machine)
+    around = provenance.describe(machine)
     there = [existing(folder) for folder in disk.folders]
     mounts = list(map(mount_of, there))
     settings = {"block_bytes": disk.block_bytes, "in_flight": disk.in_flight}

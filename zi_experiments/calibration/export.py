@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.table import Table
 
-from zi_experiments import environment
+from zi_experiments import provenance
 from zi_experiments.config.schema import ConfigError, DeviceType, Hardware
 from zi_experiments.system.machines import GIB, Machine
 
@@ -68,7 +68,7 @@ def _spread(name: str, moments: list[float]) -> str:
 
 def default_name(machine: Machine) -> str:
     """Return the name of the GPU, or else of the CPU, as a file name: nvidia-h200."""
-    text = machine.gpu_name or str(environment.describe(machine)["cpu"])
+    text = machine.gpu_name or str(provenance.describe(machine)["cpu"])
     plain = re.sub(r"\((r|tm|c)\)|@.*", " ", text.lower())
     return re.sub(r"[^a-z0-9.]+", "-", plain).strip("-.") or "machine"
 

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zi_experiments.config import errors
-from zi_experiments.config.schema import ConfigError, Run, conf_dir, register
+from zi_experiments.config.resolvers import register
+from zi_experiments.config.schema import ConfigError, Run, conf_dir
 from zi_experiments.config.validation import validate
 
 

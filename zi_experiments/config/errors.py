@@ -17,7 +17,8 @@ from hydra.errors import CompactHydraException, MissingConfigException, Override
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from zi_experiments.config.schema import Run, conf_dir, literal, typed
+from zi_experiments.config.command_line import literal, typed
+from zi_experiments.config.schema import Run, conf_dir
 
 _KINDS: dict[Any, str] = {
     int: "an integer",

@@ -9,7 +9,8 @@ from operator import add, sub
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from zi_experiments.config.schema import ConfigError, Run, conf_dir, literal
+from zi_experiments.config.command_line import literal
+from zi_experiments.config.schema import ConfigError, Run, conf_dir
 from zi_experiments.cost_model.inventory import Inventory, Stored
 from zi_experiments.cost_model.plan import Plan, Storage
 from zi_experiments.cost_model.spec import Spec

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zi_experiments import environment
+from zi_experiments import environment, provenance
 from zi_experiments.config.schema import ConfigError, Run
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.execution.failures import WorkerError
@@ -318,7 +318,7 @@ def hello(number: int, launched: environment.Launched | None) -> Hello:
     return Hello(
         number=number,
         local_number=launched.local_number if launched else 0,
-        host=environment.host(),
+        host=provenance.host(),
         command=sorted(sys.argv[1:]),
-        code=environment.code(),
+        code=provenance.code(),
     )

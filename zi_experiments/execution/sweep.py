@@ -18,7 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from zi_experiments import environment, lines
-from zi_experiments.config.schema import register
+from zi_experiments.config.resolvers import register
 from zi_experiments.runtime import scratch, signals
 from zi_experiments.runtime.locks import FolderLock
 

@@ -5,8 +5,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial, reduce
 
+from zi_experiments.config.command_line import literal
 from zi_experiments.config.composition import choose
-from zi_experiments.config.schema import ConfigError, OffloadDevice, Run, literal
+from zi_experiments.config.schema import ConfigError, OffloadDevice, Run
 from zi_experiments.config.validation import validate
 from zi_experiments.engines import base
 

@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zi_experiments import environment
+from zi_experiments import provenance
 from zi_experiments.config.schema import Run
 from zi_experiments.results.record import Failure, Record, RunInfo
 
@@ -37,8 +37,8 @@ def record(cfg: DictConfig) -> Record:
             group=group,
             started_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             finished_at=None,
-            command=environment.command(),
-            git_revision=environment.git_revision(),
+            command=provenance.command(),
+            git_revision=provenance.git_revision(),
             overrides=overrides(),
         ),
         folder=str(folder),

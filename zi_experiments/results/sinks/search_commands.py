@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from zi_experiments.config.schema import typed
+from zi_experiments.config.command_line import typed
 from zi_experiments.engines import base
 
 Job = tuple[list[str], dict[str, Any]]  # the overrides of a run, and its record
