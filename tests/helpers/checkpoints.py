@@ -249,11 +249,11 @@ def main() -> None:
         print(json.dumps({"case": name, "engine": engine, "outcome": " / ".join(sorted(found))}), flush=True)
 
 
-def outcome(checkpoint: Path, engine: str, quant: str, offload: str, expected) -> str:
+def outcome(checkpoint: Path, engine: str, quant: str, offload: str, expected, **settings) -> str:
     from zi_experiments.config.schema import ConfigError
 
     try:
-        return compare(*load(checkpoint, quant, offload, engine=engine), expected)
+        return compare(*load(checkpoint, quant, offload, engine=engine, **settings), expected)
     except ConfigError as error:
         said = f"refused: {error}"
     except Exception as error:
@@ -275,8 +275,12 @@ def compare(plan, session, expected) -> str:
         unset_hf_deepspeed_config()  # the next model is described by itself
     if found.problem is not None:
         return f"**verification**: {found.problem}"
-    if expected is None or not torch.equal(mine, expected[0]) or not torch.equal(tokens, expected[1]):
-        return "**differs from plain transformers**"
+    if expected is None:
+        return "**plain transformers cannot load it**"
+    logits, same = expected[0].float(), torch.equal(tokens, expected[1])
+    if not torch.equal(mine, expected[0]) or not same:
+        error = (mine.float() - logits).norm() / logits.norm()
+        return f"**differs from plain transformers** by {error:.1e}, {'the same' if same else 'other'} tokens"
     return "runs, equal to plain transformers"
 
 

@@ -326,7 +326,8 @@ FORMATS = {
     "HQQ": settings_alone(quant_method="hqq"),
     "ModelOpt": settings_alone(quant_method="modelopt", quant_algo="NVFP4"),
 }
-CELLS = [  # (engine, quant, offload); streamed ones first, in a process that knows nothing of ZeRO-3 yet, as in a run
+CELLS = [  # (engine, quant, offload)
+    ("stream", "native", "cpu"),
     ("stream", "int4", "cpu"),
     ("stream", "fp16", "nvme"),
     ("accelerate", "fp16", "nvme"),
@@ -343,6 +344,7 @@ def path_of(folder: Path) -> Path:
 
 def plain(folder: Path, bits: int):
     """The checkpoint in plain transformers, which expands it; its matrices quantized and expanded again below 16 bits."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if (folder / TWIN).exists():
         how = {"pretrained_model_name_or_path": folder / TWIN}
     elif path_of(folder) != folder:
@@ -352,7 +354,7 @@ def plain(folder: Path, bits: int):
     model = AutoModelForCausalLM.from_pretrained(
         **({"pretrained_model_name_or_path": folder} | how), dtype=torch.bfloat16
     )
-    return group_quantized(model.eval(), bits)
+    return group_quantized(model.eval().to(device), bits)
 
 
 def stored(path: Path) -> dict | None:
@@ -379,8 +381,9 @@ def main() -> None:
         for quant in {quant for case, _, quant, _ in wanted if case == name}:
             with suppress(Exception):  # then it is for the engines to refuse it
                 expected[name, quant] = outputs(plain(checkpoint, 4 if quant == "int4" else 16))
-    for name, *cell in sorted(wanted, key=lambda each: CELLS.index(tuple(each[1:]))):
-        found = outcome(path_of(folders[name]), *cell, expected.get((name, cell[1])))
+    # those of DeepSpeed last: the others run in a process that knows nothing of ZeRO-3 yet, as in a run
+    for name, *cell in sorted(wanted, key=lambda each: each[1] == "deepspeed"):
+        found = outcome(path_of(folders[name]), *cell, expected.get((name, cell[1])), dtype="bfloat16")
         print(json.dumps({"case": name, "cell": cell, "outcome": found}), flush=True)
 
 

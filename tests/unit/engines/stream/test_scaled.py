@@ -35,11 +35,13 @@ CASES = {
     "int8": (INT8, {"a": ((12, 96), 1), "b": ((3, 4, 8), 1)}),
 }
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
 
 class Slab:
-    """Random codes of all values, and scales from the smallest to the largest, in a slab."""
+    """Random codes of all values, and scales from the smallest to the largest, in a slab on a device."""
 
-    def __init__(self, format, shapes, dtype):
+    def __init__(self, format, shapes, dtype, device="cpu"):
         generator = torch.Generator().manual_seed(0)
         transposed, self.packed, parameters, packings = format is MXFP4, {}, [], {}
         self.dtype = dtype
@@ -47,24 +49,30 @@ class Slab:
             packing = Packing(format=format, parts=parts, transposed=transposed)
             experts = "layers.0" if name.startswith("routed") else None
             parameters.append((name, Parameter(name=name, shape=shape, quantizable=True, layer=0, experts=experts)))
-            packings[name], self.packed[name] = packing, packed(packing, shape, dtype, generator)
+            one = packed(packing, shape, dtype, generator)
+            packings[name] = packing
+            self.packed[name] = Packed(codes=one.codes.to(device), scales=one.scales.to(device))
         self.layout = lay_out(parameters, packings)
-        self.bytes = torch.full((self.layout.nbytes,), 85, dtype=torch.uint8)
+        self.bytes = torch.full((self.layout.nbytes,), 85, dtype=torch.uint8, device=device)
         for place in self.layout.quantized:
             scaled.write(self.packed[place.name], self.bytes[None], self.layout, place)
         for place in self.layout.experts.each.quantized if self.layout.experts else ():
             scaled.write(self.packed[place.name], experts_in(self.bytes, self.layout), self.layout.experts.each, place)
 
     def expanded(self):
-        out = torch.full((self.layout.elements,), torch.nan, dtype=self.dtype)
+        out = self.empty(self.layout.elements)
         quantized.expand(self.bytes, self.layout, out)
         return expanded_views(out, self.layout)
 
     def chosen(self, experts):
         each = self.layout.experts.each
-        out = torch.full((self.layout.experts.elements(len(experts)),), torch.nan, dtype=self.dtype)
-        quantized.expand_experts(experts_in(self.bytes, self.layout), each, out, torch.tensor(experts))
+        out = self.empty(self.layout.experts.elements(len(experts)))
+        chosen = torch.tensor(experts, device=out.device)
+        quantized.expand_experts(experts_in(self.bytes, self.layout), each, out, chosen)
         return expanded_experts(out, each, len(experts))
+
+    def empty(self, elements):
+        return torch.full((elements,), torch.nan, dtype=self.dtype, device=self.bytes.device)
 
 
 def packed(packing, shape, dtype, generator):
@@ -90,7 +98,7 @@ def by_transformers(one, format, shape, dtype):
     if format is MXFP4:
         blocks = one.codes.unflatten(-1, (-1, 16))
         return convert_moe_packed_tensors(blocks, one.scales, dtype=dtype).view(shape)
-    out = torch.empty(*one.codes.shape, dtype=dtype)
+    out = torch.empty(*one.codes.shape, dtype=dtype, device=one.codes.device)
     height, width = format.group
     for matrix, codes, scales in zip(out, one.codes, one.scales, strict=True):
         for row in range(scales.shape[0]):
@@ -110,11 +118,13 @@ def by_compressed_tensors(codes, scales, format):
     return dequantize(unpacked, scales, args=args)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_expanded_is_what_transformers_dequantizes(case, dtype):
+def test_what_is_expanded_is_what_transformers_dequantizes(case, dtype, device):
+    """By the kernel on a GPU, by torch on a CPU; what transformers makes of it is made on the same device."""
     format, shapes = CASES[case]
-    slab = Slab(format, shapes, dtype)
+    slab = Slab(format, shapes, dtype, device)
     found = slab.expanded()
 
     assert set(found) == set(shapes)
@@ -125,9 +135,10 @@ def test_what_is_expanded_is_what_transformers_dequantizes(case, dtype):
             assert weight.isinf().any(), "extremes are among them"
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", [name for name in CASES if "routed.up" in CASES[name][1]])
-def test_chosen_experts_are_expanded_in_their_order(case):
-    slab = Slab(*CASES[case], torch.bfloat16)
+def test_chosen_experts_are_expanded_in_their_order(case, device):
+    slab = Slab(*CASES[case], torch.bfloat16, device)
     whole = slab.expanded()
 
     for name, found in slab.chosen([2, 0]).items():
