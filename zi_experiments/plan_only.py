@@ -12,7 +12,7 @@ from rich.console import Console
 
 from zi_experiments import lines, provenance
 from zi_experiments.config.composition import composed_run
-from zi_experiments.config.schema import ConfigError
+from zi_experiments.config.schema import ConfigError, InapplicableError
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.execution import failures, preflight
 from zi_experiments.execution.preparation import check, prepare
@@ -47,6 +47,10 @@ def carry_out(
             raise ConfigError(f"the search has no candidate of rank {cfg.search.rank}: pass search.rank=0")
         record = planned
     except Exception as error:
+        if isinstance(error, InapplicableError) and in_sweep and record.question is not None:
+            lines.say(f"skipped {record.run.name}: {error}", console)
+            tell(record.to_dict() | {"status": "skipped"})
+            return None
         signals.check()  # a library may have made this error of an interrupt
         status, failure = failures.explain(error)
         record = replace(record, status=status, error=failure)

@@ -18,7 +18,7 @@ from rich.console import Console
 from zi_experiments import environment, lines, plan_only, provenance
 from zi_experiments.calibration import this_machine
 from zi_experiments.config.composition import composed_run
-from zi_experiments.config.schema import Run, TrackingMode
+from zi_experiments.config.schema import InapplicableError, Run, TrackingMode
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.engines import base
@@ -93,6 +93,10 @@ class _Job:
             try:
                 if before := self._attempt(cfg, keep):
                     return before
+            except InapplicableError as error:
+                if self.record.question is not None:
+                    return self._skip(str(error))
+                self._fail(*failures.explain(error))
             except Exception as error:
                 signals.check()  # a library may have made this error of an interrupt
                 self._fail(*failures.explain(error))
@@ -129,13 +133,15 @@ class _Job:
         self._remove_abandoned(folders)
         plan = prepare(run, folders, arch=arch, tell=partial(_say, self._console))
         if plan is None:
-            self._file.withdraw(self.record)
-            _say(
-                self._console, f"skipped {self.record.run.name}: the search has no candidate of rank {run.search.rank}"
-            )
-            return self.record.to_dict() | {"status": "skipped"}
+            return self._skip(f"the search has no candidate of rank {run.search.rank}")
         self._run(plan)
         return None
+
+    def _skip(self, reason: str) -> dict[str, Any]:
+        """Leave no record of the run, say why, and return what a sweep is told instead."""
+        self._file.withdraw(self.record)
+        _say(self._console, f"skipped {self.record.run.name}: {reason}")
+        return self.record.to_dict() | {"status": "skipped"}
 
     @contextmanager
     def _turn(self, run: Run, machine: machines.Machine) -> Iterator[None]:

@@ -74,6 +74,11 @@ def fp8(weight: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, to
 
 def block_fp8(folder: Path, family: str = "llama", **numbers) -> None:
     write(folder, family, (MOE if family == "qwen3_moe" else LLAMA) | numbers)
+    in_block_fp8(folder)
+
+
+def in_block_fp8(folder: Path) -> None:
+    """Quantize a 16-bit checkpoint in place."""
 
     def change(name: str, weight: torch.Tensor) -> dict:
         codes, scales = fp8(weight, 128, 128)

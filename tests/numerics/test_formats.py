@@ -11,8 +11,11 @@ PAGE = DOCS / "checkpoints.md"
 pytestmark = pytest.mark.timeout(1800)  # the first one waits for all of them, and for operators to be compiled
 EQUAL = "runs, equal to plain transformers"
 ALL = [(name, *cell) for name in FORMATS for cell in CELLS]
-# what `make test` computes: two cells of each format, so that each cell meets several
-CHOSEN = {(name, *CELLS[(number + more) % len(CELLS)]) for number, name in enumerate(FORMATS) for more in (0, 3)}
+NATIVE, *REST = CELLS
+# what `make test` computes: two cells of each format, so that each cell meets several, and whether it keeps its codes
+CHOSEN = {(name, *REST[(number + more) % len(REST)]) for number, name in enumerate(FORMATS) for more in (0, 3)}
+CHOSEN |= {(name, *NATIVE) for name in FORMATS}
+KEEPS_CODES = {name for name in FORMATS if name.startswith(("FP8", "MX")) or "INT4" in name}
 # of a parameter, as each format's specification says: codes, and scales and zeros over the size of their groups
 BITS = {
     "MXFP8": 8 + 8 / 32,
@@ -30,8 +33,9 @@ or refuses, it is a 16-bit checkpoint that the tests write beside it from the co
 layer by layer, and shares the expansion with the engine.
 
 Weights are read one at a time, stacked experts one expert at a time, expanded to the run's type on the device, and then kept
-in 16 bits or quantized as `quant` says. No second model is in memory or on disk. Bits are those that the whole file has for a
-parameter; embedding and head are not quantized in these, except in GGUF.
+in 16 bits or quantized as `quant` says. No second model is in memory or on disk. With `quant=native`, which `stream` alone has, the
+codes are kept, and expanded before a layer runs. Bits are those that the whole file has for a parameter; embedding and head
+are not quantized in these, except in GGUF.
 
 | format | in the record | bits | {columns} |
 |---|---|---|{rules}|
@@ -61,7 +65,12 @@ def found(tmp_path_factory, every_test):
 def test_it_runs_and_is_equal_or_is_refused(found, cell):
     outcome = found[0][cell]
 
-    assert outcome == EQUAL or (outcome.startswith("refused: ") and found[1][cell[0]] is None), outcome
+    assert outcome == EQUAL or (outcome.startswith("refused: ") and is_refused(found, *cell)), outcome
+
+
+def is_refused(found, name, *cell) -> bool:
+    """Whether a cell should be: nothing expands the format, or nothing keeps its codes."""
+    return found[1][name] is None or (tuple(cell) == NATIVE and name not in KEEPS_CODES)
 
 
 def test_every_cell_is_met():
@@ -83,12 +92,13 @@ def test_the_page_says_what_was_found(found, pytestconfig):
     columns = [f"{engine} {quant}, {offload}" for engine, quant, offload in CELLS]
     page = HEADER.format(columns=" | ".join(columns), rules="|".join(["---"] * len(columns)))
     for name in [name for name in FORMATS if stored[name]]:
-        words = ["equal" if outcomes[name, *cell] == EQUAL else outcomes[name, *cell] for cell in CELLS]
+        words = ["equal" if outcomes[name, *cell] == EQUAL else "refused" for cell in CELLS]
         bits = f"{stored[name]['bits_per_parameter']:.2f}"
         page += f"| {name} | {stored[name]['format']} | {bits} | {' | '.join(words)} |\n"
     page += REFUSED
-    for name in [name for name in FORMATS if not stored[name]]:
-        page += f"| {name} | {outcomes[name, *CELLS[0]]} |\n"
+    for name, *cell in [each for each in ALL if outcomes[each] != EQUAL and (stored[each[0]] or each[1:] == CELLS[0])]:
+        what = f"{name}, `quant={cell[1]}`" if stored[name] else name
+        page += f"| {what} | {outcomes[name, *cell]} |\n"
     before = PAGE.read_text().partition(page.splitlines()[1])[0].rstrip() + "\n"
     if pytestconfig.getoption("update_golden"):
         PAGE.write_text(before + page)
@@ -98,6 +108,7 @@ def test_the_page_says_what_was_found(found, pytestconfig):
 
 def test_the_page_has_each_format_with_its_outcome(found):
     """Of the cells that are computed; all of them are compared by `make test-all`."""
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.read_text().splitlines()}
+    page = PAGE.read_text()
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines()}
     for (name, *_), outcome in found[0].items():
-        assert (" equal " if outcome == EQUAL else outcome) in rows[name]
+        assert " equal " in rows[name] if outcome == EQUAL else f" | {outcome} |" in page

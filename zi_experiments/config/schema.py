@@ -20,6 +20,10 @@ class ConfigError(CompactHydraException, ValueError):
         super().__init__(" ".join(line.strip() for line in message.splitlines()))
 
 
+class InapplicableError(ConfigError):
+    """The same, of a setting that this model or engine does not have: an experiment leaves such a run out."""
+
+
 class OffloadDevice(Enum):
     none = "none"
     cpu = "cpu"

@@ -121,7 +121,7 @@ def _plain(plan: Plan) -> Any:
     from transformers.quantizers import AutoQuantizationConfig
     from transformers.utils.quantization_config import GgufConfig
 
-    run = plan.run
+    run, dtype = plan.run, getattr(torch, plan.dtype)
     assert run.weights.path is not None
     path, file = source_of(run.weights.path)
     how: dict[str, Any] = file | {"trust_remote_code": run.trust_remote_code}
@@ -132,7 +132,13 @@ def _plain(plan: Plan) -> Any:
     elif plan.architecture.stored and plan.architecture.stored.is_quantized:
         how["quantization_config"] = AutoQuantizationConfig.from_pretrained(path, dequantize=True, **how)
     with conversion.without_zero3():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, plan.dtype), return_dict=True, **how)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, return_dict=True, **how)
+    kept = model._get_dtype_plan(dtype)
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in kept):
+            # beside FP8 weights that it dequantizes, transformers 5.23 leaves others in the type of the file
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _quantize(model: Any, quant: Quant, device: Any) -> None:

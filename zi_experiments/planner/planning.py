@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import chain, islice
 from math import inf
 
-from zi_experiments.config.schema import CacheDevice, ConfigError, OffloadDevice, Run, Verify
+from zi_experiments.config.schema import CacheDevice, ConfigError, InapplicableError, OffloadDevice, Run, Verify
 from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.plan import Plan, Storage
 from zi_experiments.cost_model.prediction import predict
@@ -227,7 +227,7 @@ def _check_experts(spec: Spec) -> None:
 
 
 def _check_native(run: Run, arch: Architecture) -> None:
-    """Raise `ConfigError` if weights are to stay in a checkpoint's own format, and there is none that is known."""
+    """Raise `InapplicableError` if weights are to stay in a checkpoint's own format, and there is none that is known."""
     if not run.quant.is_native:
         return
     for p in arch.parameters:
@@ -238,11 +238,13 @@ def _check_native(run: Run, arch: Architecture) -> None:
             )
     if any(p.native for p in arch.parameters):
         return
+    keeps, name = f"quant=native keeps weights as {native.FORMATS}", run.model.name
+    if arch.stored is not None:
+        raise InapplicableError(f"{keeps}, and {name} is stored as {arch.stored.format}: pass quant=int4, or quant=fp16")
     key = "+model.architecture.quantization_config"
     example = f"{key}={{quant_method:fp8,weight_block_size:[128,128]}}" if run.model.architecture else "quant=fp16"
-    raise ConfigError(
-        f"quant=native keeps weights as {native.FORMATS}, and {run.model.name} is published in none of them: "
-        f"pass quant=int4, or {example}, or model=gpt-oss-20b"
+    raise InapplicableError(
+        f"{keeps}, and {name} is published in none of them: pass quant=int4, or {example}, or model=gpt-oss-20b"
     )
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from math import exp, log
 
+import formats
 import pytest
 import torch
 from cli import Cli
@@ -217,10 +218,10 @@ def test_a_tokenizer_of_another_model_is_refused(plan, tmp_path, checkpoint):
         preflight.check(plan(f"model.path={tmp_path}"), [])
 
 
-@pytest.mark.integration
-def test_a_sweep_shows_what_quantization_costs(tmp_path, checkpoint, plan):
-    cli = Cli(tmp_path)
-    (tmp_path / "my.txt").write_text(TEXT.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+def swept(folder, checkpoint, quants):
+    """What the experiment prints for a checkpoint, and its records by their quantization."""
+    cli = Cli(folder)
+    (folder / "my.txt").write_text(TEXT.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
     done = cli.run(
         "experiment=quality",
         "model=local",
@@ -228,27 +229,52 @@ def test_a_sweep_shows_what_quantization_costs(tmp_path, checkpoint, plan):
         f"workload.prompt_len={WINDOW}",
         "workload.batch_size=16",
         "workload.text=my.txt",
-        "quant=fp16,int8-g32,int4-g128",
+        f"quant={quants}",
         "tracking=none",
         COLUMNS="200",  # one line of the table for each run
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    results = {result["choices"]["quant"]: result for result in cli.results()}
+    return done.stdout, {result["choices"]["quant"]: result for result in cli.results()}
+
+
+@pytest.mark.integration
+def test_a_sweep_shows_what_quantization_costs(tmp_path, checkpoint, plan):
+    shown, results = swept(tmp_path, checkpoint, "fp16,native,int8-g32,int4-g128")
     found = {quant: result["metrics"]["perplexity"] for quant, result in results.items()}
     windows = perplexity.windows(plan(f"workload.text={tmp_path / 'my.txt'}"))
+    assert set(found) == {"fp16", "int8-g32", "int4-g128"}
+    assert re.search(r"^skipped \S+: quant=native keeps weights as", shown, re.MULTILINE)
     assert found["fp16"] == pytest.approx(plain_perplexity(checkpoint, windows), rel=1e-4)
     assert found["fp16"] < VOCABULARY / 4
     assert abs(log(found["int8-g32"] / found["fp16"])) < 0.0005
     assert 0.001 < log(found["int4-g128"] / found["fp16"]) < 0.05
     apart = {quant: result["metrics"]["kl_divergence"] for quant, result in results.items()}
     assert 0 <= apart["fp16"] < apart["int8-g32"] < apart["int4-g128"] < 0.1
-    table = done.stdout[done.stdout.index("What does quantization cost in quality?") :]
+    table = shown[shown.index("What does quantization cost in quality?") :]
     assert "perplexity" in table
+    assert "native" not in table
     for quant, value in found.items():
         assert re.search(rf"│ {quant} +│ +{value:.6g} │ +{value / found['fp16']:.2f} │ +{apart[quant]:.6g} │", table), (
             table
         )
+
+
+@pytest.mark.integration
+@pytest.mark.release
+def test_a_sweep_shows_what_it_costs_to_quantize_a_checkpoint_again(tmp_path, checkpoint):
+    """Its own codes cost nothing: they are the 16-bit model that plain transformers makes of them."""
+    folder = tmp_path / "quantized"
+    shutil.copytree(checkpoint, folder)
+    formats.in_block_fp8(folder)
+    shown, results = swept(tmp_path, folder, "fp16,native,int4")
+    apart = {quant: result["metrics"]["kl_divergence"] for quant, result in results.items()}
+    table = shown[shown.index("What does quantization cost in quality?") :]
+
+    assert apart["native"] == apart["fp16"] == 0
+    assert apart["int4"] > 0.001
+    assert results["native"]["metrics"]["perplexity"] == results["fp16"]["metrics"]["perplexity"]
+    assert re.search(r"│ native +│ +\S+ │ +1\.00 │ +0 │", table), table
 
 
 def plain_perplexity(folder, windows):

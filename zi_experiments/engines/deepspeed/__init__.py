@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zi_experiments.config.schema import ConfigError, Run
+from zi_experiments.config.schema import ConfigError, InapplicableError, Run
 from zi_experiments.cost_model.inventory import Stored
 from zi_experiments.cost_model.plan import Plan, Storage
 from zi_experiments.cost_model.spec import Spec
@@ -42,7 +42,7 @@ CONFIG_NAME = "ds_config"
 def check(run: Run) -> None:
     """Raise `ConfigError` for no profile, several folders, unequal batches, or weights in a checkpoint's own format."""
     if run.quant.is_native:
-        raise ConfigError("engine=deepspeed has no quant=native: pass quant=int4, or engine=stream")
+        raise InapplicableError("engine=deepspeed has no quant=native: pass quant=int4, or engine=stream")
     if run.engine.profile is None:
         raise ConfigError(
             "engine.profile=null is not a profile of engine=deepspeed: pass engine.profile=tuned, or reference"
