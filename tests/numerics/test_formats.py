@@ -33,9 +33,9 @@ or refuses, it is a 16-bit checkpoint that the tests write beside it from the co
 layer by layer, and shares the expansion with the engine.
 
 Weights are read one at a time, stacked experts one expert at a time, expanded to the run's type on the device, and then kept
-in 16 bits or quantized as `quant` says. No second model is in memory or on disk. With `quant=native`, which `stream` alone has, the
-codes are kept, and expanded before a layer runs. Bits are those that the whole file has for a parameter; embedding and head
-are not quantized in these, except in GGUF.
+in 16 bits or quantized as `quant` says. No second model is in memory or on disk. With `quant=native`, which `stream` alone
+has, the codes are kept, and expanded before a layer runs. Bits are those that the whole file has for a parameter; embedding
+and head are not quantized in these, except in GGUF.
 
 | format | in the record | bits | {columns} |
 |---|---|---|{rules}|

@@ -240,7 +240,9 @@ def _check_native(run: Run, arch: Architecture) -> None:
         return
     keeps, name = f"quant=native keeps weights as {native.FORMATS}", run.model.name
     if arch.stored is not None:
-        raise InapplicableError(f"{keeps}, and {name} is stored as {arch.stored.format}: pass quant=int4, or quant=fp16")
+        raise InapplicableError(
+            f"{keeps}, and {name} is stored as {arch.stored.format}: pass quant=int4, or quant=fp16"
+        )
     key = "+model.architecture.quantization_config"
     example = f"{key}={{quant_method:fp8,weight_block_size:[128,128]}}" if run.model.architecture else "quant=fp16"
     raise InapplicableError(
