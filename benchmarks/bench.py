@@ -192,11 +192,13 @@ class Gpu:
             raise LookupError("no GPU is visible: --list works without one, and --cpu has cases for such a machine")
         self.what = {"command": "make bench-gpu", "gpu": torch.cuda.get_device_name(0)}
         self._disk: float | None = None
+        self._file_bytes = 0  # as many as the case reads: a smaller file may come from a cache
 
     def measure(self, one: Case, disk: Path) -> dict[str, float]:
         machine = _machine(one, None)
         if machine.calibration is None:
             raise SystemExit("without what the GPU can do there is nothing to compare with")
+        self._file_bytes = _bytes_on_disk(one, machine) if one.on_disk else 0
         self._disk = self._read_rate(one, disk)
         rates = {name: getattr(machine.ceilings, name) for name in ("link_bytes_per_s", "flops", "hbm_bytes_per_s")}
         measured = {name: rate for name, rate in (rates | {"disk_bytes_per_s": self._disk}).items() if rate}
@@ -219,7 +221,8 @@ class Gpu:
             return None
         try:
             run = compose(one.overrides)
-            return max(bytes_per_s(base.get(run.engine.name).disk_access(run, [disk]), DISK_S)[0])
+            there = base.get(run.engine.name).disk_access(run, [disk])
+            return max(bytes_per_s(there, DISK_S, self._file_bytes)[0])
         except OSError as error:
             print(f"  the disk could not be measured: {error.strerror or error}", flush=True)
             return None
@@ -261,6 +264,16 @@ def _machine(one: Case, disk: Path | None) -> "Machine":
     run = compose(one.overrides)
     there = base.get(run.engine.name).disk_access(run, [disk]) if disk is not None else None
     return suite.measure(run.hardware, machines.detect(run.hardware), there, _say)
+
+
+def _bytes_on_disk(one: Case, machine: "Machine") -> int:
+    """How many bytes of weights a case has there."""
+    from published import compose, described
+
+    from zi_experiments.planner import planning
+
+    run = compose(one.overrides)
+    return planning.build(run, described(run), machine).placement.nvme_bytes
 
 
 def _change(pairs: Iterable[tuple[float, float]]) -> float:

@@ -274,6 +274,28 @@ def test_a_disk_is_measured_around_the_cache_and_leaves_nothing(on_disk):
     assert list(on_disk.folders[0].iterdir()) == []
 
 
+def test_a_file_of_a_given_size_is_written_and_read_through(on_disk, monkeypatch):
+    """What was read a moment ago may come from a cache, and so may a small file."""
+    seen = {"pwritev": [], "preadv": []}
+
+    def watch(name):
+        carry_out = getattr(os, name)
+
+        def watched(descriptor, buffers, offset):
+            seen[name].append(offset)
+            return carry_out(descriptor, buffers, offset)
+
+        monkeypatch.setattr(os, name, watched)
+
+    watch("pwritev")
+    watch("preadv")
+    blocks = 4 * on_disk.in_flight
+
+    bytes_per_s(on_disk, 0.0, blocks * BLOCK_BYTES)  # no time: each moment has one request of each buffer
+
+    assert sorted(seen["pwritev"]) == sorted(seen["preadv"]) == [block * BLOCK_BYTES for block in range(blocks)]
+
+
 def test_disks_are_measured_together(on_disk, tmp_path):
     """Each has an equal part, so both are as fast as the slowest; here they are one disk, which both share."""
     both = replace(on_disk, folders=(tmp_path / "a", tmp_path / "b"))
