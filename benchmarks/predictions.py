@@ -8,7 +8,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +18,9 @@ from published import LIMITS, compose, described
 from zi_experiments.config.schema import Calibration, Ceilings
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction, predict
+from zi_experiments.engines.base import Routed
 from zi_experiments.planner import planning
+from zi_experiments.results.metrics import with_counts
 from zi_experiments.system.machines import Machine
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -61,6 +63,8 @@ class Measured:
     prefill_s: float
     step_s: float
     load_s: float
+    routed: Routed | None  # what the decode steps did, if they bring routed experts only
+    steps: int
 
     @property
     def on(self) -> str:
@@ -101,7 +105,15 @@ def runs(found: dict[str, Any]) -> Iterator[Measured]:
                 prefill_s=case["metrics"]["ttft_s"],
                 step_s=case["metrics"]["tpot_p50_s"],
                 load_s=case["metrics"]["load_s"],
+                routed=routed(case),
+                steps=sum(map(len, case["samples"]["step_s"])),
             )
+
+
+def routed(case: dict[str, Any]) -> Routed | None:
+    """The counts of all measured passes of a case together."""
+    found = [Routed(**each) for each in case["samples"].get("routed", []) if each]  # older records have none
+    return reduce(Routed.plus, found) if found else None
 
 
 def machine_of(case: dict[str, Any]) -> Machine:
@@ -131,11 +143,12 @@ def machine_of(case: dict[str, Any]) -> Machine:
 
 @cache
 def compare(measured: Measured) -> Compared:
-    """The plan that the code makes of the command today, and its prediction."""
+    """The plan that the code makes of the command today, and its prediction, given the experts that were copied."""
     typed = [each for each in shlex.split(measured.command)[3:] if not each.startswith(ELSEWHERE)]
     run = compose(tuple(typed))
     plan = planning.build(run, described(run), measured.machine)
-    return Compared(measured=measured, plan=plan, prediction=predict(plan))
+    counted = with_counts(plan, measured.routed, measured.steps)
+    return Compared(measured=measured, plan=plan, prediction=predict(counted))
 
 
 def page(found: list[Measured]) -> str:

@@ -38,6 +38,7 @@ def case(prefill_s=1.0, step_s=1.0, command=COMMAND, gpu="Made Up"):
     made = {
         "command": command,
         "metrics": {"ttft_s": prefill_s, "tpot_p50_s": step_s, "load_s": 12.34},
+        "samples": {"step_s": [[step_s] * 3] * 2},
         "environment": {"gpu": gpu, "cpu": "A Processor", "cpu_cores": 2, "driver": None},
         "plan": {
             "device": "cuda",
@@ -77,6 +78,21 @@ def test_the_machine_is_the_one_that_was_planned_for(typed, capped):
     assert (machine.gpu_memory_bytes, machine.host_memory_bytes) == (16 << 30, 64 << 30)
     assert machine.gpu_memory_is_capped is capped
     assert (machine.gpu_name, machine.device, machine.dtypes) == ("Made Up", "cuda", ("float16",))
+
+
+def test_what_was_copied_is_given():
+    """Two passes of three steps copied so many bytes, over a link that takes everything else with it."""
+    made = case(command=f"{COMMAND} model=mixtral-8x7b quant=int4 workload.batch_size=1", step_s=2.0)
+    made["plan"]["memory"][0]["available"] = 24 << 30
+    counts = {"layers": 96, "experts": 192, "copied": 6, "copied_bytes": 6e8, "read": 0, "read_bytes": 0}
+    made["samples"]["routed"] = [counts, counts | {"copied_bytes": 12e8}]
+    (run,) = predictions.runs({"cases": {"one": made}})
+
+    drawn, given = predictions.compare(replace(run, routed=None)), predictions.compare(run)
+
+    assert drawn.prediction.decode_step_s - given.prediction.decode_step_s == pytest.approx(
+        (drawn.plan.streamed_bytes_per_step - 18e8 / 6) / LINK, rel=0.01
+    )
 
 
 def test_what_has_no_figures_or_no_measured_machine_is_left_out():

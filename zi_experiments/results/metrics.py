@@ -126,7 +126,11 @@ def derive(
 
 def as_routed(plan: Plan, samples: Samples) -> Plan:
     """Return the plan with the bytes that decode steps have really copied and read, where the routing decides on them."""
-    routed, steps = _routed(samples), sum(len(one.step_s) for one in samples.measured)
+    return with_counts(plan, _routed(samples), sum(len(one.step_s) for one in samples.measured))
+
+
+def with_counts(plan: Plan, routed: Routed | None, steps: int) -> Plan:
+    """Return the plan with what `steps` decode steps have copied and read, if they bring routed experts only."""
     if routed is None or not steps or not plan.draws_experts:
         return plan
     stored = plan.storage
