@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,18 +36,17 @@ ROWS = (8, 512)  # of products like those of the cases' decode steps and prefill
 DISK_S = 4.0  # that it is read for: what others do there changes from one second to the next
 
 
-def arguments(one: Case, measured: dict[str, float], extra: list[str]) -> list[str]:
+def arguments(one: Case, measured: dict[str, float]) -> list[str]:
     """What a user would type after `python -m zi_experiments`."""
     found = [f"hardware.ceilings.{name}={value:.4g}" for name, value in measured.items()]
     found += ["hardware.ceilings.source=measured"] if measured else []
-    extra = [each for each in extra if one.on_disk or not each.startswith("offload.path=")]
-    return [
-        "workload=zero-inference",
-        "tracking=none",
-        *one.overrides,
-        *found,
-        *extra,
-    ]
+    return ["workload=zero-inference", "tracking=none", *found, *one.overrides]
+
+
+def with_extra(one: Case, extra: list[str]) -> Case:
+    """The case with what is added to all commands: to one that has nothing on disk no path there."""
+    kept = [each for each in extra if one.on_disk or not each.startswith("offload.path=")]
+    return replace(one, overrides=(*one.overrides, *kept))
 
 
 def execute(typed: list[str], folder: Path, timeout_s: float) -> tuple[Entry | None, str]:
@@ -302,17 +302,18 @@ def run_cases(
             print(f"{number}/{len(chosen)} {one.name}", flush=True)
             began = time.perf_counter()
             entries[one.name] = entry = steadiest(
-                attempt(one, bench, disk, extra, Path(scratch) / f"{number}-{turn}", timeout_s) for turn in range(TRIES)
+                attempt(with_extra(one, extra), bench, disk, Path(scratch) / f"{number}-{turn}", timeout_s)
+                for turn in range(TRIES)
             )
             keep()
             done = f"{_number(entry['metrics']['decode_tok_per_s'], 2)} tok/s" if entry["metrics"] else entry["error"]
             print(f"  {entry['status']} in {time.perf_counter() - began:.0f} s: {done}", flush=True)
 
 
-def attempt(one: Case, bench: Bench, disk: Path, extra: list[str], folder: Path, timeout_s: float) -> Entry:
+def attempt(one: Case, bench: Bench, disk: Path, folder: Path, timeout_s: float) -> Entry:
     """Run a case, and say how much the machine has changed meanwhile."""
     measured = bench.measure(one, disk)
-    typed = arguments(one, measured, extra)
+    typed = arguments(one, measured)
     record, output = execute(typed, folder, timeout_s)
     return to_entry(record, output, typed, measured) | {"drift": bench.drift(one, disk)}
 
