@@ -37,10 +37,11 @@ class Overlap:
     """How an engine overlaps copies, arithmetic and launches; fitted to measurements, see docs/limits.md."""
 
     hidden: float  # share of the shorter of copies and computing that overlaps with the longer
-    hidden_if_routed: float = 0.0  # the same in a decode step that brings routed experts only
     launch: float  # launch overhead of a decoder layer, as a multiple of plain transformers'
     launch_routed: float = 0.0  # added to it for a layer's routed experts
     choice: float = 0.0  # in a recorded step: to read a layer's router and go on, as the same multiple
+    fetch: float = 0.0  # added to it where the layer's experts are not all on the device
+    copy_s: float = 0.0  # between the copies of two experts
     stall: float  # time of a layer in which neither PCIe nor the device works, as the same multiple
     small_s: float = 0.0  # of a recorded layer: its small operations, which follow each other
     small_routed_s: float = 0.0  # added to it with routed experts
@@ -71,6 +72,8 @@ class Storage:
     can_compute_on_host: bool = False  # True if the host's cores can compute decode steps of layers
     host_layers: tuple[int, ...] = ()  # layers whose decode steps the host's cores compute, by number
     host_kv_bytes: int = 0  # part of the KV cache that is in host memory because the host computes its layers
+    expert_bytes: int = 0  # of one of the experts that are copied or read alone
+    experts_together: int = 1  # so many are copied before the first of them is computed
     recorded: bool = False  # True if the operations of a decode step are launched at once
     each_machine_has_all: bool = False  # True if each machine holds all weights outside GPUs; False: each has a part
     gathered_bytes: int = 0  # of weights: what each GPU receives from others in a pass

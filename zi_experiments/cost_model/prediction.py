@@ -106,7 +106,6 @@ def _estimated(plan: Plan, one: _Pass) -> tuple[float, str]:
 def _duration(plan: Plan, one: _Pass, seconds: dict[str, float]) -> float:
     """Return the seconds of a pass with partial overlap: the longer of copies and computing, and the rest of the shorter."""
     overlap = plan.storage.overlap
-    hidden = overlap.hidden_if_routed if _is_routed(plan, one) else overlap.hidden
     copies = max(seconds["link"], seconds["disk"])
     # a GPU computes while the host launches the next kernels; a CPU does one after the other, and so does a recorded pass:
     # its small operations follow the others on the device, and where it needs a choice, host and device take turns
@@ -116,7 +115,24 @@ def _duration(plan: Plan, one: _Pass, seconds: dict[str, float]) -> float:
     stalled = 0.0 if _is_recorded(plan, one) else overlap.stall * plan.architecture.num_layers * _layer_s(plan)
     if _on_host(plan, one):
         return _beside_host(plan, seconds, copies, computing)
-    return max(copies, computing) + (1 - hidden) * min(copies, computing) + stalled
+    shorter = min(copies, computing)
+    hidden = min(shorter, _hidden_s(plan, one)) if _is_routed(plan, one) else overlap.hidden * shorter
+    return copies + computing - hidden + stalled
+
+
+def _hidden_s(plan: Plan, one: _Pass) -> float:
+    """Return the seconds of products with experts that run while others of their layer are copied."""
+    missed = _missed(plan)
+    # those that are copied last are computed when nothing is left to copy
+    last = min(max(1.0, missed), plan.storage.experts_together) / plan.distinct_experts(plan.run.workload.sequences)
+    experts = [p for p in plan.architecture.parameters if p.experts]
+    return min(1.0, missed) * max(0.0, 1 - last) * (_expanding_s(plan, one, experts) + _products_s(plan, one, experts))
+
+
+def _missed(plan: Plan) -> float:
+    """Return how many experts a layer brings in a decode step; 0 if they are not brought one by one."""
+    moved, each = max(plan.streamed_bytes_per_step, plan.disk_bytes_per_step), plan.storage.expert_bytes
+    return moved / each / plan.architecture.num_layers if each else 0.0
 
 
 def _on_host(plan: Plan, one: _Pass) -> float:
@@ -166,6 +182,8 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
     if one.tokens == 1:
         streamed, read = plan.streamed_bytes_per_step, plan.disk_bytes_per_step
     weights_s = _over(streamed / ranks, link)
+    if _is_routed(plan, one):
+        weights_s += plan.storage.overlap.copy_s * _missed(plan) * plan.architecture.num_layers
     cache_s = _over(plan.of_one_rank(_cache_bytes_on_link(plan, one)), pinned)
     # without links of their own, GPUs gather over PCIe, which brings the shares too
     is_over_network = plan.run.launch.nnodes > 1 and not plan.storage.each_machine_has_all
@@ -189,7 +207,8 @@ def _launch_s(plan: Plan, one: _Pass) -> float:
     overlap, is_routed = plan.storage.overlap, _is_routed(plan, one)
     if _is_recorded(plan, one):
         small_s = overlap.small_s + (overlap.small_routed_s if is_routed else 0.0)
-        return small_s + (overlap.choice * _layer_s(plan) if _reads_choice(plan, one) else 0.0)
+        choice = overlap.choice + overlap.fetch * min(1.0, _missed(plan))
+        return small_s + (choice * _layer_s(plan) if _reads_choice(plan, one) else 0.0)
     launches = overlap.launch + (overlap.launch_routed if is_routed else 0.0)
     return _layer_s(plan) * (launches + (CACHE_LAUNCH if _moves_cache(plan) else 0))
 
@@ -213,20 +232,26 @@ def _gemm_s(plan: Plan, one: _Pass) -> float:
     """Return the seconds of products with all weights that tokens use, and of attention over a prompt."""
     work, arch = plan.run.workload, plan.architecture
     sequences = plan.largest_share  # of a micro-batch, on the device that has most
-    tokens, routed = sequences * one.tokens, plan.routed_experts
-    expanded = [p for p in arch.parameters if p.layer is not None and len(p.shape) > 1 and not _is_packed(plan, one, p)]
+    seconds = _products_s(plan, one, [p for p in arch.parameters if p.layer is not None and len(p.shape) > 1])
+    vocabulary = arch.config.get_text_config().vocab_size
+    seconds += _product_s(plan, vocabulary * arch.hidden_size, sequences)  # the head, for the last token only
+    if one.tokens > 1:
+        attention = 2 * sequences * one.tokens**2 * arch.hidden_size * arch.num_layers
+        seconds += _over(attention, _measured(plan).attention_flops or _rate(plan, sequences * one.tokens))
+    return work.micro_batches * seconds
+
+
+def _products_s(plan: Plan, one: _Pass, parameters: list[Parameter]) -> float:
+    """Return the seconds of a micro-batch's products with those weights that are not multiplied as packed."""
+    tokens, routed = plan.largest_share * one.tokens, plan.routed_experts
+    expanded = [p for p in parameters if not _is_packed(plan, one, p)]
     seconds = _product_s(plan, sum(p.numel for p in expanded if not p.is_experts), tokens)
     for p in expanded:
         if p.is_experts:
             # each expert that is used is read whole
             met = drawn_evenly(p.shape[0], min(routed, p.shape[0]), tokens)
             seconds += _product_s(plan, p.numel / p.shape[0] * met, max(1.0, tokens * routed / met))
-    vocabulary = arch.config.get_text_config().vocab_size
-    seconds += _product_s(plan, vocabulary * arch.hidden_size, sequences)  # the head, for the last token only
-    if one.tokens > 1:
-        attention = 2 * sequences * one.tokens**2 * arch.hidden_size * arch.num_layers
-        seconds += _over(attention, _measured(plan).attention_flops or _rate(plan, tokens))
-    return work.micro_batches * seconds
+    return seconds
 
 
 def _product_s(plan: Plan, elements: float, rows: float) -> float:
@@ -265,7 +290,8 @@ def _traffic_s(plan: Plan, one: _Pass) -> float:
     # over a prompt, attention counts as arithmetic
     attended_s = _over(ELEMENT_BYTES * cache, _measured(plan).cache_bytes_per_s or rate) if one.tokens == 1 else 0.0
     copied_s = _over(2 * plan.storage.overlap.copies * plan.weight_bytes, rate)
-    return moved_s + attended_s + copied_s + _expanding_s(plan, one)
+    layers = [p for p in arch.parameters if p.layer is not None]
+    return moved_s + attended_s + copied_s + _expanding_s(plan, one, layers)
 
 
 def _is_packed(plan: Plan, one: _Pass, parameter: Parameter) -> bool:
@@ -278,12 +304,12 @@ def _is_packed(plan: Plan, one: _Pass, parameter: Parameter) -> bool:
     return sequences <= few and not plan.architecture.is_routed
 
 
-def _expanding_s(plan: Plan, one: _Pass) -> float:
-    """Return the seconds to expand the layers' quantized weights, once per pass, and to multiply those that stay packed."""
+def _expanding_s(plan: Plan, one: _Pass, parameters: list[Parameter]) -> float:
+    """Return the seconds to expand quantized weights, once per pass, and to multiply those that stay packed."""
     known, overlap, sequences = _measured(plan), plan.storage.overlap, plan.run.workload.sequences
     elements = 0.0
-    for p in plan.architecture.parameters:
-        if p.layer is None or not plan.is_quantized(p):
+    for p in parameters:
+        if not plan.is_quantized(p):
             continue
         each = p.numel / plan.experts if p.experts else p.numel
         if _is_packed(plan, one, p):

@@ -17,6 +17,7 @@ HEAD = VOCABULARY * HIDDEN
 STREAMED = 2 * 12_853_473_280 - 2 * (LAYERS * 13 * HIDDEN + 2 * HIDDEN)
 MIDDLE = 512 + 16  # tokens in the cache of the middle step
 KV_TOKEN = 2 * LAYERS * HIDDEN  # elements
+EXPERT = 3 * 4096 * 14336  # elements of one of Mixtral's
 
 ENDLESS = 1e40
 ENDLESS_RATES = Ceilings(
@@ -106,7 +107,17 @@ def test_moving_keys_and_values_is_launched_layer_by_layer(planned):
     assert predict(there).limited_by == "launch"
 
 
-RECORDED = {"small_s": 0.01, "small_routed_s": 0.02, "choice": 0.5, "launch": 9.0, "launch_routed": 9.0, "stall": 9.0}
+RECORDED = {
+    "small_s": 0.01,
+    "small_routed_s": 0.02,
+    "choice": 0.5,
+    "fetch": 0.25,
+    "copy_s": 0.001,
+    "launch": 9.0,
+    "launch_routed": 9.0,
+    "stall": 9.0,
+    "packed": 0.5,
+}
 
 
 @pytest.mark.parametrize(
@@ -114,11 +125,11 @@ RECORDED = {"small_s": 0.01, "small_routed_s": 0.02, "choice": 0.5, "launch": 9.
     [
         ("opt-13b", ("offload=none",), 0.01),
         ("mixtral-8x7b", ("offload=none",), 0.03),  # with all experts on the GPU no choice is read
-        ("mixtral-8x7b", ("offload=cpu",), 0.03 + 0.5 * 0.1),
+        ("mixtral-8x7b", ("offload=cpu",), 0.03 + 0.75 * 0.1),
     ],
 )
 def test_a_recorded_step_has_its_small_operations_and_choices(planned, model, more, layer_s):
-    """They are added to what is computed and copied: GPU, host and link take turns."""
+    """They are added to what is computed and copied: GPU, host and link take turns, but for experts that came earlier."""
     known = {"layer_s": 0.1, "step_s": 2.0, "expand_elements_per_s": 1e12}
     given = ("engine=stream", "quant=int4", "workload.batch_size=1", *more)
     plan = planned(*given, known=known, overlap=RECORDED | {"hidden": 0.0}, model=model, link_bytes_per_s=50e9)
@@ -126,8 +137,35 @@ def test_a_recorded_step_has_its_small_operations_and_choices(planned, model, mo
 
     assert plan.storage.recorded
     assert seconds["launch"] == near(2 + plan.architecture.num_layers * layer_s)
-    copied = plan.streamed_bytes_per_step / 50e9
-    assert predict(plan).decode_step_s == near(seconds["launch"] + seconds["hbm"] + seconds["gemm"] + copied)
+    copied, hidden = plan.streamed_bytes_per_step / 50e9, 0.0
+    if copied:  # two experts in each layer, one after the other: the first is multiplied while the second is copied
+        copied += 0.001 * 32 * 2
+        hidden = 0.5 * 32 * EXPERT / 1e12
+    assert predict(plan).decode_step_s == near(seconds["launch"] + seconds["hbm"] + seconds["gemm"] + copied - hidden)
+
+
+@pytest.mark.parametrize(
+    ("copied", "layers", "hidden"),  # of experts; layers that wait for some; experts whose products hide
+    [
+        (0, 0, 0),
+        (8, 8, 8),  # in eight layers one of two experts: the other is computed meanwhile
+        (32, 32, 32),
+        (48, 32, 32),  # 1.5 of two in each layer: only the one that is copied last is not hidden
+        (64, 32, 32),
+    ],
+)
+def test_a_step_that_finds_experts_on_the_gpu_waits_for_the_others(planned, copied, layers, hidden):
+    known = {"layer_s": 0.1, "expand_elements_per_s": 1e12}
+    given = ("engine=stream", "quant=int4", "workload.batch_size=1", "offload=cpu")
+    plan = planned(*given, known=known, overlap=RECORDED, model="mixtral-8x7b", link_bytes_per_s=50e9)
+    each = plan.storage.expert_bytes
+
+    def step_s(experts):
+        found = replace(plan, storage=replace(plan.storage, streamed_bytes_per_step=experts * each))
+        return predict(found).decode_step_s
+
+    expected = copied * (each / 50e9 + 0.001) + layers * 0.25 * 0.1 - hidden * 0.5 * EXPERT / 1e12
+    assert step_s(copied) - step_s(0) == near(expected)
 
 
 def test_keys_and_values_cross_pinned_whatever_the_weights(planned):

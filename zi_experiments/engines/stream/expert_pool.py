@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from zi_experiments.engines.stream.routing import COPIED_TOGETHER
+from zi_experiments.engines.stream import routing
 from zi_experiments.engines.stream.slots import Needed, Slots
 
 
@@ -147,7 +147,7 @@ class Pool:
         missing = self._slots.missing(layer, experts)
         self._supply.prepare(layer, missing)
         ready = [expert for expert in missing if self._supply.is_ready(layer, expert)]
-        together = -(-COPIED_TOGETHER // self._supply.sizes[layer])
+        together = routing.together(self._supply.sizes[layer])
         parts = [ready[first : first + together] for first in range(0, len(ready), together)]
         arriving = [(part, self._copy(layer, part, needed)) for part in parts]
         if there := [expert for expert in experts if expert not in missing]:

@@ -13,7 +13,7 @@ from zi_experiments.engines.stream.expert_pool import Group, Source
 from zi_experiments.engines.stream.few_tokens import FewTokens
 from zi_experiments.engines.stream.fixed_pairs import Counts, FixedPairs
 from zi_experiments.engines.stream.quantized import expand_experts, multiplies, multiply_packed
-from zi_experiments.engines.stream.routing import COPIED_TOGETHER
+from zi_experiments.engines.stream.routing import together
 from zi_experiments.engines.stream.slab import Layout, expanded_experts, plain_experts
 
 
@@ -90,8 +90,8 @@ class RoutedExperts:
 
     def _fixed_pairs(self, index: torch.Tensor) -> FixedPairs:
         if self._fixed is None or self._fixed.shape != index.shape:
-            together = index.numel() if self._source.has_all else max(1, COPIED_TOGETHER // self._each.nbytes)
-            self._fixed = FixedPairs(index.shape, together, index.device)
+            at_once = index.numel() if self._source.has_all else together(self._each.nbytes)
+            self._fixed = FixedPairs(index.shape, at_once, index.device)
         return self._fixed
 
     def _bring(self, chosen: list[int]) -> Iterator[Group]:

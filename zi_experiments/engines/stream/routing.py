@@ -47,6 +47,11 @@ def at_once(spec: Spec, expert_bytes: int) -> int:
     return most if spec.experts_are_quantized else min(most, max(1, COPIED_TOGETHER // expert_bytes))
 
 
+def together(expert_bytes: int) -> int:
+    """Return how many experts are copied before the first of them is computed."""
+    return max(1, -(-COPIED_TOGETHER // expert_bytes))
+
+
 def stacks(layouts: Sequence[Layout]) -> list[Stack]:
     return [layout.experts for layout in layouts if layout.experts]
 
