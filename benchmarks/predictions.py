@@ -25,7 +25,7 @@ from zi_experiments.system.machines import Machine
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "predictions.md"
-RESULTS = tuple(DOCS / "results" / f"bench-{name}.json" for name in ("h200", "cpu"))
+RESULTS = tuple(DOCS / "results" / f"bench-{name}.json" for name in ("h200", "h100-80gb-hbm3", "cpu"))
 ELSEWHERE = ("-m", "tracking=", "offload.path=", "hardware.ceilings.")  # what a plan does not depend on, or has already
 NAMES = [field.name for field in fields(Calibration)]  # older records lack what was not measured then
 HEADER = """# Predictions against measurements
@@ -36,7 +36,7 @@ Written by `make test ARGS="-n 0 tests/docs/test_predictions.py --update-golden"
 Each row is a case of `make bench-gpu` or `make bench-cpu` ([`docs/results`](results)), with what its plan predicts
 before anything is loaded ([limits.md](limits.md) has the formulas). The predictions are made from the rates that
 `hardware=auto` had measured on the machine; with a GPU, PCIe (here called the link) and disk were measured right before
-the case.
+the case. Of [routed experts](experts.md) a prediction is given how many were copied: what a step brings depends on the prompt.
 
 Some of a machine is shared with others: the disk, and with a processor everything. It is measured before each run and
 after it. Of up to three runs the first counts during which disk and products have changed by less than 15 %, or else
@@ -48,7 +48,7 @@ pageable memory a core makes, and the reference profile of `deepspeed` in INT4, 
 copies. One prefill of each of those two runs was measured.
 """
 COLUMNS = (
-    *("model", "engine", "weights", "besides"),
+    *("model", "engine", "weights", "prompts", "besides"),
     *("prefill s", "predicted", "error", "mostly", "step s", "predicted", "error", "mostly", "load s", "predicted"),
 )
 
@@ -183,7 +183,8 @@ def _line(one: Compared) -> str:
     assert found.prefill_s is not None
     assert found.decode_step_s is not None
     cells = (
-        *(run.model.name, engine, f"{run.offload.name} {run.quant.name}", _besides(one.plan)),
+        *(run.model.name, engine, f"{run.offload.name} {run.quant.name}"),
+        *(f"{run.workload.sequences} × {run.workload.prompt_len}", _besides(one.plan)),
         *(f"{seen.prefill_s:.3f}", f"{found.prefill_s:.3f}", f"{100 * one.prefill_error:+.1f} %"),
         *(_mostly(found.prefill_limited_by), f"{seen.step_s:.4f}", f"{found.decode_step_s:.4f}"),
         *(f"{100 * one.step_error:+.1f} %", _mostly(found.limited_by), f"{seen.load_s:.1f}", f"{found.load_s:.1f}"),

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))  # the checkout, whether it is installed or not
 LAYERS, TOKENS, STEPS = 8, 6, 3  # of the model; generated while profiling; drawn, the last ones
 # of a mixture of experts: so many that the pool of a step's experts keeps none of another layer; drawn, the first ones
 ROUTED_LAYERS, DRAWN = 12, 5
+CHOICE_BYTES = 16  # of the numbers of two experts
 TOKEN, EXPAND = "token known", "_expand"  # the mark set below, and how the kernels' names begin
 PRODUCTS = "_by_"  # the same of products with packed experts
 MERGE_US = 100  # kernels of one layer are closer than this, under a profiler too; layers are not
@@ -131,9 +132,10 @@ def reduce_routed(events: list[dict[str, Any]]) -> dict[str, Any]:
     """The lanes of the first layers of the last step, from its first token on."""
     tokens, copies, kernels = kinds(events)
     experts = [e for e in copies if e.get("args", {}).get("bytes", 0) >= 1 << 20]
-    # each layer's choice is read back before its experts are copied, the last of these to the host before them
+    # each layer's choice is read back before its experts are copied; a token, and whether it is the last, are smaller
     back = [e for e in events if e.get("cat") == "gpu_memcpy" and "DtoH" in e["name"]]
-    back = sorted((e for e in back if tokens[-2] < e["ts"] < tokens[-1]), key=lambda e: e["ts"])
+    back = [e for e in back if e["args"]["bytes"] >= CHOICE_BYTES and tokens[-2] < e["ts"] < tokens[-1]]
+    back.sort(key=lambda e: e["ts"])
     if len(tokens) < 2 or len(back) < ROUTED_LAYERS or not experts:
         raise SystemExit(
             f"the trace has {len(tokens)} tokens, {len(back)} read-backs, {len(experts)} copies of experts"

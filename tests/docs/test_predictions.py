@@ -111,9 +111,9 @@ def test_the_page_by_hand(streamed_s):
     before, _, after = page.partition("## A Processor, 2 cores\n")
     assert "## Made Up" in before
     lines = [line for line in before.splitlines() if line.startswith("| opt-125m | stream | cpu fp16 |")]
-    assert [line.split(" | ")[3] for line in lines] == ["", "", "2 micro-batches"]
-    assert [line.split(" | ")[6] for line in lines] == ["+5.0 %", "-20.0 %", "-40.0 %"]
-    assert [line.split(" | ")[10] for line in lines] == ["+0.0 %", "+0.0 %", "-30.0 %"]
+    assert [line.split(" | ")[4] for line in lines] == ["", "", "2 micro-batches"]
+    assert [line.split(" | ")[7] for line in lines] == ["+5.0 %", "-20.0 %", "-40.0 %"]
+    assert [line.split(" | ")[11] for line in lines] == ["+0.0 %", "+0.0 %", "-30.0 %"]
     loaded = predictions.compare(cached).prediction.load_s
     assert {tuple(line.rstrip(" |").split(" | ")[-2:]) for line in lines} == {("12.3", f"{loaded:.1f}")}
     assert "prefill median 20.0 %, worst 40.0 %; decode median 0.0 %, worst 30.0 %." in before
