@@ -11,7 +11,9 @@ from zi_experiments.config.schema import ConfigError
 from zi_experiments.report import reading, runs
 
 RESULTS = DOCS / "results"
-WITHOUT_RUNS = {"experts-steps-h100.json", "families-h200.json", "kernels-h200.json", "timeline.json"}
+WITHOUT_RUNS = {
+    *("families-h200.json", "guesses.json", "kernels-h200.json", "timeline.json", "timeline-experts.json"),
+}
 
 
 def names(found):
