@@ -67,6 +67,7 @@ class Storage:
     streamed_bytes_per_step: int | None = None
     # read from disk in a decode step that reads only such experts; None: as in every pass
     disk_bytes_per_step: int | None = None
+    own_bytes_per_step: int = 0  # part of both: weights that are not experts, which do not fit on the GPU
     routes: bool = False  # True if decode steps copy and expand only the experts that tokens are routed to
     packed_tokens: int = 0  # up to so many tokens in a pass, resident weights are multiplied without being expanded
     can_compute_on_host: bool = False  # True if the host's cores can compute decode steps of layers

@@ -116,7 +116,9 @@ def _duration(plan: Plan, one: _Pass, seconds: dict[str, float]) -> float:
     if _on_host(plan, one):
         return _beside_host(plan, seconds, copies, computing)
     shorter = min(copies, computing)
-    hidden = min(shorter, _hidden_s(plan, one)) if _is_routed(plan, one) else overlap.hidden * shorter
+    hidden = overlap.hidden * shorter
+    if _is_routed(plan, one):
+        hidden = min(shorter, _hidden_s(plan, one) + _ahead_s(plan, seconds))
     return copies + computing - hidden + stalled
 
 
@@ -129,10 +131,18 @@ def _hidden_s(plan: Plan, one: _Pass) -> float:
     return min(1.0, missed) * max(0.0, 1 - last) * (_expanding_s(plan, one, experts) + _products_s(plan, one, experts))
 
 
+def _ahead_s(plan: Plan, seconds: dict[str, float]) -> float:
+    """Return the seconds of a routed step's copies, or reads, that do not wait for a choice."""
+    limit = max("link", "disk", key=lambda name: seconds[name])
+    moved = plan.streamed_bytes_per_step if limit == "link" else plan.disk_bytes_per_step
+    return seconds[limit] * plan.storage.own_bytes_per_step / moved if moved else 0.0
+
+
 def _missed(plan: Plan) -> float:
     """Return how many experts a layer brings in a decode step; 0 if they are not brought one by one."""
-    moved, each = max(plan.streamed_bytes_per_step, plan.disk_bytes_per_step), plan.storage.expert_bytes
-    return moved / each / plan.architecture.num_layers if each else 0.0
+    storage, moved = plan.storage, max(plan.streamed_bytes_per_step, plan.disk_bytes_per_step)
+    experts_bytes = moved - storage.own_bytes_per_step
+    return experts_bytes / storage.expert_bytes / plan.architecture.num_layers if storage.expert_bytes else 0.0
 
 
 def _on_host(plan: Plan, one: _Pass) -> float:

@@ -28,6 +28,7 @@ class Routed:
     copied_bytes: int  # of experts, from host memory to the device
     read: int  # of those, or on a CPU of all, the ones that were not in host memory either
     read_bytes: int  # of experts, from disk to host memory
+    own_bytes: int = 0  # of weights that are not experts and do not stay on the device, brought in these passes
 
     def since(self, before: "Routed") -> "Routed":
         """Return what was done after `before`."""

@@ -135,9 +135,9 @@ def with_counts(plan: Plan, routed: Routed | None, steps: int) -> Plan:
         return plan
     stored = plan.storage
     if stored.streamed_bytes_per_step is not None:
-        stored = replace(stored, streamed_bytes_per_step=routed.copied_bytes // steps)
+        stored = replace(stored, streamed_bytes_per_step=(routed.copied_bytes + routed.own_bytes) // steps)
     if stored.disk_bytes_per_step is not None:
-        stored = replace(stored, disk_bytes_per_step=routed.read_bytes // steps)
+        stored = replace(stored, disk_bytes_per_step=(routed.read_bytes + routed.own_bytes) // steps)
     return replace(plan, storage=stored)
 
 

@@ -92,6 +92,7 @@ def config(plan: Plan, scratch: Sequence[str]) -> dict[str, Any]:
         "most_routed_tokens": routing.most_tokens(plan) if plan.storage.routes else 0,
         "expert_slots": placement.expert_slots(plan, placed),
         "expert_host_slots": placement.host_slots(plan, placed),
+        "own_slot_bytes": placement.own_slot_bytes(plan, placed),
         "folders": list(scratch),
     }
 
@@ -104,7 +105,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     """Load the planned model: resident weights onto the device, streamed weights into slabs. Return its session."""
     import torch
 
-    from zi_experiments.engines.stream import host_cache
+    from zi_experiments.engines.stream import host_cache, own_weights
     from zi_experiments.engines.stream.device_kv_cache import make_cache
     from zi_experiments.engines.stream.host_layers import Crossing, HostLayer
     from zi_experiments.engines.stream.layers import StreamedLayer
@@ -133,6 +134,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         # allocated last: until here, quantizing weights takes this room
         expanded = torch.empty(placement.expanded_elements(placed), dtype=dtype, device=device)
     source: Any = _source(plan, store, streamed, device) if streamed else None
+    own = own_weights.planned(plan, store, device)
     on_host, micro_batches, crossing = plan.storage.host_layers, plan.run.workload.micro_batches, Crossing(device)
     layers = []
     for index, module in enumerate(modules):
@@ -146,7 +148,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
             layer.attach(source, streamed.index(index), min(on_host, default=0))
     short = None
     if plan.storage.routes or plan.storage.packed_tokens or plan.storage.recorded or on_host:
-        short = ShortPasses(plan, layers, store, streamed, cache, device)
+        short = ShortPasses(plan, layers, store, streamed, cache, own, device)
     kv_cache: Any = make_cache(plan, device)
     if short and plan.storage.recorded:
         short.record(model, kv_cache)

@@ -34,7 +34,6 @@ class RoutedExperts:
         self._names = {name.rpartition(".")[2]: name for name in each.names}
         self._counts = counts
         self._fixed: FixedPairs | None = None
-        # set while a step is recorded: what the function that it takes does between the operations is done in every step
         self.cut: Callable[[Callable[[], object]], None] | None = None
 
     @contextmanager

@@ -16,6 +16,7 @@ from zi_experiments.engines.stream.few_tokens import FewTokens
 from zi_experiments.engines.stream.fixed_pairs import Counts
 from zi_experiments.engines.stream.host_layers import HostLayer, has_room_for
 from zi_experiments.engines.stream.micro_batches import in_blocks
+from zi_experiments.engines.stream.own_weights import OwnWeights
 from zi_experiments.engines.stream.packed_linear import PackedLinears
 from zi_experiments.engines.stream.placement import LayerPlacement
 from zi_experiments.engines.stream.quantized import expand, expand_own
@@ -52,6 +53,7 @@ class StreamedLayer:
         self._index = 0
         self._experts: RoutedExperts | None = None
         self._packed: PackedLinears | None = None
+        self._own: OwnWeights | None = None
         self._few = FewTokens()
         self._first_on_host = 0
         fixed = plain_views(resident, placed.resident, self._dtype)
@@ -67,8 +69,14 @@ class StreamedLayer:
         """Return the experts that stay on the device, of shape (experts, bytes); None if the layer has none there."""
         return experts_in(self.resident, self._placed.resident) if self._placed.resident.experts else None
 
-    def shorten(self, few: FewTokens, experts: ExpertSource | None, counts: Counts) -> RoutedExperts | None:
-        """Compute passes of few tokens in other ways, with routed experts from `experts`. Return what computes them."""
+    def shorten(
+        self, few: FewTokens, experts: ExpertSource | None, counts: Counts, own: OwnWeights | None
+    ) -> RoutedExperts | None:
+        """Compute passes of few tokens in other ways, with routed experts from `experts`. Return what computes them.
+
+        `own` brings the layer's other weights that do not stay on the device.
+        """
+        self._own = own if self._placed.streamed.own_bytes else None
         self._few, packed = few, PackedLinears(self._layer, self.resident, self._placed.resident)
         self._packed = packed if packed.complete else None
         if experts is not None:
@@ -110,8 +118,8 @@ class StreamedLayer:
         if is_step and self._host is not None:
             return self._host.run(args, kwargs)
         routed: AbstractContextManager[None] = nullcontext()
-        if self._experts is not None and tokens <= self._few.routed:
-            routed = self._experts.routed()
+        if (self._experts is not None or self._own is not None) and tokens <= self._few.routed:
+            routed = self._experts.routed() if self._experts is not None else routed
         elif self._source is not None:
             return self._run_streamed(args, kwargs, is_step)
         elif self._placed.resident.experts:
@@ -137,10 +145,14 @@ class StreamedLayer:
         return output
 
     def _own_weights(self, tokens: int) -> AbstractContextManager[None]:
-        """Return a context for resident weights beside experts: they are expanded, or multiplied as packed."""
+        """Return a context for weights beside experts: they are brought, and expanded or multiplied as packed."""
         if self._packed is not None and tokens <= self._few.packed:
             return self._packed.used()
         expand_own(self.resident, self._placed.resident, self._expanded[0])
+        if self._own is not None:
+            slab = self._own.bring(self._index)
+            self._point(_as_parameters(plain_views(slab, self._placed.streamed.own, self._dtype)))
+            expand_own(slab, self._placed.streamed, self._expanded[1])
         return nullcontext()
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

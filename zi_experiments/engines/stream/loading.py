@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -151,7 +150,7 @@ class Loader:
 
     def _fill_own(self, slab: torch.Tensor, prefix: str, layout: Layout) -> Iterator[tuple[str, Callable[[], None]]]:
         """Yield each parameter's name, beside experts, and what fills its place in a slab."""
-        plain = plain_views(slab, replace(layout, experts=None), self._dtype)
+        plain = plain_views(slab, layout.own, self._dtype)
         for place in layout.plain:
             yield place.name, partial(self._weights.fill, f"{prefix}.{place.name}", plain[place.name])
         for place in layout.quantized:

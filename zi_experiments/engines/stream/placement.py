@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import groupby
 from math import ceil
@@ -10,12 +10,14 @@ from typing import Any
 
 from zi_experiments.config.schema import CacheDevice, OffloadDevice, Verify
 from zi_experiments.cost_model.inventory import Home, Stored
-from zi_experiments.cost_model.plan import Overlap, Placement, Storage
+from zi_experiments.cost_model.plan import Overlap, Placement, Plan, Storage
+from zi_experiments.cost_model.prediction import Prediction, predict
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.stream import host_share, routing, sharing
 from zi_experiments.engines.stream.slab import Layout, lay_out
 from zi_experiments.models.architecture import Parameter
 from zi_experiments.models.packing import Packing
+from zi_experiments.units import gigabytes
 
 OVERLAP = Overlap(
     hidden=1.0,
@@ -35,6 +37,9 @@ OVERLAP = Overlap(
 )
 PACKED_TOKENS = 2  # more tokens share the work to expand weights
 MOST_RECORDED = 8192  # tokens in the KV cache: a recorded step reads its whole room, whatever is used of it
+OWN_SLOTS = (
+    2  # of a ring for weights that are not experts: one is ready, one is being filled; a layer computes from a copy
+)
 BUFFERS = 4  # of one slab each, in host memory in front of the GPU's slots, when slabs come from disk
 PARALLEL = 4  # requests for one slab at a time, unless offload.aio.intra_op_parallelism sets another number
 
@@ -46,6 +51,7 @@ class LayerPlacement:
     resident: Layout  # stays on the device
     streamed: Layout  # is copied to the device in every pass
     on_disk: bool  # whether `streamed` is on disk, and not in host memory
+    in_parts: bool = False  # whether a routed pass brings experts of `streamed` alone, and its other weights alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -60,45 +66,81 @@ class _Layer:
         """The key of all experts together in `stored_bytes`, if the layer has experts."""
         return tuple(dict.fromkeys(_unit(name, p) for name, p in self.parameters if p.experts))
 
+    @property
+    def own_bytes(self) -> dict[str, int]:
+        """`stored_bytes` without experts."""
+        return {name: nbytes for name, nbytes in self.stored_bytes.items() if name not in self.experts}
+
 
 def place(spec: Spec) -> tuple[LayerPlacement, ...]:
     """Return the placement of each decoder layer, in the order in which they run."""
     layers, on_host = _layers(spec), host_share.layers(spec)
-    resident = spec.run.offload.resident
+    resident, sizes = spec.run.offload.resident, [layer.stored_bytes for layer in layers]
     if spec.run.offload.device is OffloadDevice.none:
-        return _split(spec, layers, _evenly(layers, 0, ()))
-    if resident == "auto" and _excess(spec, placed := _split(spec, layers, _evenly(layers, 0, on_host))) <= 0:
-        return placed
-    if routing.pays(spec):
-        placed = _split(spec, layers, [layer.experts for layer in layers])
-        if _excess(spec, placed) <= 0:
+        return _split(spec, layers, _evenly(sizes, 0, ()))
+    if resident == "auto":
+        whole = _fitting(spec, layers, on_host)
+    else:
+        total = sum(sum(layer.stored_bytes.values()) for layer in layers)
+        whole = _split(spec, layers, _evenly(sizes, ceil((1 - resident) * total), on_host))
+    if not routing.pays(spec) or (resident == "auto" and not any(layer.streamed.nbytes for layer in whole)):
+        return whole
+    parts = _fitting(spec, layers, (), in_parts=True)
+    if _excess(spec, parts) > 0:
+        return whole
+    return parts if not own_slot_bytes(spec, parts) or _is_faster(spec, parts, whole) else whole
+
+
+def _fitting(
+    spec: Spec, layers: list[_Layer], on_host: Collection[int], *, in_parts: bool = False
+) -> tuple[LayerPlacement, ...]:
+    """Return the placement that streams as little as possible or, if that does not fit either, everything.
+
+    `in_parts` it streams all experts, and as little as possible of the other weights.
+    """
+    sizes = [layer.own_bytes if in_parts else layer.stored_bytes for layer in layers]
+    total, needed = sum(sum(each.values()) for each in sizes), 0
+    while True:
+        streamed = _evenly(sizes, needed, on_host)
+        if in_parts:
+            streamed = [(*layer.experts, *own) for layer, own in zip(layers, streamed, strict=True)]
+        placed = _split(spec, layers, streamed, in_parts=in_parts)
+        excess = _excess(spec, placed)
+        if excess <= 0 or needed >= total:
             return placed
-    total = sum(sum(layer.stored_bytes.values()) for layer in layers)
-    if resident != "auto":
-        return _split(spec, layers, _evenly(layers, ceil((1 - resident) * total), on_host))
-    # streamed weights need slots, which take room from resident weights
-    needed = 0
-    placed = _split(spec, layers, _evenly(layers, needed, on_host))
-    while (excess := _excess(spec, placed)) > 0:
-        if needed >= total:
-            break  # nothing can stay; the planner refuses the run if even that is too much
-        needed = min(total, sum(layer.streamed.nbytes for layer in placed) + excess)
-        placed = _split(spec, layers, _evenly(layers, needed, on_host))
-    return placed
+        # streamed weights need slots, which take room from resident weights
+        sent = sum(layer.streamed.own_bytes if in_parts else layer.streamed.nbytes for layer in placed)
+        needed = min(total, sent + excess)
+
+
+def _is_faster(spec: Spec, parts: tuple[LayerPlacement, ...], whole: tuple[LayerPlacement, ...]) -> bool:
+    """Return whether a decode step of the first placement is predicted no slower; True where a rate is unknown."""
+    first, second = (_predicted(spec, placed).decode_step_s for placed in (parts, whole))
+    return first is None or second is None or first <= second
+
+
+def _predicted(spec: Spec, placed: tuple[LayerPlacement, ...]) -> Prediction:
+    known = {field.name: getattr(spec, field.name) for field in fields(Spec)}
+    return predict(Plan(**known, storage=_storage(spec, placed), pin_memory=True))
 
 
 def is_routed(spec: Spec, placed: Sequence[LayerPlacement]) -> bool:
-    """Return whether decode steps bring routed experts only: then all other weights stay on the device."""
+    """Return whether decode steps bring routed experts only: then no other weights cross together with experts."""
     streamed = [layer.streamed for layer in placed]
     copies = spec.machine.device == "cuda" and routing.stacks(streamed)
     reads = spec.run.offload.device is OffloadDevice.nvme
     # what is neither read, nor crosses, nor is expanded costs nothing
     saves = spec.experts_are_quantized or bool(copies) or reads
-    return saves and routing.pays(spec) and not any(layout.own_bytes for layout in streamed)
+    return saves and routing.pays(spec) and all(layer.in_parts or not layer.streamed.own_bytes for layer in placed)
+
+
+def own_slot_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
+    """Return the most bytes of a layer's weights that routed passes bring beside experts; 0: all of these are there."""
+    return max(layer.streamed.own_bytes for layer in placed) if is_routed(spec, placed) else 0
 
 
 def steps_in_place(spec: Spec, placed: Sequence[LayerPlacement]) -> bool:
-    """Return whether decode steps copy nothing but experts."""
+    """Return whether decode steps copy nothing, or only what has a fixed place on the device, and experts."""
     return is_routed(spec, placed) or not any(layer.streamed.nbytes for layer in placed)
 
 
@@ -141,11 +183,16 @@ def _notes(spec: Spec, placed: Sequence[LayerPlacement]) -> Iterator[str]:
     if is_routed(spec, placed):
         needed = spec.distinct_experts(spec.run.workload.batch_size)
         yield f"a decode step brings about {needed:.0f} of {spec.experts} experts of a layer: those that tokens are routed to"
+        if own_slot_bytes(spec, placed):
+            own = gigabytes(sum(layer.streamed.own_bytes for layer in placed))
+            yield f"{own} of the other weights do not fit on the GPU and cross in every step; a prompt brings whole layers"
         if cached := host_slots(spec, placed):
             of = sum(stack.count for stack in routing.stacks([layer.streamed for layer in placed]))
             yield f"host memory has room for {cached} of {of} experts; the others are read when tokens are routed to them"
     elif spec.machine.device == "cuda":
-        why = routing.obstacle(spec) or "the other weights do not fit on the GPU"
+        why = (
+            routing.obstacle(spec) or "the GPU has no room for single ones, or whole layers are predicted to be faster"
+        )
         yield f"a decode step brings all experts of a layer: {why}"
 
 
@@ -170,7 +217,11 @@ def host_slots(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
 
 def storage(spec: Spec) -> Storage:
     """Return where this engine keeps the weights. Each rank has its own copy of the resident ones."""
-    placed, ranks, on_gpu = place(spec), spec.run.hardware.num_gpus, spec.machine.device == "cuda"
+    return _storage(spec, place(spec))
+
+
+def _storage(spec: Spec, placed: tuple[LayerPlacement, ...]) -> Storage:
+    ranks, on_gpu = spec.run.hardware.num_gpus, spec.machine.device == "cuda"
     resident = _outside_bytes(spec) + sum(layer.resident.nbytes for layer in placed)
     host = sum(layer.streamed.nbytes for layer in placed if not layer.on_disk)
     disk = sum(layer.streamed.nbytes for layer in placed if layer.on_disk)
@@ -183,7 +234,9 @@ def storage(spec: Spec) -> Storage:
     copied, read = expert_slots(spec, placed), host_slots(spec, placed)
     cached = read * routing.slot_bytes(streamed)
     packed = host_share.packed_bytes(spec, on_host)
-    step_bytes = routing.per_step(spec, streamed, copied) if copied else None
+    own, own_slot = sum(layer.own_bytes for layer in streamed), own_slot_bytes(spec, placed)
+    own = own if own_slot else 0
+    step_bytes = routing.per_step(spec, streamed, copied) + own if copied else None
     if on_host and on_gpu:
         step_bytes = host + disk - sum(streamed[index].nbytes for index in on_host)
     return Storage(
@@ -198,7 +251,8 @@ def storage(spec: Spec) -> Storage:
         each_machine_has_all=each == spec.ranks_each,
         gathered_bytes=(each - 1) * (host + disk) // each if on_gpu and sharing.gathers(spec) else 0,
         streamed_bytes_per_step=step_bytes,
-        disk_bytes_per_step=routing.per_step(spec, streamed, copied, read) if read else None,
+        disk_bytes_per_step=routing.per_step(spec, streamed, copied, read) + own if read else None,
+        own_bytes_per_step=own,
         can_compute_on_host=on_gpu and host > 0 and host_share.obstacle(spec) is None,
         host_layers=on_host,
         host_kv_bytes=host_share.kv_bytes(spec, on_host) if on_gpu else 0,
@@ -207,7 +261,9 @@ def storage(spec: Spec) -> Storage:
         experts_together=routing.together(routing.slot_bytes(streamed)) if copied and not read else 1,
         packed_tokens=PACKED_TOKENS if on_gpu and steps_in_place(spec, placed) and _multiplies_packed(spec) else 0,
         recorded=on_gpu and steps_in_place(spec, placed) and _is_recorded(spec, is_routed(spec, placed)),
-        host_buffer_bytes=holders * (BUFFERS * largest + cached) + (0 if on_gpu else ranks * expanded) + packed,
+        host_buffer_bytes=holders * (BUFFERS * (largest + (own_slot if largest else 0)) + cached)
+        + (0 if on_gpu else ranks * (expanded + own_slot))
+        + packed,
         gpu_buffer_bytes=_buffer_bytes(spec, placed) if on_gpu else 0,
         cached_bytes=copied * routing.slot_bytes(streamed),
         host_cached_bytes=holders * cached,
@@ -268,25 +324,27 @@ def _outside_bytes(spec: Spec) -> int:
     return ELEMENT_BYTES * sum(p.numel for p in spec.architecture.parameters if p.layer is None)
 
 
-def _evenly(layers: list[_Layer], needed: int, whole: Collection[int]) -> list[tuple[str, ...]]:
+def _evenly(layers: list[dict[str, int]], needed: int, whole: Collection[int]) -> list[tuple[str, ...]]:
     """Return what each layer streams of `needed` bytes or more: a part of every one, so that slots are small.
 
-    The layers `whole` stream everything.
+    `layers` have the bytes of what may be streamed, the smallest first. The layers `whole` stream everything.
     """
-    left = needed - sum(sum(layers[index].stored_bytes.values()) for index in whole)
+    left = needed - sum(sum(layers[index].values()) for index in whole)
     parts, streamed, split, sent = len(layers) - len(whole), [], 0, 0
     for index, layer in enumerate(layers):
         if index in whole:
-            streamed.append(tuple(layer.stored_bytes))
+            streamed.append(tuple(layer))
             continue
         split += 1
         due = -(-max(0, left) * split // parts)
         streamed.append(tuple(_choose(layer, due - sent)))
-        sent += sum(layer.stored_bytes[name] for name in streamed[-1])
+        sent += sum(layer[name] for name in streamed[-1])
     return streamed
 
 
-def _split(spec: Spec, layers: list[_Layer], streamed: list[tuple[str, ...]]) -> tuple[LayerPlacement, ...]:
+def _split(
+    spec: Spec, layers: list[_Layer], streamed: list[tuple[str, ...]], *, in_parts: bool = False
+) -> tuple[LayerPlacement, ...]:
     """Return the placements of layers that stream what is given by its names in `stored_bytes`."""
 
     @cache
@@ -298,6 +356,7 @@ def _split(spec: Spec, layers: list[_Layer], streamed: list[tuple[str, ...]]) ->
             resident=lay_out(stays, packings),
             streamed=lay_out(goes, packings, shares=sharing.sharers(spec)),
             on_disk=False,
+            in_parts=in_parts,
         )
 
     placed = [with_streamed(layer, chosen) for layer, chosen in zip(layers, streamed, strict=True)]
@@ -312,14 +371,14 @@ def _split(spec: Spec, layers: list[_Layer], streamed: list[tuple[str, ...]]) ->
     return tuple(replace(layer, on_disk=index in sent and index not in held) for index, layer in enumerate(placed))
 
 
-def _choose(layer: _Layer, bytes_due: int) -> Iterator[str]:
+def _choose(layer: dict[str, int], bytes_due: int) -> Iterator[str]:
     """Yield names of parameters with `bytes_due` or more together: as few as possible, the last of the least size."""
-    left = list(layer.stored_bytes)
+    left = list(layer)
     while bytes_due > 0 and left:
-        enough = (name for name in left if layer.stored_bytes[name] >= bytes_due)
+        enough = (name for name in left if layer[name] >= bytes_due)
         chosen = next(enough, left[-1])
         left.remove(chosen)
-        bytes_due -= layer.stored_bytes[chosen]
+        bytes_due -= layer[chosen]
         yield chosen
 
 
@@ -373,9 +432,9 @@ def _ring_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
 
 
 def _slot_bytes(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
-    """Return the bytes of the slots for slabs, and of those for shares of them."""
-    largest = _largest(placed)
-    return slots(spec) * largest + sharing.share_slots(spec) * largest // sharing.sharers(spec)
+    """Return the bytes of the slots for slabs, for shares of them, and for what is not an expert."""
+    largest, own = _largest(placed), (OWN_SLOTS + 1) * own_slot_bytes(spec, placed)
+    return slots(spec) * largest + sharing.share_slots(spec) * largest // sharing.sharers(spec) + own
 
 
 def _largest(placed: Sequence[LayerPlacement]) -> int:
@@ -398,9 +457,10 @@ def _fitting_host(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
 
 def _host_room(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
     """Return the bytes of host memory, of each machine, beside the buffers in front of the disk."""
-    beside = BUFFERS * _largest(placed)
+    own = own_slot_bytes(spec, placed)
+    beside = BUFFERS * (_largest(placed) + own)
     if spec.machine.device == "cpu":
-        expanded = spec.ranks_each * ELEMENT_BYTES * expanded_elements(placed)
+        expanded = spec.ranks_each * (ELEMENT_BYTES * expanded_elements(placed) + own)
         return _room(spec) - sum(layer.resident.nbytes for layer in placed) - beside - expanded
     beside += spec.kv_cache_bytes // spec.run.launch.nnodes if spec.run.kv_cache.device is CacheDevice.cpu else 0
     beside += spec.process_bytes // spec.run.launch.nnodes + spec.ranks_each * _parked_bytes(spec, placed)

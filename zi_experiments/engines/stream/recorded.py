@@ -2,21 +2,21 @@
 
 A step that copies no layer is often over before Python has launched it: 20 ms for OPT-13B in INT4 on an H100, most of which
 is launching. Its operations are the same for every token if the KV cache has a fixed size, so they are recorded once.
-What depends on the router's choice cannot be recorded: a graph ends at each module of routed experts.
+What depends on the router's choice cannot be recorded: a graph ends at each module of routed experts. It also ends where
+weights arrive that do not stay on the device.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zi_experiments.engines.stream.device_kv_cache import DeviceCache
-from zi_experiments.engines.stream.experts import RoutedExperts
 from zi_experiments.engines.stream.placement import windows_slide
 
 ATTENTION = ("sdpa", "eager")
@@ -41,6 +41,13 @@ def can_record(model: Any, cache: Any) -> TypeGuard[DeviceCache]:
     )
 
 
+class Cutting(Protocol):
+    """A part of a model whose work cannot be recorded as a whole."""
+
+    # set while a step is recorded: what the function that it takes does between the operations is done in every step
+    cut: Callable[[Callable[[], object]], None] | None
+
+
 class RecordedSteps:
     """Replaces the `forward` of a model: the first decode step of a number of sequences is computed, the second recorded.
 
@@ -48,9 +55,10 @@ class RecordedSteps:
     """
 
     def __init__(
-        self, model: Any, cache: DeviceCache, experts: list[RoutedExperts], graphs: type["Graphs"] | None = None
+        self, model: Any, cache: DeviceCache, cutting: Sequence[Cutting], graphs: type["Graphs"] | None = None
     ) -> None:
-        self._cache, self._experts, self._graphs = cache, experts, graphs or Graphs
+        """`cutting` does something between operations of a step."""
+        self._cache, self._cutting, self._graphs = cache, cutting, graphs or Graphs
         self._config = model.config.get_text_config()
         self._forward = model.forward
         self._seen: tuple[int, ...] | None = None  # sequences and rooms of the last step
@@ -118,13 +126,13 @@ class RecordedSteps:
             logits: torch.Tensor = self._forward(**given).logits
             return logits
 
-        for experts in self._experts:
-            experts.cut = step.graphs.cut
+        for one in self._cutting:
+            one.cut = step.graphs.cut
         try:
             step.logits = step.graphs.record(forward)
         finally:
-            for experts in self._experts:
-                experts.cut = None
+            for one in self._cutting:
+                one.cut = None
         return step
 
 

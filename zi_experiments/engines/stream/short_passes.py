@@ -13,6 +13,7 @@ from zi_experiments.engines.stream.few_tokens import FewTokens
 from zi_experiments.engines.stream.fixed_pairs import Counts
 from zi_experiments.engines.stream.host_cache import HostCache
 from zi_experiments.engines.stream.layers import StreamedLayer
+from zi_experiments.engines.stream.own_weights import OwnWeights
 from zi_experiments.engines.stream.recorded import RecordedSteps, can_record
 from zi_experiments.engines.stream.slab import experts_in
 from zi_experiments.engines.stream.store import Store
@@ -28,9 +29,13 @@ class ShortPasses:
         store: Store,
         streamed: list[int],
         cache: HostCache | None,
+        own: OwnWeights | None,
         device: torch.device,
     ) -> None:
-        """`streamed` has the numbers of the layers that `store` has slabs of, in its order; `cache` is of those on disk."""
+        """`streamed` has the numbers of the layers that `store` has slabs of, in its order; `cache` is of those on disk.
+
+        `own` brings what is not an expert and does not stay on the device.
+        """
         stored = plan.storage
         self._few = FewTokens(
             routed=routing.most_tokens(plan) if stored.routes else 0,
@@ -40,7 +45,7 @@ class ShortPasses:
             on_host=1 if stored.host_layers else 0,
         )
         self._pool: Pool | None = None
-        self._cache = cache
+        self._cache, self._own = cache, own
         sources: dict[int, Source] = {}
         if stored.routes:
             here = {
@@ -50,7 +55,7 @@ class ShortPasses:
             sources |= self._away(plan, store, streamed, device)
         self._recorded: RecordedSteps | None = None
         self._counts = Counts(device)
-        made = [layer.shorten(self._few, sources.get(index), self._counts) for index, layer in enumerate(layers)]
+        made = [layer.shorten(self._few, sources.get(index), self._counts, own) for index, layer in enumerate(layers)]
         self._experts = [experts for experts in made if experts is not None]
 
     def _away(self, plan: Plan, store: Store, streamed: list[int], device: torch.device) -> dict[int, Source]:
@@ -72,7 +77,7 @@ class ShortPasses:
     def record(self, model: Any, cache: Any) -> None:
         """Record the operations of decode steps, if the model allows it."""
         if can_record(model, cache):
-            self._recorded = RecordedSteps(model, cache, self._experts)
+            self._recorded = RecordedSteps(model, cache, [*self._experts, *([self._own] if self._own else [])])
 
     def ways(self) -> list[AbstractContextManager[None]]:
         return [self._few.always(False), self._few.always(True)]
@@ -88,6 +93,7 @@ class ShortPasses:
             copied_bytes=self._pool.copied_bytes if self._pool else 0,
             read=self._cache.read if self._cache else 0,
             read_bytes=self._cache.read_bytes if self._cache else 0,
+            own_bytes=self._own.brought_bytes if self._own else 0,
         )
 
     def give_up(self) -> list[torch.Tensor]:

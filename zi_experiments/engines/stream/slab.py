@@ -124,6 +124,11 @@ class Layout:
         return own | (self.experts.each.packings if self.experts else {})
 
     @cached_property
+    def own(self) -> "Layout":
+        """What is before the experts."""
+        return replace(self, experts=None)
+
+    @cached_property
     def own_bytes(self) -> int:
         """Bytes before the experts."""
         return _up(self.regions[-1].stop if self.regions else self.plain_bytes, PAGE)

@@ -4,7 +4,7 @@ import ctypes
 import errno
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -172,6 +172,15 @@ class Store:
         self.sizes = sizes
         self._read_ahead()
 
+    def prefixes(self, sizes: Mapping[int, int], buffers: list[torch.Tensor]) -> "Store":
+        """Return a store of the first bytes of some slabs, given by number; it reads them beside this one.
+
+        It is closed with this one.
+        """
+        found = Store([self._slabs[number] for number in sizes], self._file, buffers)
+        found.start(list(sizes.values()))
+        return found
+
     def is_ready(self, index: int) -> bool:
         """Return whether `take` would not wait for the disk."""
         if not isinstance(self._slabs[index], int):
@@ -182,7 +191,7 @@ class Store:
         """Return a slab's bytes in host memory. Until `hand_back`, nothing else is written there."""
         slab = self._slabs[index]
         if not isinstance(slab, int):
-            return slab
+            return slab[: self.sizes[index]]
         self._read_ahead(at_least=self._taken + 1)
         for part in self._reads.popleft():
             part.result()
