@@ -93,7 +93,7 @@ class Faulty(Cli):
         ]
         weights = [path for base in (self.folder, *more) for path in base.rglob("zi-*") if path.is_dir()]
         found += ["weights" for path in weights if path.parent != self.temporary]
-        found += [f"unfinished {path.name}" for path in self.folder.rglob(".result.json.tmp")]
+        found += [f"unfinished {path.name}" for path in self.folder.rglob(".result.json.*.tmp")]
         return found + [f"shared memory {name}" for name in sorted(abandoned_shared_memory() - self.shared_before)]
 
 

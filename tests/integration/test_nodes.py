@@ -133,7 +133,6 @@ FAULTS = {
 }
 
 
-# once, on a busy machine, a cut network has left two records
 RARE = {"`kill -9` of rank 0's worker, on two machines", "the network between two machines is cut"}
 
 

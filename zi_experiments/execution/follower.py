@@ -19,7 +19,7 @@ from zi_experiments.engines import base
 from zi_experiments.execution import failures, launcher, nodes, preflight
 from zi_experiments.execution.nodes import STOP, STOPPED, Done, Failed, Over, When, Work
 from zi_experiments.results.record import Failure
-from zi_experiments.results.sinks.result_file import NAME, ResultFile, is_unfinished
+from zi_experiments.results.sinks.result_file import NAME, ResultFile
 from zi_experiments.runtime import peak_memory, progress, scratch, signals
 from zi_experiments.runtime.rendezvous import Hello, Met
 
@@ -132,11 +132,11 @@ class _Part:
         return self._end
 
     def _leave_record(self, end: failures.WorkerError) -> None:
-        """Write the record of the run, unless the first launcher, which is lost, has done so to the same folder."""
+        """Write the record of the run, unless the first launcher, which is lost, has finished it in the same folder."""
         record = self._work.record
-        if is_unfinished(self._folder, record.run.id):
-            finished = replace(record.run, finished_at=datetime.now(UTC).isoformat(timespec="milliseconds"))
-            ResultFile().write(replace(record, run=finished, status=end.status, error=end.failure))
+        finished = replace(record.run, finished_at=datetime.now(UTC).isoformat(timespec="milliseconds"))
+        record = replace(record, run=finished, status=end.status, error=end.failure)
+        if ResultFile().write_unless_finished(record):
             lines.say(f"record: {self._folder / NAME}", self._console)
 
 

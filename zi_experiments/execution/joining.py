@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import traceback
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -129,4 +130,9 @@ def _meet(launch: Any, processes: int) -> None:
         tell(f"{processes} launchers have met: {', '.join(group.hosts)}")
         return
     tell(f"launcher {met.number} of {processes}: the first, at {launch.rdzv_endpoint}, writes the record")
-    sys.exit(follower.serve(met, hello(met.number), console))
+    try:
+        code = follower.serve(met, hello(met.number), console)
+    except Exception:  # Hydra would warn, and go on to carry out the command here as well
+        traceback.print_exc()
+        code = 1
+    sys.exit(code)

@@ -1,6 +1,8 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import inf, nan
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -218,6 +220,29 @@ def test_writing_leaves_one_file_and_no_temporary_one(done, tmp_path):
     ResultFile().write(done)
 
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["result.json"]
+
+
+def test_two_that_write_at_the_same_time_leave_one_file(done, tmp_path):
+    """Launchers that have lost each other do. Each write is synchronized with the disk, during which others write."""
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(ResultFile().write, [done] * 40))  # an error is raised here
+
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["result.json"]
+
+
+def test_a_last_resort_keeps_a_finished_record_of_the_run(begun, done):
+    """Another launcher writes it when the first is lost, which may have written by then."""
+    run = replace(begun.run, finished_at="2026-11-01T12:00:00.000+00:00")
+    lost = replace(begun, run=run, status="killed")
+    path = Path(begun.folder) / "result.json"
+    ResultFile().write(begun)
+
+    assert ResultFile().write_unless_finished(lost)
+    assert json.loads(path.read_text())["status"] == "killed"
+    ResultFile().write(replace(done, run=run))
+    assert not ResultFile().write_unless_finished(lost)
+    assert json.loads(path.read_text())["status"] == "ok"
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_an_existing_result_is_replaced(begun, done, tmp_path):
