@@ -263,7 +263,8 @@ def _machine(one: Case, disk: Path | None) -> "Machine":
 
     run = compose(one.overrides)
     there = base.get(run.engine.name).disk_access(run, [disk]) if disk is not None else None
-    return suite.measure(run.hardware, machines.detect(run.hardware), there, _say)
+    gpus = run.hardware.num_gpus
+    return suite.measure(run.hardware, machines.detect(run.hardware), there, _say, gpus)
 
 
 def _bytes_on_disk(one: Case, machine: "Machine") -> int:

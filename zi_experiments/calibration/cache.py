@@ -14,15 +14,15 @@ from zi_experiments.config.schema import Calibration, Ceilings
 from zi_experiments.system.disk import Disk, existing, mount_of
 from zi_experiments.system.machines import Machine
 
-FORMAT = 7  # increased when a rate is measured differently, or the measured code becomes faster
-_NAMES = {field.name for field in (*fields(Ceilings), *fields(Calibration))} - {"source"}
+FORMAT = 8  # increased when a rate is measured differently, or the measured code becomes faster
+_NAMES = {field.name for field in (*fields(Ceilings), *fields(Calibration))} - {"source"} | {"peer_bytes_per_s"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """A machine or a disk to measure."""
+    """A machine, or a part of it, to measure."""
 
-    kind: str  # "machine", "disk" or "host-layer"
+    kind: str  # "machine", "links", "disk" or "host-layer"
     identity: dict[str, Any]  # an entry is valid only if all of it is equal
     request: dict[str, Any]  # for the process that measures
 
@@ -32,7 +32,7 @@ class Entry:
     """Measured rates of a subject."""
 
     measured_on: str  # a date
-    figures: dict[str, Any]  # by the names in `Ceilings` and `Calibration`
+    figures: dict[str, Any]  # by the names in `Ceilings`, `Calibration` and `Machine`
 
 
 def folder() -> Path:
@@ -53,6 +53,13 @@ def of_machine(machine: Machine) -> Subject:
     }
     request = {"device": machine.device, "dtypes": list(machine.dtypes)}
     return Subject(kind="machine", identity=identity, request=request)
+
+
+def of_links(machine: Machine, gpus: int) -> Subject:
+    """Return the subject of the links of so many GPUs of that machine, which are busy at the same time."""
+    peers = machine.peer_bytes_per_s is not None
+    identity = of_machine(machine).identity | {"gpus": gpus, "peers": peers}
+    return Subject(kind="links", identity=identity, request={"device": machine.device, "gpus": gpus, "peers": peers})
 
 
 def of_disk(disk: Disk, machine: Machine) -> Subject:

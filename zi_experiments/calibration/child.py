@@ -77,7 +77,7 @@ def answer(text: str) -> None:
     _end_with(request["parent"])
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)  # output of libraries goes to stderr, not into the answer
-        kinds = {"folders": _disk, "host_layer": _host_layer}
+        kinds = {"folders": _disk, "host_layer": _host_layer, "gpus": _links}
         measure = next((measure for key, measure in kinds.items() if key in request), _machine)
         json.dump(measure(request), out)
 
@@ -107,6 +107,13 @@ def _machine(request: dict[str, Any]) -> dict[str, Any]:
     from zi_experiments.calibration import figures  # imports torch, which the launcher does not need for this
 
     measured, notes = figures.measure(request["device"], request["dtypes"])
+    return {"figures": measured, "notes": notes}
+
+
+def _links(request: dict[str, Any]) -> dict[str, Any]:
+    from zi_experiments.calibration import links  # imports torch, as above
+
+    measured, notes = links.measure(request["gpus"], peers=request["peers"])
     return {"figures": measured, "notes": notes}
 
 

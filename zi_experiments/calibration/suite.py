@@ -18,7 +18,8 @@ Tell = Callable[[str], None]
 
 _NAMES = {
     "machine": "this machine",
-    "disk": "the disk of {}",
+    "links": "the links of {gpus} GPUs together",
+    "disk": "the disk of {folders}",
     "host-layer": "a decoder layer on the host's cores",
 }
 
@@ -26,14 +27,17 @@ _PATIENCE_S = 300.0  # to wait for another process that measures; it may hang or
 _INTERVAL_S = 0.1
 
 
-def known(hardware: Hardware, machine: Machine, disk: Disk | None) -> Machine:
-    """Return `machine` with cached rates, without measuring; unchanged if its `hardware` file has its own rates."""
+def known(hardware: Hardware, machine: Machine, disk: Disk | None, gpus: int = 1) -> Machine:
+    """Return `machine` with cached rates, without measuring; unchanged if its `hardware` file has its own rates.
+
+    With several `gpus`, which a run uses on this machine, links have the rate of so many at the same time.
+    """
     if hardware.name not in HERE:
         return machine
-    return _laid_under(hardware, machine, {one.kind: cache.load(one) for one in _subjects(machine, disk)})
+    return _laid_under(hardware, machine, {one.kind: cache.load(one) for one in _subjects(machine, disk, gpus)})
 
 
-def ensure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) -> Machine:
+def ensure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell, gpus: int = 1) -> Machine:
     """Return `machine` with cached rates; measure and cache the missing ones.
 
     `tell` gets a line before something that takes time, and a warning for rates that could not be measured: the run goes on
@@ -41,7 +45,7 @@ def ensure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) 
     """
     if hardware.name not in HERE:
         return machine
-    subjects = _subjects(machine, disk)
+    subjects = _subjects(machine, disk, gpus)
     entries = {one.kind: cache.load(one) for one in subjects}
     missing = [one for one in subjects if entries[one.kind] is None and _is_there(one, machine)]
     if missing:
@@ -66,19 +70,19 @@ def with_host_layer(machine: Machine, work: dict[str, Any], tell: Tell | None) -
     return replace(machine, calibration=replace(machine.calibration, **_known(entry.figures)))
 
 
-def measure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) -> Machine:
+def measure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell, gpus: int = 1) -> Machine:
     """Return `machine` with all rates measured anew."""
-    subjects = [one for one in _subjects(machine, disk) if _is_there(one, machine)]
+    subjects = [one for one in _subjects(machine, disk, gpus) if _is_there(one, machine)]
     with _turn(tell) as is_ours:
         entries = {one.kind: _measured(one, tell) for one in subjects if is_ours}
     return _laid_under(hardware, machine, entries)
 
 
-def again(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) -> Machine:
+def again(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell, gpus: int = 1) -> Machine:
     """Return `machine` with all rates measured again, because a run beat its bound: the best of old and new counts."""
     if hardware.name not in HERE:
         return machine
-    subjects = [one for one in _subjects(machine, disk) if _is_there(one, machine)]
+    subjects = [one for one in _subjects(machine, disk, gpus) if _is_there(one, machine)]
     before = {one.kind: cache.load(one) for one in subjects}
     entries = dict(before)
     with _turn(tell) as is_ours:
@@ -87,8 +91,10 @@ def again(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell) -
     return _laid_under(hardware, machine, entries)
 
 
-def _subjects(machine: Machine, disk: Disk | None) -> list[Subject]:
-    return [cache.of_machine(machine), *([cache.of_disk(disk, machine)] if disk is not None else [])]
+def _subjects(machine: Machine, disk: Disk | None, gpus: int) -> list[Subject]:
+    """Return what is measured; a figure of a later one counts."""
+    links = [cache.of_links(machine, gpus)] if 1 < gpus <= machine.gpus_visible and machine.device == "cuda" else []
+    return [cache.of_machine(machine), *links, *([cache.of_disk(disk, machine)] if disk is not None else [])]
 
 
 def _is_there(subject: Subject, machine: Machine) -> bool:
@@ -133,7 +139,8 @@ def _acquired(lock: FolderLock, tell: Tell) -> bool:
 
 def _measured(subject: Subject, tell: Tell, before: Entry | None = None) -> Entry | None:
     """Return new measurements, combined with `before`, and cache them if possible; None if measuring failed."""
-    what = _NAMES[subject.kind].format(" and ".join(subject.request.get("folders", [])))
+    asked = subject.request
+    what = _NAMES[subject.kind].format(folders=" and ".join(asked.get("folders", [])), gpus=asked.get("gpus"))
     tell(f"measuring {what} {'again' if before else 'once'}: ten to twenty seconds")
     try:
         answer = child.ask(subject.request)
@@ -163,6 +170,8 @@ def _pooled(before: Entry, now: Entry) -> Entry:
 def _laid_under(hardware: Hardware, machine: Machine, entries: dict[str, Entry | None]) -> Machine:
     """Return `machine` with measured rates: values that the user set have priority, then measured, then published ones."""
     there = {kind: entry for kind, entry in entries.items() if entry is not None}
+    if "machine" not in there:
+        there.pop("links", None)  # of no use alone
     if not there:
         return machine
     found: dict[str, Any] = _known(vars(machine.ceilings))
@@ -175,6 +184,7 @@ def _laid_under(hardware: Hardware, machine: Machine, entries: dict[str, Entry |
     typed = _known(vars(hardware.ceilings))
     arithmetic = {*machine.dtypes} if "flops" in typed else set()
     found["moments"] = {name: rates for name, rates in moments.items() if name not in typed.keys() | arithmetic}
+    peer = hardware.peer_bytes_per_s or found.get("peer_bytes_per_s", machine.peer_bytes_per_s)
     found |= typed
     found |= _known(vars(hardware.calibration)) if hardware.calibration is not None else {}
     nothing: dict[str, Any] = {field.name: None for field in fields(Calibration)} | {"gemm_flops": {}}
@@ -182,6 +192,7 @@ def _laid_under(hardware: Hardware, machine: Machine, entries: dict[str, Entry |
         machine,
         ceilings=Ceilings(**{field.name: found.get(field.name) for field in fields(Ceilings)}),
         calibration=Calibration(**{name: found.get(name, missing) for name, missing in nothing.items()}),
+        peer_bytes_per_s=peer,
     )
 
 

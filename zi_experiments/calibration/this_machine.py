@@ -24,17 +24,17 @@ def known(run: Run, folders: list[Path]) -> Machine:
     if is_here:
         scratch.check_bases("offload.path", run.offload.folders)
     machine = replace(machine, disk_free_bytes=disk.free_bytes(folders) if is_here else None)
-    return suite.known(run.hardware, machine, _disk(run, folders))
+    return suite.known(run.hardware, machine, _disk(run, folders), _gpus(run))
 
 
 def measured(run: Run, machine: Machine, folders: list[Path], tell: Callable[[str], None]) -> Machine:
     """Return `machine` with its rates, measuring those that are not cached; `tell` gets a line for what takes time."""
-    return suite.ensure(run.hardware, machine, _disk(run, folders), tell)
+    return suite.ensure(run.hardware, machine, _disk(run, folders), tell, _gpus(run))
 
 
 def measured_again(run: Run, machine: Machine, folders: list[Path], tell: Callable[[str], None]) -> Machine:
     """Return `machine` with its rates measured again, after a run that beat its bound."""
-    return suite.again(run.hardware, machine, _disk(run, folders), tell)
+    return suite.again(run.hardware, machine, _disk(run, folders), tell, _gpus(run))
 
 
 def with_host_layer(plan: Plan, tell: Callable[[str], None] | None) -> Machine:
@@ -55,6 +55,11 @@ def with_host_layer(plan: Plan, tell: Callable[[str], None] | None) -> Machine:
         "cores": list(machine.cores),
     }
     return suite.with_host_layer(machine, work, tell)
+
+
+def _gpus(run: Run) -> int:
+    """Return how many GPUs of this machine a run uses."""
+    return run.hardware.num_gpus // run.launch.nnodes
 
 
 def _disk(run: Run, folders: list[Path]) -> disk.Disk | None:

@@ -328,6 +328,25 @@ def test_a_disk_is_measured_once_for_its_settings(elsewhere, auto, on_disk):
     assert list(on_disk.folders[0].iterdir()) == []
 
 
+def test_a_run_on_several_gpus_has_the_rates_of_links_that_are_busy_together(elsewhere, auto, compose_run):
+    two = replace(elsewhere, gpus_visible=2, peer_bytes_per_s=450e9)
+    alone = {"link_bytes_per_s": 55e9, "moments": {"link_bytes_per_s": [54e9, 55e9]}}
+    together = {"link_bytes_per_s": 51e9, "peer_bytes_per_s": 240e9, "moments": {"link_bytes_per_s": [47e9, 51e9]}}
+    cache.store(cache.of_machine(two), cache.Entry(measured_on="2026-11-27", figures=alone))
+    cache.store(cache.of_links(two, 2), cache.Entry(measured_on="2026-11-27", figures=together))
+
+    one, both = (suite.known(auto, two, None, gpus) for gpus in (1, 2))
+
+    assert (one.ceilings.link_bytes_per_s, one.peer_bytes_per_s) == (55e9, 450e9)
+    assert (both.ceilings.link_bytes_per_s, both.peer_bytes_per_s) == (51e9, 240e9)
+    assert both.calibration.moments == {"link_bytes_per_s": [47e9, 51e9]}
+    typed = compose_run("hardware=auto", "hardware.peer_bytes_per_s=1e9", "hardware.ceilings.link_bytes_per_s=2e9")
+    asked = suite.known(typed.hardware, two, None, 2)
+    assert (asked.ceilings.link_bytes_per_s, asked.peer_bytes_per_s) == (2e9, 1e9)
+    here_one = suite.known(auto, replace(two, gpus_visible=1), None, 2)
+    assert here_one.ceilings.link_bytes_per_s == 55e9, "each of two machines has one"
+
+
 def test_memory_is_no_disk(elsewhere, auto):
     told = []
 
