@@ -231,7 +231,11 @@ def test_each_folder_of_a_run_has_one_result_that_says_refused(outcomes, name):
         assert message in outcomes[name].output
 
 
-@pytest.mark.parametrize("arguments", [["engine=fsdp"], ["offload=nvme", "offload.path=/nowhere"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [["engine=fsdp"], ["offload=nvme", "offload.path=/nowhere"], ["model=local", "model.path=/nowhere"]],
+    ids=str,
+)
 def test_what_is_wrong_with_any_model_is_said_before_anything_heavy_is_imported(tmp_path, arguments):
     done = Cli(tmp_path).execute(*arguments, PYTHONPROFILEIMPORTTIME="1")
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}

@@ -8,7 +8,7 @@ from zi_experiments.config.schema import Run
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.engines import base
 from zi_experiments.measurement import text
-from zi_experiments.models import contents
+from zi_experiments.models import configuration, contents
 from zi_experiments.models.architecture import Architecture
 from zi_experiments.planner import planning, search
 from zi_experiments.results import metrics
@@ -19,6 +19,7 @@ def check(run: Run) -> None:
     metrics.check(run)
     text.check(run.workload)
     base.check(run)
+    configuration.check_path(run)
 
 
 def prepare(

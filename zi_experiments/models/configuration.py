@@ -1,6 +1,8 @@
 """The Hugging Face configuration of a model: from the numbers in its YAML file, a folder, a GGUF file or the hub."""
 
+import os
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 from zi_experiments.config.schema import ConfigError, Model, Run, WeightSource
@@ -14,10 +16,38 @@ def read_config(run: Run) -> Any:
 
     With `weights=pretrained` and `weights.path`, the checkpoint's configuration is used. Raises `ConfigError`.
     """
-    source = run.weights.path if run.weights.source is WeightSource.pretrained else None
-    if source is not None or run.model.architecture is None:
-        return _from_path(source or run.model.path or "", run.trust_remote_code, run.model.revision)
-    return _from_numbers(run.model)
+    path = _path(run)
+    if path is None:
+        return _from_numbers(run.model)
+    return _from_path(path, run.trust_remote_code, run.model.revision)
+
+
+def check_path(run: Run) -> None:
+    """Raise `ConfigError` if the run reads its model from a path that is not there or cannot be read."""
+    path = _path(run)
+    if path is not None and (problem := _problem(path)):
+        raise ConfigError(f"{path} {problem}, and a model is a folder, a .gguf file or a hub name: {ANOTHER_MODEL}")
+
+
+def _path(run: Run) -> str | None:
+    """Return the path or hub name that a run's configuration is read from; None: it has its numbers in a YAML file."""
+    path = run.weights.path if run.weights.source is WeightSource.pretrained else None
+    return path or (run.model.path if run.model.architecture is None else None)
+
+
+def _problem(path: str) -> str | None:
+    """Return what is wrong with a path on this machine; None for what may be a name on the hub."""
+    found = Path(path).expanduser()
+    try:
+        mode = found.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "does not exist" if path.startswith(("/", ".", "~")) else None  # a name on the hub
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not S_ISDIR(mode) and not is_gguf(path):
+        return "is a file"
+    needed = os.R_OK | os.X_OK if S_ISDIR(mode) else os.R_OK
+    return None if os.access(found, needed, effective_ids=True) else "cannot be read (Permission denied)"
 
 
 def _from_numbers(model: Model) -> Any:
@@ -44,9 +74,6 @@ def _from_path(path: str, trusted: bool, revision: str | None) -> Any:
     source, how = source_of(path)
     if not how and Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ConfigError(f"{source} has no config.json, so it is not a Hugging Face model folder: {ANOTHER_MODEL}")
-    if not how and not Path(source).is_dir() and (path.startswith(("/", ".", "~")) or Path(path).is_file()):
-        problem = "is a file" if Path(path).expanduser().is_file() else "does not exist"
-        raise ConfigError(f"{path} {problem}, and a model is a folder, a .gguf file or a hub name: {ANOTHER_MODEL}")
     if Path(source).is_dir() and revision is not None:
         raise ConfigError(
             f"model.revision={revision} is of the hub, and {path} is on this machine: pass model.revision=null"

@@ -1,4 +1,7 @@
 import importlib
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import tiny
@@ -454,12 +457,33 @@ def test_a_model_without_layers_is_refused(compose_run, layers):
 def test_a_path_that_is_no_folder_is_refused(compose_run, path, problem):
     """The hub is not asked: no name there is a path."""
     with pytest.raises(ConfigError) as refusal:
-        description.load(compose_run("model=local", f"model.path={path}"))
+        configuration.check_path(compose_run("model=local", f"model.path={path}"))
 
     assert str(refusal.value) == (
         f"{path} {problem}, and a model is a folder, a .gguf file or a hub name: "
         "pass model=opt-125m, or model=local model.path=… of another"
     )
+
+
+@pytest.fixture
+def kept_folder():
+    """A folder that this process may not look into, for a while: root may, so it is another user meanwhile."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    folder.rmdir()
+
+
+@pytest.mark.parametrize("inside", ["", "/model", "/model.gguf"])
+def test_a_path_that_is_kept_from_this_user_is_refused(compose_run, kept_folder, inside):
+    with pytest.raises(
+        ConfigError, match=rf"^{kept_folder}{inside} cannot be read \(Permission denied\), and a model is"
+    ):
+        configuration.check_path(compose_run("model=local", f"model.path={kept_folder}{inside}"))
 
 
 @pytest.mark.parametrize("number", ["num_attention_heads=7", "num_hidden_layers=many"])
