@@ -356,9 +356,12 @@ def plain(folder: Path, bits: int):
         how = {"gguf_file": "model.gguf", "quantization_config": GgufConfig(dequantize=True)}
     else:
         how = {"quantization_config": AutoQuantizationConfig.from_pretrained(folder, dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         **({"pretrained_model_name_or_path": folder} | how), dtype=torch.bfloat16
     )
+    # compressed-tensors has put hooks into that one, which keep weights of their own
+    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
     return group_quantized(model.eval().to(device), bits)
 
 

@@ -6,20 +6,22 @@ from math import exp, log
 from statistics import harmonic_mean
 from typing import TypeVar
 
-from zi_experiments.config.schema import CacheDevice, Calibration, Quant, WeightSource
+from zi_experiments.config.schema import CacheDevice, Calibration, WeightSource
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, drawn_evenly
 from zi_experiments.models.architecture import Parameter
-from zi_experiments.models.packing import Code, Format, groupwise
+from zi_experiments.models.packing import Code
 
 APPENDED = 2  # to append to the KV cache, it is read and written
 CACHE_LAUNCH = 0.5  # overhead to move a layer's KV cache between host and GPU, as a share of a plain layer's launches
 CPU_MADE_S = 5e-9  # for one CPU thread to create a random weight
 CPU_QUANTIZED_S = 3e-9  # for a CPU to quantize a weight
-MEASURED = groupwise(Quant(name="int4", bits=4, group_size=64, group_dim=1)).format  # whose expansion calibration has
 CPU_TRAFFIC = 0.35  # share of a copy's rate that element-wise operations reach on a CPU
-# for a CPU to expand a weight, as a multiple of an INT4 one in groups: those of checkpoints' formats are looked up in a table
-CPU_EXPANSION = {Code.asymmetric: 1.0, Code.signed: 0.9, Code.e2m1: 1.8, Code.e4m3: 2.0}
+EXPANDED_BYTES = 2.5  # memory traffic for each INT4 weight that is expanded to 16 bits
+EXPANSION = {  # time to expand a weight of a checkpoint's format, as a multiple of that of an INT4 one; an H100, a Xeon
+    "cuda": {Code.asymmetric: 1.0, Code.signed: 1.5, Code.e2m1: 1.2, Code.e4m3: 1.3},
+    "cpu": {Code.asymmetric: 1.0, Code.signed: 0.9, Code.e2m1: 1.8, Code.e4m3: 2.0},
+}
 
 
 _Figure = TypeVar("_Figure")
@@ -333,21 +335,14 @@ def _expanding_s(plan: Plan, one: _Pass, parameters: list[Parameter]) -> float:
             elements += overlap.expand * _expansion(plan, p) * each
     if known.expand_elements_per_s:
         return elements / known.expand_elements_per_s
-    return _over(_expanded_bytes(MEASURED) * elements, _typical(plan, "hbm_bytes_per_s"))
+    return _over(EXPANDED_BYTES * elements, _typical(plan, "hbm_bytes_per_s"))
 
 
 def _expansion(plan: Plan, parameter: Parameter) -> float:
-    """Return the time to expand a weight, as a multiple of that of the format whose rate is measured."""
+    """Return the time to expand a weight, as a multiple of that of an INT4 one in groups, whose rate is measured."""
     packing = plan.packing(parameter)
     assert packing is not None
-    if plan.machine.device == "cpu":
-        return CPU_EXPANSION[packing.format.code]
-    return _expanded_bytes(packing.format) / _expanded_bytes(MEASURED)
-
-
-def _expanded_bytes(format: Format) -> float:
-    """Return the memory traffic to expand a weight to 16 bits, which is what a GPU spends the time on."""
-    return ELEMENT_BYTES + format.bits / 8 + sum(format.numbers) / format.group_numel
+    return EXPANSION[plan.machine.device][packing.format.code]
 
 
 def _brought(plan: Plan, one: _Pass) -> float:
