@@ -266,6 +266,59 @@ def awq(folder: Path) -> None:
     with_twin(folder, settings, change)
 
 
+# --- bitsandbytes ----------------------------------------------------------------------------------------------------
+
+# the codes of NF4, by the paper of QLoRA: quantiles of a normal distribution
+NF4 = torch.tensor(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ]
+)
+
+
+def nf4(folder: Path, is_nested: bool = False) -> None:
+    """Blocks of 64 weights; with `is_nested` their largest values are codes too, in blocks of 256."""
+    steps = torch.linspace(-1, 1, 256)
+
+    def change(weight: torch.Tensor) -> tuple[dict, torch.Tensor]:
+        blocks = weight.float().view(-1, 64)
+        largest = blocks.abs().amax(1)
+        state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+        tensors = {"weight.absmax": largest, "weight.quant_map": NF4.clone()}
+        if is_nested:
+            offset = float(largest.mean())
+            above = (largest - offset).view(-1, 256)
+            scales = above.abs().amax(1)
+            levels = (above[..., None] / scales[:, None, None] - steps).abs().argmin(-1)
+            largest = (steps[levels] * scales[:, None] + offset).flatten()
+            tensors |= {"weight.absmax": levels.flatten().to(torch.uint8)}
+            tensors |= {"weight.nested_absmax": scales, "weight.nested_quant_map": steps.clone()}
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+        codes = (blocks[..., None] / largest[:, None, None] - NF4).abs().argmin(-1).flatten().to(torch.uint8)
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        tensors |= {"weight": (codes[::2] << 4 | codes[1::2])[:, None], "weight.quant_state.bitsandbytes__nf4": text}
+        return tensors, (NF4[codes.long()].view(-1, 64) * largest[:, None]).view(weight.shape).bfloat16()
+
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    with_twin(folder, settings | {"bnb_4bit_use_double_quant": is_nested}, change)
+
+
+def nested_nf4(folder: Path) -> None:
+    nf4(folder, is_nested=True)
+
+
+def int8(folder: Path) -> None:
+    def change(weight: torch.Tensor) -> tuple[dict, torch.Tensor]:
+        largest = weight.float().abs().amax(1)
+        codes = (weight.float() * (127 / largest[:, None])).round().to(torch.int8)
+        tensors = {"weight": codes, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        return tensors, (codes * largest[:, None] / 127).bfloat16()
+
+    with_twin(folder, {"quant_method": "bitsandbytes", "load_in_8bit": True}, change)
+
+
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 
@@ -327,7 +380,9 @@ FORMATS = {
     "GGUF, Q4_0 and Q8_0": gguf,
     "GPTQ, 4 bits, reordered": gptq,
     "AWQ, 4 bits": awq,
-    "bitsandbytes": settings_alone(quant_method="bitsandbytes", load_in_4bit=True),
+    "bitsandbytes, NF4": nf4,
+    "bitsandbytes, NF4, nested": nested_nf4,
+    "bitsandbytes, INT8": int8,
     "HQQ": settings_alone(quant_method="hqq"),
     "ModelOpt": settings_alone(quant_method="modelopt", quant_algo="NVFP4"),
 }

@@ -15,22 +15,23 @@ NATIVE, *REST = CELLS
 # what `make test` computes: two cells of each format, so that each cell meets several, and whether it keeps its codes
 CHOSEN = {(name, *REST[(number + more) % len(REST)]) for number, name in enumerate(FORMATS) for more in (0, 3)}
 CHOSEN |= {(name, *NATIVE) for name in FORMATS}
-KEEPS_CODES = {name for name in FORMATS if name.startswith(("FP8", "MX")) or "INT4" in name}
+KEEPS_CODES = {name for name in FORMATS if name.startswith(("FP8", "MX", "compressed-tensors, INT4"))}
 # of a parameter, as each format's specification says: codes, and scales and zeros over the size of their groups
 BITS = {
     "MXFP8": 8 + 8 / 32,
     "MXFP4": 4 + 8 / 32,
     "compressed-tensors, INT4 in groups of 32": 4 + 16 / 32,
     "AWQ, 4 bits": 4 + (16 + 4) / 64,
+    "bitsandbytes, NF4": 4 + 32 / 64,
 }
 HEADER = """
 ## Formats of quantized weights
 
 Each row is a tiny checkpoint, written as the format is on disk: by the formulas of its specification, or by the package that
 owns the format (compressed-tensors, gguf). `equal` is as above. The reference is plain transformers with `dequantize=True`.
-For GPTQ and AWQ, which transformers cannot expand, and for FP8 whose last blocks are not whole, which transformers misreads
-or refuses, it is a 16-bit checkpoint that the tests write beside it from the codes; the verification of a run then goes
-layer by layer, and shares the expansion with the engine.
+For GPTQ, AWQ and bitsandbytes, which transformers does not expand while it loads, and for FP8 whose last blocks are not whole,
+which it misreads or refuses, it is a 16-bit checkpoint that the tests write beside it from the codes. The verification of a
+run then goes layer by layer, and shares the expansion with the engine: the console says so.
 
 Weights are read one at a time, stacked experts one expert at a time, expanded to the run's type on the device, and then kept
 in 16 bits or quantized as `quant` says. No second model is in memory or on disk. With `quant=native`, which `stream` alone

@@ -1,11 +1,13 @@
 """Quantized weights of a checkpoint become 16-bit tensors, on the device where their codes are.
 
 Where transformers or compressed-tensors has the operation, it is theirs. GPTQ and AWQ are written from their published
-layouts: the packages that have them do not install on every version of Python. Large weights are expanded in strips of rows,
-since values in 32 bits on the way would take several times the memory of the weight.
+layouts: the packages that have them do not install on every version of Python. So is bitsandbytes, whose files have all that
+it takes. Large weights are expanded in strips of rows, since values in 32 bits on the way would take several times the
+memory of the weight.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 STRIP_ELEMENTS = 1 << 24  # expanded at a time
@@ -125,3 +127,46 @@ def _unpacked(words: Any, bits: int) -> Any:
 
     shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
     return (words[..., None] >> shifts) & (2**bits - 1)
+
+
+def bitsandbytes_4bit(
+    dtype: Any,
+    codes: Any,
+    absmax: Any,
+    quant_map: Any,
+    shape: tuple[int, ...],
+    stated: Mapping[str, Any],
+    **nested: Any,
+) -> Any:
+    """Return weights of NF4 or FP4: the entries of a map that the codes name, times the largest value of their block.
+
+    These values may be codes themselves. A byte has two codes, the first in its upper half.
+    """
+    import torch
+
+    if nested:
+        blocks = nested["nested_absmax"].repeat_interleave(stated["nested_blocksize"])[: absmax.numel()]
+        absmax = nested["nested_quant_map"][absmax.int()] * blocks + stated["nested_offset"]
+    made, size = torch.empty(prod(shape), dtype=dtype, device=codes.device), stated["blocksize"]
+    stated_dtype = getattr(torch, stated["dtype"])  # to which bitsandbytes rounds
+    for strip, some, largest in zip(
+        made.split(STRIP_ELEMENTS),
+        codes.flatten().split(STRIP_ELEMENTS // 2),
+        absmax.split(STRIP_ELEMENTS // size),
+        strict=True,
+    ):
+        values = quant_map[torch.stack((some >> 4, some & 15), 1).flatten()[: strip.numel()].int()]
+        scaled = values * largest.repeat_interleave(size)[: strip.numel()]
+        strip.copy_(scaled.to(stated_dtype))
+    return made.view(shape)
+
+
+def bitsandbytes_8bit(codes: Any, scales: Any, dtype: Any) -> Any:
+    """Return weights of LLM.int8(): integers up to 127, times the largest value of their row."""
+    import torch
+
+    made = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    step = max(1, STRIP_ELEMENTS // codes.shape[1])
+    for strip, some, largest in zip(made.split(step), codes.split(step), scales.split(step), strict=True):
+        strip.copy_(some * largest[:, None].float() / 127)
+    return made

@@ -4,6 +4,7 @@ A checkpoint is shown as the 16-bit one that it was made from: the tensors that 
 points) become one `Stored` under the weight's own name, which is expanded when it is read.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -247,6 +248,29 @@ def _words(tensors: Tensors, names: tuple[str, ...]) -> Iterator[tuple[str, dict
         yield module, {one: tensors[f"{module}.{one}"] for one in names if f"{module}.{one}" in tensors}
 
 
+# --- bitsandbytes ------------------------------------------------------------------------------------------------------
+
+_STATE = ".quant_state.bitsandbytes__"
+
+
+def _bitsandbytes(settings: Mapping[str, Any], tensors: Tensors, dtype: Any) -> Iterator[tuple[str, Stored, list[str]]]:
+    for scales in [name for name in tensors if name.endswith(".SCB")]:
+        module = scales.removesuffix(".SCB")
+        weight, layout = f"{module}.weight", f"{module}.weight_format"
+        parts = {"codes": tensors[weight], "scales": tensors[scales]}
+        made_of = [name for name in (scales, layout) if name in tensors]
+        yield weight, _expanding(tensors[weight].shape, dtype, parts, expansion.bitsandbytes_8bit), made_of
+    for state in [name for name in tensors if _STATE in name]:
+        weight = state.partition(_STATE)[0]
+        names = {one: f"{weight}.{one}" for one in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")}
+        held = {one: tensors[name] for one, name in names.items() if name in tensors}
+        stated = json.loads(bytes(tensors[state].read("cpu", None).tolist()))
+        shape = tuple(stated["shape"])
+        expand = partial(expansion.bitsandbytes_4bit, shape=shape, stated=stated)
+        made_of = [state, *(names[one] for one in held)]
+        yield weight, _expanding(shape, dtype, {"codes": tensors[weight]} | held, expand), made_of
+
+
 def _never(settings: Mapping[str, Any], tensors: Tensors) -> bool:
     return False
 
@@ -258,6 +282,7 @@ _FORMATS = {
     "compressed-tensors": _Format(find=_compressed, check=_compressed_problem, package="compressed-tensors"),
     "gptq": _Format(find=_gptq, check=_gptq_problem, is_of_transformers=_never),
     "awq": _Format(find=_awq, check=_awq_problem, is_of_transformers=_never),
+    "bitsandbytes": _Format(find=_bitsandbytes, is_of_transformers=_never),
 }
 
 
