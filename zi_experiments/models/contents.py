@@ -54,12 +54,23 @@ def load(run: Run) -> Architecture:
         formats.check(settings, path)
     files = _files(path, found.config)
     if files is None:
-        return replace(found, stored=_stored_as(settings, None))
+        return _noted(found, _stored_as(settings, None))
     if not files.is_gguf:
         _check_generation(path, files.folder)
     opened = opening.open_files(files, found.config, torch.bfloat16)
     held = _held(found, files, opened, path, run.model.name)
-    return replace(held, stored=_stored_as(settings, opened))
+    return _noted(held, _stored_as(settings, opened))
+
+
+def _noted(found: Architecture, stored: StoredAs | None) -> Architecture:
+    """Return the architecture with how its weights are stored, and a note if verification expands them as the engine does."""
+    if stored is None or stored.is_expanded_by_transformers:
+        return replace(found, stored=stored)
+    note = (
+        f"transformers does not expand weights in {printable(stored.format)} as they are stored here: verification expands "
+        "them by the code that the engine has, and compares all the rest"
+    )
+    return replace(found, stored=stored, notes=(*found.notes, note))
 
 
 def _stored_as(settings: Mapping[str, Any] | None, opened: Opened | None) -> StoredAs | None:

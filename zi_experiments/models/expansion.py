@@ -147,7 +147,8 @@ def bitsandbytes_4bit(
     if nested:
         blocks = nested["nested_absmax"].repeat_interleave(stated["nested_blocksize"])[: absmax.numel()]
         absmax = nested["nested_quant_map"][absmax.int()] * blocks + stated["nested_offset"]
-    made, size = torch.empty(prod(shape), dtype=dtype, device=codes.device), stated["blocksize"]
+    made: Any = torch.empty(prod(shape), dtype=dtype, device=codes.device)
+    size = stated["blocksize"]
     stated_dtype = getattr(torch, stated["dtype"])  # to which bitsandbytes rounds
     for strip, some, largest in zip(
         made.split(STRIP_ELEMENTS),
@@ -165,7 +166,7 @@ def bitsandbytes_8bit(codes: Any, scales: Any, dtype: Any) -> Any:
     """Return weights of LLM.int8(): integers up to 127, times the largest value of their row."""
     import torch
 
-    made = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    made: Any = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     step = max(1, STRIP_ELEMENTS // codes.shape[1])
     for strip, some, largest in zip(made.split(step), codes.split(step), scales.split(step), strict=True):
         strip.copy_(some * largest[:, None].float() / 127)

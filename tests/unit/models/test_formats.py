@@ -28,7 +28,8 @@ def held(compose_run):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"quant_method": "bitsandbytes"}, "by bitsandbytes, which cannot be expanded to 16 bits here"),
+        ({"quant_method": "hqq"}, "by hqq, which cannot be expanded to 16 bits here"),
+        ({"quant_method": "bitsandbytes"}, "has no weights in the format that its config.json names, bitsandbytes"),
         ({"load_in_8bit": True}, "by an unnamed method, which"),
         (GPTQ | {"bits": 3}, "by gptq with bits=3, of which"),
         (GPTQ | {"checkpoint_format": "marlin"}, "by gptq in the format marlin"),
@@ -55,6 +56,15 @@ def test_what_cannot_be_expanded_is_refused_in_one_line(held, tmp_path, settings
     assert said in str(refused.value)
     assert ": pass weights.path=… of a" in str(refused.value)
     assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize(("write_it", "is_noted"), [(made.awq, True), (made.ragged_fp8, True), (made.block_fp8, False)])
+def test_a_note_says_where_verification_expands_weights_as_the_engine_does(held, tmp_path, write_it, is_noted):
+    write_it(tmp_path)
+    found = held(tmp_path)
+
+    assert found.stored.is_expanded_by_transformers is not is_noted
+    assert any("verification expands them by the code that the engine has" in note for note in found.notes) is is_noted
 
 
 def test_a_missing_package_is_named_with_its_command(held, tmp_path, monkeypatch):
