@@ -2,7 +2,7 @@
 
 from typing import Any
 
-WIDTH, LEFT, RIGHT, ROW, PANEL, TOP = 960, 84, 16, 26, 150, 34
+WIDTH, LEFT, RIGHT, ROW, PANEL, TOP, AXIS = 960, 84, 16, 26, 150, 34, 34
 LANES = ("link", "read back", "expand", "experts", "compute")
 STYLE = """
 text{font:13px system-ui,sans-serif;fill:#24292f}.small{font-size:11px;fill:#57606a}.back{fill:#fff}
@@ -19,17 +19,21 @@ def draw(result: dict[str, Any]) -> str:
     parts, top = [], 0.0
     for quant, recorded in result["quants"].items():
         parts += panel(result["model"], quant, recorded, top)
-        top += PANEL
+        top += max(PANEL, TOP + ROW * len(_lanes(recorded)) + AXIS)
     size = f'viewBox="0 0 {WIDTH} {top:.0f}" width="{WIDTH}" height="{top:.0f}"'
     opened = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>'
     return "\n".join([opened, f'<rect class="back" width="{WIDTH}" height="{top:.0f}"/>', *parts, "</svg>\n"])
+
+
+def _lanes(recorded: dict[str, Any]) -> list[str]:
+    return [lane for lane in LANES if recorded.get(lane)]
 
 
 def panel(model: str, quant: str, recorded: dict[str, Any], top: float) -> list[str]:
     """Rows of spans over a time axis from the first token to the last."""
     length = recorded.get("end_us", recorded["tokens_us"][-1])
     scale = (WIDTH - LEFT - RIGHT) / length
-    lanes = [lane for lane in LANES if recorded.get(lane)]
+    lanes = _lanes(recorded)
     bottom = top + TOP + ROW * len(lanes)
     busy = sum(min(at + took, length) - max(at, 0) for at, took, *_ in recorded["link"]) / length
     part = "an expert" if "expert_bytes" in recorded else "a layer"
@@ -51,10 +55,10 @@ def spans(lane: str, recorded: list[list[float]], length: float, scale: float, y
     high = f'y="{y + 2:.0f}" height="{ROW - 4}"'
     parts = [f'<text class="right" x="{LEFT - 8}" y="{y + 17:.0f}">{lane}</text>']
     parts.append(f'<rect class="lane" x="{LEFT}" width="{length * scale:.1f}" {high}/>')
-    kind = lane.replace(" ", "-")
+    kind, least = lane.replace(" ", "-"), 2.0 if lane == "read back" else 0.5  # a few µs that should be seen
     for at, took, *layer in recorded:
         x, wide = LEFT + max(at, 0) * scale, (min(at + took, length) - max(at, 0)) * scale
-        parts.append(f'<rect class="{kind}" x="{x:.2f}" width="{max(wide, 0.5):.2f}" {high}/>')
+        parts.append(f'<rect class="{kind}" x="{x:.2f}" width="{max(wide, least):.2f}" {high}/>')
         if layer and wide > 12:
             parts.append(f'<text class="number" x="{x + wide / 2:.1f}" y="{y + 17:.0f}">{layer[0]}</text>')
     return parts

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the checkout, whether it is installed or not
 LAYERS, TOKENS, STEPS = 8, 6, 3  # of the model; generated while profiling; drawn, the last ones
 # of a mixture of experts: so many that the pool of a step's experts keeps none of another layer; drawn, the first ones
-ROUTED_LAYERS, DRAWN = 12, 5
+ROUTED_LAYERS, DRAWN = 12, 4
 CHOICE_BYTES = 16  # of the numbers of two experts
 TOKEN, EXPAND = "token known", "_expand"  # the mark set below, and how the kernels' names begin
 PRODUCTS = "_by_"  # the same of products with packed experts

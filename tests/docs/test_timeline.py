@@ -37,7 +37,7 @@ def test_lanes_of_routed_experts():
 
     # up to the choice of the layer after those that are drawn
     assert found["end_us"] == 100 + timeline.DRAWN * LAYER + 210
-    assert [layer for *_, layer in found["link"]] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert [layer for *_, layer in found["link"]] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [at for at, _ in found["read back"]] == [310 + layer * LAYER for layer in range(timeline.DRAWN)]
     assert found["experts"][:2] == [[2310, 80], [4310, 80]]
     assert found["compute"][:2] == [[100, 200], [100 + LAYER, 200]]
@@ -48,3 +48,13 @@ def test_pictures_are_drawn_of_what_was_recorded(name):
     recorded = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
 
     assert picture.draw(recorded) == (ROOT / "docs" / f"{name}.svg").read_text()
+
+
+def test_all_lanes_and_the_axis_fit():
+    lanes = {lane: [[0.0, 1000.0]] for lane in picture.LANES}
+    recorded = lanes | {"expert_bytes": 1e6, "tokens_us": [0.0], "end_us": 2000.0}
+
+    drawn = picture.draw({"model": "a model", "quants": {"int4": recorded}})
+
+    height = int(drawn.partition('height="')[2].partition('"')[0])
+    assert max(int(each.partition('"')[0]) for each in drawn.split(' y="')[1:]) < height
