@@ -8,6 +8,7 @@ what this layer's router was given; `guessed` is the share of the next layer's e
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def main() -> None:
     import transformers
 
     made_by = {
-        "command": "python benchmarks/guesses.py",
+        "command": shlex.join(["python", "benchmarks/guesses.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
