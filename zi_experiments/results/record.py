@@ -117,6 +117,7 @@ def describe_plan(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "parked_bytes": plan.storage.parked_bytes,
         "streamed_bytes_per_pass": plan.streamed_bytes_per_pass,
         "streamed_bytes_per_step": plan.streamed_bytes_per_step,
+        "own_bytes_per_step": plan.storage.own_bytes_per_step,
         "host_layers": list(plan.storage.host_layers),
         "host_kv_bytes": plan.storage.host_kv_bytes,
         "disk_bytes_per_pass": plan.disk_bytes_per_pass,
