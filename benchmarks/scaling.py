@@ -4,9 +4,11 @@ python benchmarks/scaling.py [--output FILE]
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import chain
+from statistics import median
 from typing import Any
 
 from predictions import DOCS, compare, error, machine_of, runs, write
@@ -22,6 +24,7 @@ from zi_experiments.system.machines import Machine
 PAGE = DOCS / "scaling.md"
 GPU = DOCS / "results" / "one-sequence-before-h100.json"  # has all rates of an H100
 MEASURED = DOCS / "results" / "scaling-h100.json"
+COPIES = DOCS / "results" / "scaling-copies-h100.json"
 EACH = 8  # GPUs of a machine
 GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)
 HOST_BYTES = 2_000_000_000_000  # of a machine
@@ -65,9 +68,11 @@ What limits them:
   machines have twice the throughput at twice the price. No network is counted: nothing crosses it but prompts and tokens.
 - **Experts**: one GPU brings those that tokens are routed to. With several, all are brought, so a token takes longer with two
   GPUs than with one here.
-- **The links between GPUs** would be the limit if N − 1 GPUs brought more than NVLink takes: 7 · 55 GB/s are below 450.
-- **Host memory** is read by all links of a machine at once: eight of them take 440 GB/s, which a machine may not have. The
-  prediction does not count it.
+- **The links between GPUs** would be the limit if N − 1 GPUs brought more than NVLink takes. The predictions have the
+  vendor's 450 GB/s in one direction, and 7 · 55 are less. Two GPUs gathered 235 to 262 GB/s.
+- **Host memory** is read by all links of a machine at once: eight of them take 440 GB/s, which a machine may not have.
+  These predictions do not count it, since they have the rates of one GPU. A run measures its links while all are busy,
+  and its own plan has that.
 
 Eight such GPUs hold either model's INT4 weights together. An engine that splits matrices over GPUs would stream nothing there;
 this project measures what to do with fewer.
@@ -77,8 +82,31 @@ this project measures what to do with fewer.
 MEASURED_TEXT = f"""Two H100 of one machine, PCIe 5 and NVLink, `hardware=auto`, prompts of 128 tokens, 16 new ones: one GPU
 against two, with the same sequences in all ([`{MEASURED.name}`](results/{MEASURED.name})).
 "Of all links" is what crosses in a decode step over what all links together can bring, by the best moment that was measured;
-predictions take the mean. The gathered run is of another job and machine: it took 19 % longer than predicted, and why is not
-known yet. The predicted steps above, from two GPUs on, assume that gathering costs no time.
+predictions take the mean. These are rates of one link alone, which two at the same time do not reach.
+"""
+
+COPIES_TEXT = f"""## What two GPUs wait for
+
+Copies and gathers of OPT-13B, each between two CUDA events ([`{COPIES.name}`](results/{COPIES.name})). Links were
+measured right before and after, with nothing beside them, in GB/s of each GPU. "Copying" is the share of a decode step
+during which a GPU's copies run, and "rate" that of its copies. A step is the median of two passes without these events.
+
+"""
+COPIES_RESULT = """
+**The links do not wait for gathers.** They copy during 99.3 % of a step or more, with the gathers beside them, and a step
+without any gather, which computes nonsense, takes as long. (In one row the host once stopped for 0.2 s. With 4 blocks of
+threads a gather takes as long as a copy.) Peer copies in place of the all-gather, or more slots, bring nothing beyond the
+spread of one variant.
+
+**The copies themselves are slower** with two GPUs: both links at once have 87 to 97 % of the rate of one alone, without any
+model, and up to a tenth less in some runs. It changes within seconds: the same variant had 44.7 and 49.1 GB/s half a minute
+apart, and single copies of 12 to 13 ms lie among those of 6. Others use the host of this virtual machine. It shows one NUMA
+node, and which half of its cores touched the memory first made no difference. So two GPUs were 1.6 to 2.1 times as fast as
+one. Bounds and predictions of a run on several GPUs have the rate of links that are busy together.
+
+**Launching takes longer** with two ranks: 0.7 to 1.6 ms of the host's time for a layer, where one rank takes 0.7 (with the
+events). Why is not known. It hides behind copies of 1.6 ms and more; smaller slabs have to wait for it: OPT-1.3B in INT4
+takes 38 ms a step on two GPUs.
 """
 
 
@@ -117,6 +145,8 @@ def page(measured: dict[str, Any]) -> str:
             "of all links",
         )
         made += f"\n## Measured\n\n{MEASURED_TEXT}\n{_table(columns, _measured(measured))}"
+    columns = ("weights", "how", "one link", "all links", "copying", "rate", "step s")
+    made += f"\n{COPIES_TEXT}{_table(columns, _copied(json.loads(COPIES.read_text(encoding='utf-8'))))}{COPIES_RESULT}"
     return made
 
 
@@ -162,6 +192,27 @@ def _measured(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             *(str(run.workload.sequences), f"{one.step_s:.4f}", f"{compared.prediction.decode_step_s:.4f}"),
             *(f"{100 * error(compared.prediction.decode_step_s, one.step_s):+.1f} %", f"{share:.2f}"),
         )
+
+
+def _copied(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for name, run in found["runs"].items():
+        alone = _range(chain.from_iterable((run["links_alone_bytes_per_s"] or {}).values()))
+        together = _range(chain.from_iterable(run["links_together_bytes_per_s"].values()))
+        if not alone:
+            alone, together = together, ""
+        for one in run["variants"]:
+            copying = min(rank["copying"] for rank in one["ranks"])
+            rate, step_ms = (
+                _range(rank["bytes_per_s"] for rank in one["ranks"]),
+                median(chain.from_iterable(one["step_ms"])),
+            )
+            yield name, one["what"], alone, together, f"{100 * copying:.1f} %", rate, f"{step_ms / 1e3:.4f}"
+
+
+def _range(rates: Iterable[float]) -> str:
+    """The lowest and the highest rate in GB/s; nothing for none."""
+    shown = [f"{rate / 1e9:.1f}" for rate in sorted(rates)]
+    return " to ".join(dict.fromkeys([*shown[:1], *shown[-1:]]))
 
 
 def load() -> dict[str, Any]:
