@@ -79,10 +79,11 @@ this project measures what to do with fewer.
 """
 
 
-MEASURED_TEXT = f"""Two H100 of one machine, PCIe 5 and NVLink, `hardware=auto`, prompts of 128 tokens, 16 new ones: one GPU
-against two, with the same sequences in all ([`{MEASURED.name}`](results/{MEASURED.name})).
+MEASURED_TEXT = f"""Two H100 of one machine, PCIe 5 and NVLink, `hardware=auto`, prompts of 128 tokens, 16 new ones
+(DeepSpeed: 8): one GPU against two, with the same sequences in all ([`{MEASURED.name}`](results/{MEASURED.name})).
 "Of all links" is what crosses in a decode step over what all links together can bring, by the best moment that was measured;
-predictions take the mean. These are rates of one link alone, which two at the same time do not reach.
+predictions take the mean. These are rates of one link alone, which two at the same time do not reach. What DeepSpeed's
+all-gathers take is not in its prediction.
 """
 
 COPIES_TEXT = f"""## What two GPUs wait for
@@ -134,6 +135,7 @@ def page(measured: dict[str, Any]) -> str:
     made += LIMITED
     if measured:
         columns = (
+            "engine",
             "model",
             "weights",
             "GPUs",
@@ -187,11 +189,15 @@ def _measured(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         assert compared.prediction.decode_step_s
         share = link / one.machine.ceilings.link_bytes_per_s / run.hardware.num_gpus
         yield (
-            *(run.model.name, f"{run.offload.name} {run.quant.name}", str(run.hardware.num_gpus)),
-            "a share, gathered" if case["engine_config"]["share_slots"] else "all",
+            *(run.engine.name, run.model.name, f"{run.offload.name} {run.quant.name}", str(run.hardware.num_gpus)),
+            "a share, gathered" if run.hardware.num_gpus > 1 and _has_shares(case["engine_config"]) else "all",
             *(str(run.workload.sequences), f"{one.step_s:.4f}", f"{compared.prediction.decode_step_s:.4f}"),
             *(f"{100 * error(compared.prediction.decode_step_s, one.step_s):+.1f} %", f"{share:.2f}"),
         )
+
+
+def _has_shares(of_stream: dict[str, Any] | None) -> bool:
+    return of_stream is None or bool(of_stream["share_slots"])  # DeepSpeed always has
 
 
 def _copied(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:

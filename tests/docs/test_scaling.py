@@ -47,8 +47,8 @@ def test_the_page_is_what_is_generated(pytestconfig):
 
 @pytest.mark.parametrize(("gathers", "count", "most"), [(False, 4, 0.1), (True, 1, 0.2)])
 def test_what_was_measured_is_near_what_is_predicted(gathers, count, most):
-    """A gathered step takes longer than predicted, which the page says."""
-    compared = map(compare, runs(scaling.load()))
+    """A gathered step takes longer than predicted, which the page says. DeepSpeed's gathers are not predicted."""
+    compared = [one for one in map(compare, runs(scaling.load())) if one.plan.run.engine.name == "stream"]
     errors = [abs(one.step_error) for one in compared if (one.plan.storage.gathered_bytes > 0) is gathers]
 
     assert len(errors) == count
