@@ -181,7 +181,6 @@ def storage(spec: Spec) -> Storage:
     brought = holders if sharing.gathers(spec) else ranks  # how often each weight crosses in a pass
     copied, read = expert_slots(spec, placed), host_slots(spec, placed)
     cached = read * routing.slot_bytes(streamed)
-    packed = host_share.packed_bytes(spec, on_host)
     step_bytes = routing.per_step(spec, streamed, copied) if copied else None
     if on_host and on_gpu:
         step_bytes = host + disk - sum(streamed[index].nbytes for index in on_host)
@@ -204,7 +203,7 @@ def storage(spec: Spec) -> Storage:
         routes=is_routed(spec, placed),
         packed_tokens=PACKED_TOKENS if on_gpu and steps_in_place(spec, placed) and _multiplies_packed(spec) else 0,
         recorded=on_gpu and steps_in_place(spec, placed) and _is_recorded(spec, is_routed(spec, placed)),
-        host_buffer_bytes=holders * (BUFFERS * largest + cached) + (0 if on_gpu else ranks * expanded) + packed,
+        host_buffer_bytes=holders * (BUFFERS * largest + cached) + (0 if on_gpu else ranks * expanded),
         gpu_buffer_bytes=_buffer_bytes(spec, placed) if on_gpu else 0,
         cached_bytes=copied * routing.slot_bytes(streamed),
         host_cached_bytes=holders * cached,
