@@ -161,6 +161,22 @@ def test_weights_are_there_once(loaded):
         assert slab.data_ptr() <= parameter.data_ptr() < slab.data_ptr() + slab.nbytes
 
 
+def test_what_fails_on_the_host_is_raised(loaded):
+    """It fails in the thread that computes there; later passes are right."""
+    _, session, _ = loaded("llama", 0.5)
+    tokens, module = session.generate(IDS, 6, None), decoder_layers(session.model)[1][4].forward.__self__._host._module
+
+    def fail(*_):
+        raise ArithmeticError("a layer on the host")
+
+    hook = module.register_forward_pre_hook(fail)
+    with pytest.raises(ArithmeticError, match="a layer on the host"):
+        session.generate(IDS, 6, None)
+    hook.remove()
+
+    assert torch.equal(session.generate(IDS, 6, None), tokens)
+
+
 def test_a_cache_that_the_host_cannot_append_to_is_computed_on_the_gpu(checkpoint, loaded):
     tokens = checkpoint("llama")[2]
     _, session, seen = loaded("llama", 0.5)
