@@ -48,7 +48,8 @@ def with_host_layer(plan: Plan, tell: Callable[[str], None] | None) -> Machine:
     work = {
         "config": plan.architecture.config.to_dict(),
         "dtype": plan.dtype,
-        "group_size": run.quant.group_size,  # of INT4 weights
+        "bits": run.quant.bits,
+        "group_size": run.quant.group_size,
         "rows": run.workload.batch_size,
         "tokens": run.workload.prompt_len + run.workload.gen_len // 2,
         "threads": machines.cpu_threads(run.hardware, machine),

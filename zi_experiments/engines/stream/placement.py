@@ -233,7 +233,6 @@ def _storage(spec: Spec, placed: tuple[LayerPlacement, ...]) -> Storage:
     brought = holders if sharing.gathers(spec) else ranks  # how often each weight crosses in a pass
     copied, read = expert_slots(spec, placed), host_slots(spec, placed)
     cached = read * routing.slot_bytes(streamed)
-    packed = host_share.packed_bytes(spec, on_host)
     own, own_slot = sum(layer.own_bytes for layer in streamed), own_slot_bytes(spec, placed)
     own = own if own_slot else 0
     step_bytes = routing.per_step(spec, streamed, copied) + own if copied else None
@@ -262,8 +261,7 @@ def _storage(spec: Spec, placed: tuple[LayerPlacement, ...]) -> Storage:
         packed_tokens=PACKED_TOKENS if on_gpu and steps_in_place(spec, placed) and _multiplies_packed(spec) else 0,
         recorded=on_gpu and steps_in_place(spec, placed) and _is_recorded(spec, is_routed(spec, placed)),
         host_buffer_bytes=holders * (BUFFERS * (largest + (own_slot if largest else 0)) + cached)
-        + (0 if on_gpu else ranks * (expanded + own_slot))
-        + packed,
+        + (0 if on_gpu else ranks * (expanded + own_slot)),
         gpu_buffer_bytes=_buffer_bytes(spec, placed) if on_gpu else 0,
         cached_bytes=copied * routing.slot_bytes(streamed),
         host_cached_bytes=holders * cached,
