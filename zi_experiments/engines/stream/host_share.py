@@ -1,8 +1,11 @@
 """Which decoder layers compute decode steps on the host, and what that takes of memory. Figures only."""
 
+from collections.abc import Iterable
+
 from zi_experiments.config.schema import CacheDevice, OffloadDevice
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.stream import routing
+from zi_experiments.models.architecture import Parameter
 
 GROUP_STEP = 32  # groups that the host's products support are multiples of it
 
@@ -14,7 +17,7 @@ def obstacle(spec: Spec) -> str | None:
         return "the host computes layers with one GPU only"
     if run.offload.device is OffloadDevice.nvme:
         return "the host computes layers from host memory only, not from disk"
-    if run.quant.is_quantized and not _multiplies(spec):
+    if run.quant.is_quantized and not _multiplies_layers(spec):
         return f"the host computes 16-bit layers, and linear layers quantized in groups of a multiple of {GROUP_STEP} inputs"
     if routing.pays(spec):
         return "experts are brought one by one, and the host computes whole layers"
@@ -25,13 +28,18 @@ def obstacle(spec: Spec) -> str | None:
     return None
 
 
-def _multiplies(spec: Spec) -> bool:
+def _multiplies_layers(spec: Spec) -> bool:
     """Return whether the host's product supports all quantized weights of the layers."""
+    quantized = [p for p in spec.architecture.parameters if p.layer is not None and spec.is_quantized(p)]
+    return not any(p.experts for p in quantized) and multiplies(spec, quantized)
+
+
+def multiplies(spec: Spec, quantized: Iterable[Parameter]) -> bool:
+    """Return whether the host's product supports these quantized weights."""
     quant = spec.run.quant
     if quant.bits is None or quant.group_dim != 1 or quant.group_size is None or quant.group_size % GROUP_STEP:
         return False
-    quantized = [p for p in spec.architecture.parameters if p.layer is not None and spec.is_quantized(p)]
-    return all(p.is_linear and p.shape[1] % quant.group_size == 0 for p in quantized)
+    return all(p.is_linear and p.shape[-1] % quant.group_size == 0 for p in quantized)
 
 
 def layers(spec: Spec) -> tuple[int, ...]:
