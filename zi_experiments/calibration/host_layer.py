@@ -1,10 +1,9 @@
 """How long a decoder layer of a run takes on the host's cores in a decode step, alone and while copies to the GPU run."""
 
 import os
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from zi_experiments.calibration.rates import COPY_BYTES
+from zi_experiments.calibration import rates
 from zi_experiments.engines.host_kv_cache import HostCache, HostLayer
-from zi_experiments.engines.stream import host_int4
+from zi_experiments.engines.stream import host_product
 from zi_experiments.models import weights
 from zi_experiments.models.structure import decoder_layers
 from zi_experiments.runtime.pinned_memory import host_empty
@@ -26,25 +25,32 @@ ROOM = 8  # tokens beside those that attention reads
 
 
 def measure(
-    config: dict[str, Any], dtype: str, group_size: int | None, rows: int, tokens: int, threads: int, cores: list[int]
+    config: dict[str, Any],
+    dtype: str,
+    bits: int,
+    group_size: int | None,
+    rows: int,
+    tokens: int,
+    threads: int,
+    cores: list[int],
 ) -> dict[str, float | None]:
     """Return figures by their names in `Calibration`, for `rows` sequences that attend to so many `tokens`.
 
-    `config` is the model's `config.json`; `group_size` that of INT4 weights, None in 16 bits.
+    `config` is the model's `config.json`; `bits` those of a weight, in groups of `group_size`, None in 16 bits.
     """
     if torch.cuda.is_available():
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads)
     model = weights.empty_model(weights.RandomWeights(0), AutoConfig.for_model(**config), getattr(torch, dtype), "cpu")
-    layers = _cut(model, 1 if group_size is None else 4)
-    if group_size is not None:
-        _quantize(layers, group_size)
+    layers = _cut(model, 16 // bits)
+    for layer in layers:
+        host_product.use(layer, _packed(layer, bits, group_size) if group_size is not None else {})
     _fill(model)
     cache = HostCache(model.config, "cpu", rows, tokens + ROOM)
     with torch.inference_mode():
         alone_s, busy_s, link = _layer_s(model, layers, cache, rows, tokens), None, None
         if torch.cuda.is_available():
-            with _copies() as copied:
+            with rates.copies() as copied:
                 before, began = copied[0], time.perf_counter()
                 busy_s = _layer_s(model, layers, cache, rows, tokens)
                 link = (copied[0] - before) / (time.perf_counter() - began)
@@ -60,21 +66,16 @@ def _cut(model: nn.Module, smaller: int) -> list[nn.Module]:
     return list(layers)
 
 
-def _quantize(layers: list[nn.Module], group_size: int) -> None:
-    """Give all linear layers INT4 weights, of equal values in equal shapes; each has memory of its own."""
-    made: dict[tuple[int, ...], host_int4.Matrix] = {}
-    for layer in layers:
-        found = {}
-        for path, module in layer.named_modules():
-            if type(module) is nn.Linear:
-                weight = module.weight
-                shape = tuple(weight.shape)
-                if shape not in made:
-                    codes = torch.arange(weight.numel(), dtype=torch.int32).remainder_(16).view(shape)
-                    groups = torch.full((shape[1] // group_size, shape[0], 2), 0.01, dtype=weight.dtype)
-                    made[shape] = host_int4.packed(codes), groups
-                found[f"{path}.weight"] = made[shape][0].clone(), made[shape][1].clone()
-        host_int4.use(layer, found, group_size)
+def _packed(layer: nn.Module, bits: int, group_size: int) -> dict[str, Callable[[Any], nn.Module]]:
+    """Return what makes linear layers with packed weights, by the names of these; each has memory of its own."""
+    found: dict[str, Callable[[Any], nn.Module]] = {}
+    for path, module in layer.named_modules():
+        if type(module) is nn.Linear:
+            numel, shape = module.weight.numel(), tuple(module.weight.shape)
+            codes = host_empty(numel * bits // 8, torch.uint8, pinned=False).fill_(0x5A)
+            groups = (torch.full((numel // group_size,), value, dtype=module.weight.dtype) for value in (100.0, -0.05))
+            found[f"{path}.weight"] = partial(host_product.HostLinear, (codes, *groups), shape, bits)
+    return found
 
 
 def _fill(model: nn.Module) -> None:
@@ -86,7 +87,7 @@ def _fill(model: nn.Module) -> None:
             if parameter is None:
                 continue
             if id(parameter) not in made:
-                value = torch.empty(parameter.numel(), dtype=parameter.dtype)
+                value = host_empty(parameter.numel(), parameter.dtype, pinned=False)  # in pages as slabs have
                 for start in range(0, len(value), len(some)):
                     part = value[start : start + len(some)]
                     part.copy_(some[: len(part)])
@@ -114,34 +115,3 @@ def _layer_s(model: Any, layers: list[nn.Module], cache: HostCache, rows: int, t
         for hook in hooks:
             hook.remove()
     return median(steps[1:])  # the first allocates
-
-
-@contextmanager
-def _copies() -> Iterator[list[int]]:
-    """Copy from pinned memory to the GPU, one copy after the other, in the context. Yield the bytes so far, in a list."""
-    host, there = (
-        host_empty(COPY_BYTES, torch.uint8, pinned=True),
-        torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda"),
-    )
-    copied, ended = [0], threading.Event()
-
-    @torch.inference_mode()  # it is per thread
-    def copy() -> None:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        under_way = []
-        while not ended.is_set():
-            with torch.cuda.stream(stream):
-                there.copy_(host, non_blocking=True)
-                under_way.append(stream.record_event())
-            if len(under_way) > 1:
-                under_way.pop(0).synchronize()
-                copied[0] += COPY_BYTES
-        stream.synchronize()
-
-    thread = threading.Thread(target=copy)
-    thread.start()
-    try:
-        yield copied
-    finally:
-        ended.set()
-        thread.join()

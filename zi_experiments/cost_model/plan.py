@@ -72,13 +72,16 @@ class Storage:
     packed_tokens: int = 0  # up to so many tokens in a pass, resident weights are multiplied without being expanded
     can_compute_on_host: bool = False  # True if the host's cores can compute decode steps of layers
     host_layers: tuple[int, ...] = ()  # layers whose decode steps the host's cores compute, by number
+    can_compute_experts_on_host: bool = False  # True if the cores can compute experts that are not on the device
+    host_experts: float = 0.0  # share of the host's cores in the work of experts that are not on the device
+    host_bytes_per_step: int = 0  # of experts that the cores compute in a decode step, if routing spreads evenly
     host_kv_bytes: int = 0  # part of the KV cache that is in host memory because the host computes its layers
     expert_bytes: int = 0  # of one of the experts that are copied or read alone
     experts_together: int = 1  # so many are copied before the first of them is computed
     recorded: bool = False  # True if the operations of a decode step are launched at once
     each_machine_has_all: bool = False  # True if each machine holds all weights outside GPUs; False: each has a part
     gathered_bytes: int = 0  # of weights: what each GPU receives from others in a pass
-    host_buffer_bytes: int = 0  # between disk and device; INT4 weights in the layout of the host's products
+    host_buffer_bytes: int = 0  # between disk and device
     host_cached_bytes: int = 0  # part of these: experts whose weights are on disk
     gpu_buffer_bytes: int = 0  # on each GPU: for weights that are copied or expanded
     cached_bytes: int = 0  # part of the GPU buffers: experts that may be given up at any time
@@ -88,6 +91,11 @@ class Storage:
     locked_bytes: int = 0  # part of the host buffers that the process itself locks in memory
     notes: tuple[str, ...] = ()  # on how the engine runs the model
     overlap: Overlap
+
+    @property
+    def uses_host(self) -> bool:
+        """Whether the host's cores compute layers or experts in decode steps."""
+        return bool(self.host_layers) or self.host_experts > 0
 
 
 @dataclass(frozen=True, kw_only=True)

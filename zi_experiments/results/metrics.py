@@ -7,6 +7,7 @@ from statistics import median, quantiles
 from zi_experiments.config import errors
 from zi_experiments.config.schema import ConfigError, Run
 from zi_experiments.cost_model.bound import lower_bound
+from zi_experiments.cost_model.machine_bound import machine_bound_s
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction, cost_per_million_tokens, predict
 from zi_experiments.engines.base import Routed
@@ -35,12 +36,14 @@ class Metrics:
     link_bytes_per_s: float | None  # bytes that had to cross PCIe in one pass / median decode step
     disk_bytes_per_s: float | None  # bytes that had to be read from disk in one pass / median decode step
     experts_per_layer: float | None  # distinct routed experts of a layer in a decode step; None if all are brought
+    experts_per_layer_on_host: float | None  # of these, the ones that the host computes; None if it computes none
     expert_hit_rate: float | None  # share of them that was on the device; None if none is ever copied alone
     expert_host_hit_rate: (
         float | None
     )  # share of those not on the device that was in host memory; None if none is on disk
     fraction_of_bound: float | None  # lower bound of a decode step / median decode step
     prefill_fraction_of_bound: float | None
+    fraction_of_machine_bound: float | None  # the same of a decode step, over all placements on this machine
     prefill_prediction_error: float | None  # predicted / measured − 1, of ttft_s
     decode_prediction_error: float | None  # predicted / measured − 1, of the median decode step
     perplexity: float | None  # of the weights on workload.text; None without a text
@@ -84,7 +87,7 @@ def derive(
     if (routed_plan := as_routed(plan, samples)) is not plan:
         plan, prediction = routed_plan, predict(routed_plan)
     work, passes, routed = plan.run.workload, samples.measured, _routed(samples)
-    batch, bound = work.sequences, lower_bound(plan)
+    batch, bound, machine_s = work.sequences, lower_bound(plan), machine_bound_s(plan)
     prefill = [batch * work.prompt_len / one.ttft_s for one in passes]
     total = [batch * work.gen_len / one.total_s for one in passes]
     decode = [batch * len(one.step_s) / sum(one.step_s) for one in passes if one.step_s]
@@ -108,10 +111,12 @@ def derive(
         link_bytes_per_s=plan.link_bytes_per_pass / step if step else None,
         disk_bytes_per_s=plan.disk_bytes_per_step / step if step else None,
         experts_per_layer=routed.experts / routed.layers if routed else None,
-        expert_hit_rate=1 - routed.copied / routed.experts if routed and plan.storage.cached_bytes else None,
+        experts_per_layer_on_host=routed.on_host / routed.layers if routed and plan.storage.host_experts else None,
+        expert_hit_rate=_hit_rate(plan, routed) if routed else None,
         expert_host_hit_rate=_host_hit_rate(plan, routed) if routed else None,
         fraction_of_bound=bound.decode_step_s / step if step and bound.decode_step_s else None,
         prefill_fraction_of_bound=bound.prefill_s / ttft if bound.prefill_s else None,
+        fraction_of_machine_bound=machine_s / step if step and machine_s else None,
         prefill_prediction_error=prediction.prefill_s / ttft - 1 if prediction.prefill_s else None,
         decode_prediction_error=prediction.decode_step_s / step - 1 if step and prediction.decode_step_s else None,
         perplexity=perplexity,
@@ -136,9 +141,16 @@ def with_counts(plan: Plan, routed: Routed | None, steps: int) -> Plan:
     stored = plan.storage
     if stored.streamed_bytes_per_step is not None:
         stored = replace(stored, streamed_bytes_per_step=(routed.copied_bytes + routed.own_bytes) // steps)
+    if stored.host_experts:
+        stored = replace(stored, host_bytes_per_step=routed.on_host_bytes // steps)
     if stored.disk_bytes_per_step is not None:
         stored = replace(stored, disk_bytes_per_step=(routed.read_bytes + routed.own_bytes) // steps)
     return replace(plan, storage=stored)
+
+
+def _hit_rate(plan: Plan, routed: Routed) -> float | None:
+    """Return the share of experts that was on the device; None if none is ever copied alone."""
+    return 1 - (routed.copied + routed.on_host) / routed.experts if plan.storage.cached_bytes else None
 
 
 def _host_hit_rate(plan: Plan, routed: Routed) -> float | None:
@@ -170,6 +182,7 @@ def without_passed(figures: Metrics) -> Metrics:
     beyond = passed(figures) or {}
     return replace(
         figures,
+        fraction_of_machine_bound=None if "decode" in beyond else figures.fraction_of_machine_bound,
         fraction_of_bound=None if "decode" in beyond else figures.fraction_of_bound,
         prefill_fraction_of_bound=None if "prefill" in beyond else figures.prefill_fraction_of_bound,
     )

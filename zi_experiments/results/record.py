@@ -6,6 +6,7 @@ from typing import Any, Literal
 from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.inventory import Held
+from zi_experiments.cost_model.machine_bound import machine_bound_s
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction
 from zi_experiments.measurement.generated import Generated
@@ -119,12 +120,18 @@ def describe_plan(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "streamed_bytes_per_step": plan.streamed_bytes_per_step,
         "own_bytes_per_step": plan.storage.own_bytes_per_step,
         "host_layers": list(plan.storage.host_layers),
+        "host_experts": plan.storage.host_experts,
+        "host_bytes_per_step": plan.storage.host_bytes_per_step,
         "host_kv_bytes": plan.storage.host_kv_bytes,
         "disk_bytes_per_pass": plan.disk_bytes_per_pass,
         "disk_bytes_per_step": plan.disk_bytes_per_step,
         "kv_link_bytes_per_pass": plan.kv_link_bytes_per_pass,
         "memory": [asdict(use) | {"total": use.total} for use in memory_fit.uses(plan)],
-        "bound": asdict(lower_bound(plan)) | {"source": plan.machine.ceilings.source},
+        "bound": asdict(lower_bound(plan))
+        | {
+            "machine_bound_s": machine_bound_s(plan),
+            "source": plan.machine.ceilings.source,
+        },
         "prediction": asdict(prediction),
         "rates": _rates(plan),
     }

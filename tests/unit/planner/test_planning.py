@@ -47,6 +47,21 @@ def test_a_small_gain_is_none(plan_on):
     assert plan_on("auto", 0.1).storage.host_layers == ()
 
 
+EXPERTS = ("model=mixtral-8x7b", "quant=int4", "workload.batch_size=1")
+
+
+@pytest.mark.parametrize(("host", "part"), [(60e9, 1 / 2), (30e9, 1 / 2), (5e9, 0), (None, 0)])
+def test_auto_lets_experts_and_copies_end_together(plan_on, host, part):
+    """Of the two experts of a token one is copied, unless the host takes longer for it than both take to cross."""
+    known = {"host_experts_bytes_per_s": host, "link_busy_bytes_per_s": 45e9}
+    plan, usual = (plan_on(share, None, *EXPERTS, **known) for share in ("auto", "gpu"))
+
+    assert plan.storage.host_bytes_per_step == pytest.approx(part * usual.streamed_bytes_per_step)
+    assert plan.run.offload.compute == (host / (host + 45e9) if part else 0)
+    assert predict(plan).decode_step_on_gpu_s == pytest.approx(predict(usual).decode_step_s)
+    assert (predict(plan).decode_step_s < predict(usual).decode_step_s) == (part > 0)
+
+
 def test_auto_is_decided_for_the_batch_that_is(plan_on):
     plan = plan_on("auto", 0.008, "workload.batch_size=auto")
 

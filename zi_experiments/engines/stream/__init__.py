@@ -4,6 +4,7 @@ docs/stream.md has a picture of it.
 """
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -39,6 +40,7 @@ OPTIONS = frozenset(
     }
 )
 CONFIG_NAME = "engine_config"
+SWITCH_S = 1e-4  # for a thread that launches to let the one that computes on the host go on: the usual 5 ms are a layer
 
 
 def check(run: Run) -> None:
@@ -56,11 +58,11 @@ def stored(plan: Plan) -> dict[str, Stored]:
 
 
 def requirements(plan: Plan) -> Iterator[str]:
-    """Yield what Triton lacks to compile the kernels that quantized weights and layers on the host need on a GPU.
+    """Yield what Triton lacks to compile the kernels that quantized weights and what the host computes need on a GPU.
 
     Also what verification lacks.
     """
-    if plan.machine.device == "cuda" and (plan.run.quant.is_quantized or plan.storage.host_layers):
+    if plan.machine.device == "cuda" and (plan.run.quant.is_quantized or plan.storage.uses_host):
         need = "Triton compiles the kernel that "
         need += "expands quantized weights" if plan.run.quant.is_quantized else "reads what the host computes"
         yield from toolchain.lacking(need, toolchain.c_compiler(), toolchain.python_headers())
@@ -89,6 +91,7 @@ def config(plan: Plan, scratch: Sequence[str]) -> dict[str, Any]:
         "workspace_bytes": plan.workspace_bytes,
         "layers_on_disk": sum(layer.on_disk for layer in placed),
         "host_layers": list(plan.storage.host_layers),
+        "host_experts": plan.storage.host_experts,
         "most_routed_tokens": routing.most_tokens(plan) if plan.storage.routes else 0,
         "expert_slots": placement.expert_slots(plan, placed),
         "expert_host_slots": placement.host_slots(plan, placed),
@@ -107,7 +110,8 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
 
     from zi_experiments.engines.stream import host_cache, own_weights
     from zi_experiments.engines.stream.device_kv_cache import make_cache
-    from zi_experiments.engines.stream.host_layers import Crossing, HostLayer
+    from zi_experiments.engines.stream.host_crossing import Crossing
+    from zi_experiments.engines.stream.host_layers import HostLayer
     from zi_experiments.engines.stream.layers import StreamedLayer
     from zi_experiments.engines.stream.loading import Loader
     from zi_experiments.engines.stream.parking import parked
@@ -115,7 +119,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
 
     device, dtype = device_of(plan), getattr(torch, plan.dtype)
     placed = placement.place(plan)
-    if plan.storage.host_layers:
+    if plan.storage.uses_host:
         _use_cores(plan)
     paths = [Path(folder) / f"rank{distributed.rank()}" for folder in config["folders"]]
     progress.begin("load", plan.weight_bytes, "bytes")
@@ -141,7 +145,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         host = None
         if index in on_host:
             slab, layout = store.slab(streamed.index(index)), placed[index].streamed
-            host = HostLayer(module, index, slab, layout, dtype, crossing, micro_batches)
+            host = HostLayer(module, index, slab, layout, dtype, crossing, micro_batches, device)
         layer = StreamedLayer(module, placed[index], resident[index], expanded, micro_batches, host)
         layers.append(layer)
         if index in streamed:
@@ -155,6 +159,14 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     progress.end()
     homes = dict(zip(streamed, (home for home, _ in store.pieces()), strict=True))
 
+    if on_host:
+        model.register_forward_pre_hook(lambda *_: crossing.begin())
+        model.register_forward_hook(lambda *_: crossing.finish())
+
+    def close() -> None:
+        crossing.close()
+        store.close()
+
     def aside() -> AbstractContextManager[None]:
         buffers = [expanded, *(short.give_up() if short else [])]
         return parked(buffers, resident, plan.storage.parked_bytes)
@@ -166,7 +178,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         inventory=partial(_inventory, plan, model, prefix, layers, homes, store),
         parked=aside,
         short=short,
-        close=store.close,
+        close=close,
     )
 
 
@@ -177,6 +189,7 @@ def _use_cores(plan: Plan) -> None:
     hardware, on_gpu = plan.run.hardware, plan.machine.device == "cuda"
     if on_gpu and plan.machine.cores:
         os.sched_setaffinity(0, plan.machine.cores)
+        sys.setswitchinterval(SWITCH_S)
     if on_gpu or hardware.cpu_threads:
         torch.set_num_threads(machines.cpu_threads(hardware, plan.machine))
 
