@@ -3,7 +3,7 @@
 python benchmarks/published.py
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from zi_experiments.config import published, resolvers, schema
 from zi_experiments.config.composition import to_run
 from zi_experiments.config.schema import Hardware, Run
 from zi_experiments.cost_model.bound import lower_bound
+from zi_experiments.cost_model.machine_bound import machine_bound_s, machine_prefill_s
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.models import description
 from zi_experiments.models.architecture import Architecture
@@ -36,6 +37,11 @@ left to gain without another placement, and one above 1 would mean that a row is
 bound leaves them out: it is that of a GPU with room for them, which is never slower.
 
 Where weights come from a disk whose rate was not published, there is no bound.
+
+The last column is the share of what that machine could do with these weights in any placement, with any part of them
+[computed by the host's cores](limits.md#the-bound-of-the-machine), which are taken to compute as fast as the GPU at most. It
+needs the rate of the host's memory, of which the vendor's peak is taken where the processor is known, and keys and values of
+16 bits.
 """
 FORMULAS = {"total_tok_per_s": "B·G / (prefill + (G − 1) · step)", "decode_tok_per_s": "B / step"}
 NOT_COUNTED = "1000"  # GiB of a GPU with room for a KV cache that need not cross the link in 16 bits
@@ -51,6 +57,7 @@ COLUMNS = (
     "bound",
     "of the bound",
     "limited by",
+    "of the machine",
 )
 
 _DESCRIBED: dict[str, Architecture] = {}
@@ -175,6 +182,19 @@ def bound_of(row: Row, plan: Plan) -> float | None:
     return bound_tok_per_s(work.sequences, work.gen_len, bound.prefill_s, bound.decode_step_s, row.figure)
 
 
+def machine_bound_of(row: Row, plan: Plan) -> float | None:
+    """The same over all placements on the machine; None where a rate is not known, or where the KV cache has 4 bits."""
+    if row.kv and "4 bits" in row.kv:
+        return None
+    if row.kv:  # here they count
+        file: Any = OmegaConf.load(schema.conf_dir() / "hardware" / f"{plan.run.hardware.name}.yaml")
+        plan = replace(plan, machine=replace(plan.machine, gpu_memory_bytes=int(file.memory_gib * GIB)))
+    prefill_s, step_s, work = machine_prefill_s(plan), machine_bound_s(plan), plan.run.workload
+    if prefill_s is None or step_s is None:
+        return None
+    return bound_tok_per_s(work.sequences, work.gen_len, prefill_s, step_s, row.figure)
+
+
 def page(listed: list[Table]) -> str:
     """The page: a table for each publication, and below it what to type for each of its rows."""
     return HEADER + "".join(_section(each) for each in listed)
@@ -191,7 +211,7 @@ def _section(table: Table) -> str:
 
 
 def _line(row: Row, plan: Plan) -> str:
-    run, bound, most = plan.run, lower_bound(plan), bound_of(row, plan)
+    run, bound, most, machine = plan.run, lower_bound(plan), bound_of(row, plan), machine_bound_of(row, plan)
     held = {"none": "GPU", "cpu": "host", "nvme": "NVMe"}[run.offload.device.value]
     bits = f"INT{run.quant.bits}" if run.quant.is_quantized else "16 bits"
     limits = [LIMITS[bound.limited_by]]
@@ -201,6 +221,7 @@ def _line(row: Row, plan: Plan) -> str:
         *(row.number, row.system, run.model.name, f"{held}, {bits}" + (f"; {row.note}" if row.note else "")),
         *(f"{row.kv} †" if row.kv else "GPU", row.sequences, f"{row.value:g}"),
         *((f"{most:.3g}", f"{row.value / most:.2f}", ", ".join(limits)) if most else "–––"),
+        f"{row.value / machine:.2g}" if machine else "–",
     )
     return f"| {' | '.join(map(str, cells))} |\n"
 

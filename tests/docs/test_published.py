@@ -82,3 +82,12 @@ def test_what_is_typed_for_a_row():
         *("plan_only=true", "hardware=t4", "offload=none", "engine=stream", "model=opt-30b"),
         *("workload.batch_size=12", "hardware.memory_gib=1000"),
     )
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row.number))
+def test_no_placement_passes_the_bound_of_the_machine(row):
+    plan = published.plan_of(row)
+    machine, placed = published.machine_bound_of(row, plan), published.bound_of(row, plan)
+
+    assert machine is None or row.value <= machine
+    assert None in (machine, placed) or row.kv or placed <= machine, "one placement is no faster than all"

@@ -45,7 +45,12 @@ MACHINES = {
 MACHINES["measured"] = replace(
     MACHINES["h200"],
     ceilings=Ceilings(
-        link_bytes_per_s=50e9, hbm_bytes_per_s=4e12, flops=800e12, disk_bytes_per_s=5e9, source="by hand"
+        link_bytes_per_s=50e9,
+        hbm_bytes_per_s=4e12,
+        flops=800e12,
+        disk_bytes_per_s=5e9,
+        source="by hand",
+        host_memory_bytes_per_s=150e9,
     ),
     calibration=Calibration(
         link_back_bytes_per_s=40e9,

@@ -24,6 +24,7 @@ _HOW = {
     "pin_bytes_per_s": ("pinning", "new pages, written once and registered"),
     "host_bytes_per_s": ("host memory", "read and written by a copy with all threads"),
     "host_read_bytes_per_s": ("host memory, read", "by a sum with all threads"),
+    "host_memory_bytes_per_s": ("host memory, read by all", "by that sum and copies to the GPU at once"),
     "hbm_bytes_per_s": ("memory of the device", "read and written by a copy"),
     "disk_bytes_per_s": ("disk, read", "O_DIRECT, as many requests in flight as a run has"),
     "disk_write_bytes_per_s": ("disk, written", "O_DIRECT, as many requests in flight as a run has"),

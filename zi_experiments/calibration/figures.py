@@ -59,6 +59,7 @@ class _Peaks:
         if self._on_gpu:
             self._measured["link_bytes_per_s"] = rates.link_bytes_per_s
             self._measured["host_read_bytes_per_s"] = rates.host_read_bytes_per_s
+            self._measured["host_memory_bytes_per_s"] = rates.host_memory_bytes_per_s
         self._moments: dict[str, list[float]] = defaultdict(list)
 
     def sample(self) -> None:
@@ -76,6 +77,7 @@ class _Peaks:
             **({} if self._on_gpu else {"host_bytes_per_s": harmonic_mean(self._moments["hbm_bytes_per_s"])}),
             "link_bytes_per_s": max(self._moments.get("link_bytes_per_s", []), default=None),
             "host_read_bytes_per_s": max(self._moments.get("host_read_bytes_per_s", []), default=None),
+            "host_memory_bytes_per_s": max(self._moments.get("host_memory_bytes_per_s", []), default=None),
             "hbm_bytes_per_s": max(self._moments["hbm_bytes_per_s"] + reading),
             "flops": max(arithmetic),
             "moments": dict(self._moments),

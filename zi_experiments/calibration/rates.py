@@ -1,7 +1,9 @@
 """Peak rates of a device, measured with simple operations: copies, products, the expansion of INT4 weights."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import cycle
 from statistics import median
 from typing import Any
@@ -22,6 +24,8 @@ WEIGHTS = {"cuda": (20480, 5120), "cpu": (8192, 2048)}  # a shape that transform
 TURNS = {"cuda": 4, "cpu": 8}  # number of weights used in turn, so that none is still in a cache when it is used again
 ATTENTION = (4, 32, 256, 64)  # sequences, heads, tokens, width of a head
 INT4 = Quant(name="int4", bits=4, group_size=64, group_dim=1)
+
+SHARED_S = 0.4  # for the rate of two kinds of reads at once: many copies, as whole ones count
 
 _BATCH_S = 0.005  # of calls that are timed together, so that the launch of the first is negligible
 _BUDGET_S = 0.15  # for one figure
@@ -149,6 +153,46 @@ def host_read_bytes_per_s() -> float:
     """Return the rate at which all cores read host memory."""
     there = torch.ones(2 * COPY_BYTES // 4)
     return there.nbytes / _seconds(there.sum, "cpu")
+
+
+def host_memory_bytes_per_s() -> float:
+    """Return the rate at which host memory is read by all cores and by copies to the first GPU together."""
+    there = torch.ones(2 * COPY_BYTES // 4)
+    there.sum()
+    with copies() as copied:
+        read, before, began = 0, copied[0], time.perf_counter()
+        while (elapsed_s := time.perf_counter() - began) < SHARED_S:
+            there.sum()
+            read += there.nbytes
+        return (read + copied[0] - before) / elapsed_s
+
+
+@contextmanager
+def copies() -> Iterator[list[int]]:
+    """Copy from pinned memory to the GPU, one copy after the other, in the context. Yield the bytes so far, in a list."""
+    host, there = _pinned(), _on_gpu()
+    copied, ended = [0], threading.Event()
+
+    @torch.inference_mode()  # it is per thread
+    def copy() -> None:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        under_way = []
+        while not ended.is_set():
+            with torch.cuda.stream(stream):
+                there.copy_(host, non_blocking=True)
+                under_way.append(stream.record_event())
+            if len(under_way) > 1:
+                under_way.pop(0).synchronize()
+                copied[0] += COPY_BYTES
+        stream.synchronize()
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    try:
+        yield copied
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _pinned() -> Any:

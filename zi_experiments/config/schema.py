@@ -139,6 +139,8 @@ class Ceilings:
     flops: float | None  # per second, of one device
     disk_bytes_per_s: float | None  # reads
     source: str | None
+    # from host memory by its cores and by copies to the GPUs together
+    host_memory_bytes_per_s: float | None = None
 
 
 @dataclass

@@ -10,6 +10,7 @@ RATES = {
     "disk": "disk_bytes_per_s",
     "hbm": "hbm_bytes_per_s",
     "gemm": "flops",
+    "memory": "host_memory_bytes_per_s",
 }  # resources that bound a pass: the names of their rates in `hardware.ceilings`
 PUBLISHED = "published"  # prefix of the source of a vendor's rates
 
@@ -21,7 +22,7 @@ class Bound:
     prefill_s: float | None
     decode_step_s: float | None
     prefill_limited_by: str | None
-    limited_by: str | None  # bottleneck of a decode step: "link", "disk", "hbm", "gemm" or "host"
+    limited_by: str | None  # bottleneck of a decode step: "link", "disk", "hbm", "gemm", "host" or "memory"
     unknown: tuple[str, ...]  # missing rates, by their names in `hardware.ceilings`
 
 
@@ -32,25 +33,25 @@ def lower_bound(plan: Plan) -> Bound:
     and operations / arithmetic. Streamed are weights and, in a decode step, a KV cache in host memory: at least the prompt's.
     Operations are 2 · parameters · tokens, plus 2 · B · P² · h · L for causal attention in prefill. Only weights that a
     token uses count: those of the decoder layers, and of experts those that one token is routed to. What the host computes
-    in a decode step takes at least its bytes / the rate at which the cores read memory; without that rate it does not count.
+    in a decode step takes at least its bytes / the rate at which the cores read memory, and with what crosses the link the
+    rate at which both read it together; without these rates it does not count.
     """
-    work, arch = plan.run.workload, plan.architecture
     traffic: dict[str, float] = {"link": plan.streamed_bytes_per_pass, "disk": plan.disk_bytes_per_pass}
-    kv = ELEMENT_BYTES * work.sequences * arch.kv_elements(work.prompt_len)
-    flops_per_token = 2 * plan.active(lambda p: p.numel)
-    read, on_host = ELEMENT_BYTES * plan.active(plan.stored_numel) + kv, len(plan.storage.host_layers) / arch.num_layers
+    read, on_host = step_bytes(plan), len(plan.storage.host_layers) / plan.architecture.num_layers
     decode = traffic | {
         "link": plan.link_bytes_per_pass,
         "disk": plan.disk_bytes_per_step,
         "hbm": (1 - on_host) * read,
-        "gemm": (1 - on_host) * flops_per_token * work.sequences,
+        # cores are taken to compute as fast as GPUs
+        "gemm": max(on_host, 1 - on_host) * step_flops(plan),
     }
-    if on_host and _host_rate(plan):
+    if on_host and rate(plan, "host"):
         decode["host"] = on_host * read
-    attention = 2 * work.sequences * work.prompt_len**2 * arch.hidden_size * arch.num_layers
+    if on_host and rate(plan, "memory"):
+        decode["memory"] = on_host * read + plan.link_bytes_per_pass
     prefill = traffic | {
         "hbm": ELEMENT_BYTES * plan.active(plan.stored_numel),
-        "gemm": flops_per_token * work.sequences * work.prompt_len + attention,
+        "gemm": prefill_flops(plan),
     }
     prefill_limited_by, prefill_s = _longest(plan, prefill)
     limited_by, decode_step_s = _longest(plan, decode)
@@ -63,30 +64,46 @@ def lower_bound(plan: Plan) -> Bound:
     )
 
 
+def step_bytes(plan: Plan) -> float:
+    """Return the bytes that a decode step reads: the weights that one token uses, and the prompt's KV cache."""
+    work = plan.run.workload
+    kv = work.sequences * plan.architecture.kv_elements(work.prompt_len)
+    return ELEMENT_BYTES * (plan.active(plan.stored_numel) + kv)
+
+
+def step_flops(plan: Plan) -> float:
+    """Return the operations of a decode step of all sequences."""
+    return 2 * plan.active(lambda p: p.numel) * plan.run.workload.sequences
+
+
+def prefill_flops(plan: Plan) -> float:
+    """Return the operations of the prefill of all sequences: products, and causal attention."""
+    work, arch = plan.run.workload, plan.architecture
+    attention = 2 * work.sequences * work.prompt_len**2 * arch.hidden_size * arch.num_layers
+    return step_flops(plan) * work.prompt_len + attention
+
+
 def rate(plan: Plan, limit: str) -> float | None:
     """Return the peak rate of a resource in `RATES`, summed over all devices; None if unknown.
 
-    The devices of a machine share its disk, and machines that hold all weights read the same from each. Also that of
-    "host", at which the cores read memory.
+    The devices of a machine share its disk and host memory, and machines that hold all weights read the same from each disk.
+    Also that of "host", at which the cores read memory.
     """
-    if limit == "host":
-        return _host_rate(plan)
     known = plan.machine.calibration
+    if limit == "host":
+        cores = known.host_read_bytes_per_s if known and plan.machine.device == "cuda" else None
+        return cores and cores * plan.run.launch.nnodes
     each: float | None = getattr(plan.machine.ceilings, RATES[limit])
     if limit == "gemm" and known and (moments := (known.moments or {}).get(plan.dtype)):
         each = max((*moments, *known.gemm_flops.get(plan.dtype, {}).values()))  # the ceiling may be another type's
-    disks = 1 if plan.storage.each_machine_has_all else plan.run.launch.nnodes
-    return each and each * (disks if limit == "disk" else plan.run.hardware.num_gpus)
-
-
-def _host_rate(plan: Plan) -> float | None:
-    known = plan.machine.calibration
-    return known.host_read_bytes_per_s if known and plan.machine.device == "cuda" else None
+    machines = plan.run.launch.nnodes
+    shared = {"disk": 1 if plan.storage.each_machine_has_all else machines, "memory": machines}
+    return each and each * shared.get(limit, plan.run.hardware.num_gpus)
 
 
 def is_published(plan: Plan, limit: str | None) -> bool:
     """Return whether the rate is from a vendor's data sheet, which never covers the disk."""
-    return limit not in (None, "disk", "host") and (plan.machine.ceilings.source or "").startswith(PUBLISHED)
+    return limit not in (None, "disk", "host", "memory") and (plan.machine.ceilings.source or "").startswith(PUBLISHED)
 
 
 def _longest(plan: Plan, amounts: dict[str, float]) -> tuple[str, float] | tuple[None, None]:

@@ -76,6 +76,7 @@ _NAMED: tuple[Column, ...] = (
     _metric("tpot_p99_s", "time per token, p99", "s"),
     _metric("fraction_of_bound", "decode, of bound", "share", is_shown=True),
     _metric("prefill_fraction_of_bound", "prefill, of bound", "share", is_shown=True),
+    _metric("fraction_of_machine_bound", "decode, of the machine", "share"),
     _metric("decode_prediction_error", "decode prediction error", "share", is_shown=True),
     _metric("prefill_prediction_error", "prefill prediction error", "share"),
     _metric("link_bytes_per_s", "host to device", "B/s", is_shown=True),

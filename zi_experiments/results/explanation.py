@@ -14,6 +14,7 @@ _VERBS = {
     "hbm": "decode reads {amount} per step from {rate} memory",
     "gemm": "decode computes {amount} per step at {rate}",
     "host": "the host's cores read {amount} per step at {rate}",
+    "memory": "cores and link read {amount} per step from {rate} host memory",
 }
 LIMITS = {
     "link": "PCIe",
@@ -22,6 +23,7 @@ LIMITS = {
     "gemm": "matrix products",
     "launch": "launching operations",
     "host": "the host's cores",
+    "memory": "host memory",
 }
 VENDORS = " (vendor's rates)"
 
@@ -87,6 +89,10 @@ def sentence(plan: Plan, prediction: Prediction, metrics: Metrics) -> str | None
         return None
     text = f"{_work(plan, bound.limited_by, bound.decode_step_s)}: at least {seconds(bound.decode_step_s)}"
     text += f"; measured {seconds(measured_s)} ({100 * bound.decode_step_s / measured_s:.0f} %)"
+    if metrics.fraction_of_machine_bound:
+        least_s = metrics.fraction_of_machine_bound * measured_s
+        text += f"; over all placements on this machine at least {seconds(least_s)} "
+        text += f"({100 * metrics.fraction_of_machine_bound:.0f} %)"
     # products of few rows read weights as well, which the bound counts as memory
     same = {bound.limited_by} if bound.limited_by != "hbm" else {"hbm", "gemm"}
     if prediction.limited_by is None or prediction.limited_by in same:

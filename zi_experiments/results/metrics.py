@@ -7,6 +7,7 @@ from statistics import median, quantiles
 from zi_experiments.config import errors
 from zi_experiments.config.schema import ConfigError, Run
 from zi_experiments.cost_model.bound import lower_bound
+from zi_experiments.cost_model.machine_bound import machine_bound_s
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction, cost_per_million_tokens, predict
 from zi_experiments.engines.base import Routed
@@ -41,6 +42,7 @@ class Metrics:
     )  # share of those not on the device that was in host memory; None if none is on disk
     fraction_of_bound: float | None  # lower bound of a decode step / median decode step
     prefill_fraction_of_bound: float | None
+    fraction_of_machine_bound: float | None  # the same of a decode step, over all placements on this machine
     prefill_prediction_error: float | None  # predicted / measured − 1, of ttft_s
     decode_prediction_error: float | None  # predicted / measured − 1, of the median decode step
     perplexity: float | None  # of the weights on workload.text; None without a text
@@ -84,7 +86,7 @@ def derive(
     if (routed_plan := as_routed(plan, samples)) is not plan:
         plan, prediction = routed_plan, predict(routed_plan)
     work, passes, routed = plan.run.workload, samples.measured, _routed(samples)
-    batch, bound = work.sequences, lower_bound(plan)
+    batch, bound, machine_s = work.sequences, lower_bound(plan), machine_bound_s(plan)
     prefill = [batch * work.prompt_len / one.ttft_s for one in passes]
     total = [batch * work.gen_len / one.total_s for one in passes]
     decode = [batch * len(one.step_s) / sum(one.step_s) for one in passes if one.step_s]
@@ -112,6 +114,7 @@ def derive(
         expert_host_hit_rate=_host_hit_rate(plan, routed) if routed else None,
         fraction_of_bound=bound.decode_step_s / step if step and bound.decode_step_s else None,
         prefill_fraction_of_bound=bound.prefill_s / ttft if bound.prefill_s else None,
+        fraction_of_machine_bound=machine_s / step if step and machine_s else None,
         prefill_prediction_error=prediction.prefill_s / ttft - 1 if prediction.prefill_s else None,
         decode_prediction_error=prediction.decode_step_s / step - 1 if step and prediction.decode_step_s else None,
         perplexity=perplexity,
@@ -170,6 +173,7 @@ def without_passed(figures: Metrics) -> Metrics:
     beyond = passed(figures) or {}
     return replace(
         figures,
+        fraction_of_machine_bound=None if "decode" in beyond else figures.fraction_of_machine_bound,
         fraction_of_bound=None if "decode" in beyond else figures.fraction_of_bound,
         prefill_fraction_of_bound=None if "prefill" in beyond else figures.prefill_fraction_of_bound,
     )

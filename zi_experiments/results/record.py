@@ -6,6 +6,7 @@ from typing import Any, Literal
 from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.inventory import Held
+from zi_experiments.cost_model.machine_bound import machine_bound_s
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction
 from zi_experiments.measurement.generated import Generated
@@ -124,7 +125,11 @@ def describe_plan(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "disk_bytes_per_step": plan.disk_bytes_per_step,
         "kv_link_bytes_per_pass": plan.kv_link_bytes_per_pass,
         "memory": [asdict(use) | {"total": use.total} for use in memory_fit.uses(plan)],
-        "bound": asdict(lower_bound(plan)) | {"source": plan.machine.ceilings.source},
+        "bound": asdict(lower_bound(plan))
+        | {
+            "machine_bound_s": machine_bound_s(plan),
+            "source": plan.machine.ceilings.source,
+        },
         "prediction": asdict(prediction),
         "rates": _rates(plan),
     }
