@@ -1,10 +1,7 @@
 """How long a decoder layer of a run takes on the host's cores in a decode step, alone and while copies to the GPU run."""
 
 import os
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -12,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from zi_experiments.calibration.rates import COPY_BYTES
+from zi_experiments.calibration import rates
 from zi_experiments.engines.host_kv_cache import HostCache, HostLayer
-from zi_experiments.engines.stream import host_int4
+from zi_experiments.engines.stream import host_int4, host_product
 from zi_experiments.models import weights
 from zi_experiments.models.structure import decoder_layers
 from zi_experiments.runtime.pinned_memory import host_empty
@@ -26,7 +23,13 @@ ROOM = 8  # tokens beside those that attention reads
 
 
 def measure(
-    config: dict[str, Any], dtype: str, group_size: int | None, rows: int, tokens: int, threads: int, cores: list[int]
+    config: dict[str, Any],
+    dtype: str,
+    group_size: int | None,
+    rows: int,
+    tokens: int,
+    threads: int,
+    cores: list[int],
 ) -> dict[str, float | None]:
     """Return figures by their names in `Calibration`, for `rows` sequences that attend to so many `tokens`.
 
@@ -40,11 +43,13 @@ def measure(
     if group_size is not None:
         _quantize(layers, group_size)
     _fill(model)
+    for layer in layers:
+        host_product.use(layer)
     cache = HostCache(model.config, "cpu", rows, tokens + ROOM)
     with torch.inference_mode():
         alone_s, busy_s, link = _layer_s(model, layers, cache, rows, tokens), None, None
         if torch.cuda.is_available():
-            with _copies() as copied:
+            with rates.copies() as copied:
                 before, began = copied[0], time.perf_counter()
                 busy_s = _layer_s(model, layers, cache, rows, tokens)
                 link = (copied[0] - before) / (time.perf_counter() - began)
@@ -86,7 +91,7 @@ def _fill(model: nn.Module) -> None:
             if parameter is None:
                 continue
             if id(parameter) not in made:
-                value = torch.empty(parameter.numel(), dtype=parameter.dtype)
+                value = host_empty(parameter.numel(), parameter.dtype, pinned=False)  # in pages as slabs have
                 for start in range(0, len(value), len(some)):
                     part = value[start : start + len(some)]
                     part.copy_(some[: len(part)])
@@ -114,34 +119,3 @@ def _layer_s(model: Any, layers: list[nn.Module], cache: HostCache, rows: int, t
         for hook in hooks:
             hook.remove()
     return median(steps[1:])  # the first allocates
-
-
-@contextmanager
-def _copies() -> Iterator[list[int]]:
-    """Copy from pinned memory to the GPU, one copy after the other, in the context. Yield the bytes so far, in a list."""
-    host, there = (
-        host_empty(COPY_BYTES, torch.uint8, pinned=True),
-        torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda"),
-    )
-    copied, ended = [0], threading.Event()
-
-    @torch.inference_mode()  # it is per thread
-    def copy() -> None:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        under_way = []
-        while not ended.is_set():
-            with torch.cuda.stream(stream):
-                there.copy_(host, non_blocking=True)
-                under_way.append(stream.record_event())
-            if len(under_way) > 1:
-                under_way.pop(0).synchronize()
-                copied[0] += COPY_BYTES
-        stream.synchronize()
-
-    thread = threading.Thread(target=copy)
-    thread.start()
-    try:
-        yield copied
-    finally:
-        ended.set()
-        thread.join()

@@ -17,6 +17,7 @@ CACHE_LAUNCH = 0.5  # overhead to move a layer's KV cache between host and GPU, 
 CPU_MADE_S = 5e-9  # for one CPU thread to create a random weight
 CPU_QUANTIZED_S = 3e-9  # for a CPU to quantize a weight
 CPU_TRAFFIC = 0.35  # share of a copy's rate that element-wise operations reach on a CPU
+CROSSING_S = 5e-4  # for hidden states to go to the host and come back, beside copies of weights
 EXPANDED_BYTES = 2.5  # memory traffic for each INT4 weight that is expanded to 16 bits
 EXPANSION = {  # time to expand a weight of a checkpoint's format, as a multiple of that of an INT4 one; an H100, a Xeon
     "cuda": {Code.asymmetric: 1.0, Code.signed: 1.5, Code.e2m1: 1.2, Code.e4m3: 1.3},
@@ -119,7 +120,7 @@ def _duration(plan: Plan, one: _Pass, seconds: dict[str, float]) -> float:
     computing = max(work, launch) if overlaps else work + launch
     stalled = 0.0 if _is_recorded(plan, one) else overlap.stall * plan.architecture.num_layers * _layer_s(plan)
     if _on_host(plan, one):
-        return _beside_host(plan, seconds, copies, computing)
+        return _beside_host(plan, seconds, copies, work)
     shorter = min(copies, computing)
     hidden = overlap.hidden * shorter
     if _is_routed(plan, one):
@@ -157,14 +158,18 @@ def _on_host(plan: Plan, one: _Pass) -> float:
     return len(plan.storage.host_layers) / plan.architecture.num_layers
 
 
-def _beside_host(plan: Plan, seconds: dict[str, float], copies: float, computing: float) -> float:
+def _beside_host(plan: Plan, seconds: dict[str, float], copies: float, work: float) -> float:
     """Return the seconds of a step in which the host computes layers: they follow those of the GPU, and copies run beside.
 
-    The host and the link share its memory. When one of them has ended, the other goes on at its usual rate.
+    Operations of layers are launched meanwhile. The host and the link share its memory. When one of them has ended, the
+    other goes on at its usual rate.
     """
     known, link = _measured(plan), _known(_typical(plan, "link_bytes_per_s"))
-    layers = len(plan.storage.host_layers) * plan.run.workload.micro_batches
-    serial = computing + seconds["host"]
+    on_host = plan.storage.host_layers
+    layers = len(on_host) * plan.run.workload.micro_batches
+    crossings = sum(index + 1 not in on_host for index in on_host)  # from the host to the GPU, and so many back
+    computing = work + _known(known.step_s) + crossings * CROSSING_S
+    serial = max(computing + seconds["host"], seconds["launch"])
     serial_beside = max(serial, computing + layers * (known.host_layer_busy_s or 0.0))
     copies_beside = copies * max(1.0, link / (known.link_busy_bytes_per_s or link))
     if copies_beside > serial_beside:

@@ -179,28 +179,32 @@ HOST = {"host_layer_s": 0.010, "host_layer_busy_s": 0.012, "link_busy_bytes_per_
 LAYER_BYTES = STREAMED / LAYERS
 
 
-@pytest.mark.parametrize("layers", [10, 20, 30, 40])
-def test_the_host_computes_while_the_link_brings_the_other_layers(planned, layers):
+@pytest.mark.parametrize(("layers", "crossings"), [(10, 10), (20, 20), (30, 10), (40, 1)])
+def test_the_host_computes_while_the_link_brings_the_other_layers(planned, layers, crossings):
     """Both share the host's memory: one of them ends, and the other goes on alone, at its usual rate."""
     plan = planned("engine=stream", "offload=cpu", f"offload.compute={layers / 40}", known=HOST, link_bytes_per_s=50e9)
     got = predict(plan)
 
-    copies, alone = (40 - layers) * plan.streamed_bytes_per_pass / 40, 0.012 * layers
+    crossing_s = crossings * module.CROSSING_S
+    copies, alone = (40 - layers) * plan.streamed_bytes_per_pass / 40, crossing_s + 0.012 * layers
     if copies / 40e9 > alone:
         expected = alone + (copies - alone * 40e9) / 50e9
     else:
-        expected = copies / 40e9 + (1 - copies / 40e9 / alone) * 0.010 * layers
+        expected = copies / 40e9 + (1 - copies / 40e9 / alone) * (crossing_s + 0.010 * layers)
     assert got.decode_step_s == near(expected)
     assert got.decode_step_on_gpu_s == near(plan.streamed_bytes_per_pass / 50e9)
     assert got.limited_by == ("host" if layers > 20 else "link")
     assert got.prefill_s == near(plan.streamed_bytes_per_pass / 50e9)
 
 
-def test_what_the_gpu_computes_comes_after_what_the_host_does(planned):
-    known = {"host_layer_s": 0.010, "layer_s": 0.001, "step_s": 0.05}
+@pytest.mark.parametrize("layer_s", [0.001, 0.01])
+def test_layers_are_launched_while_the_host_computes(planned, layer_s):
+    """What is outside of the layers comes after them."""
+    known = {"host_layer_s": 0.010, "layer_s": layer_s, "step_s": 0.05}
     plan = planned("engine=stream", "offload=cpu", "offload.compute=0.5", known=known, overlap={"launch": 2.0})
 
-    assert predict(plan).decode_step_s == near(20 * 0.010 + 20 * 2 * 0.001 + 0.05)
+    by_host_s = 20 * 0.010 + 20 * module.CROSSING_S
+    assert predict(plan).decode_step_s == near(0.05 + max(by_host_s, 20 * 2 * layer_s))
 
 
 def test_without_the_hosts_rate_its_steps_are_not_predicted(planned):

@@ -4,6 +4,7 @@ docs/stream.md has a picture of it.
 """
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -39,6 +40,7 @@ OPTIONS = frozenset(
     }
 )
 CONFIG_NAME = "engine_config"
+SWITCH_S = 1e-4  # for a thread that launches to let the one that computes on the host go on: the usual 5 ms are a layer
 
 
 def check(run: Run) -> None:
@@ -107,7 +109,8 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
 
     from zi_experiments.engines.stream import host_cache, own_weights
     from zi_experiments.engines.stream.device_kv_cache import make_cache
-    from zi_experiments.engines.stream.host_layers import Crossing, HostLayer
+    from zi_experiments.engines.stream.host_crossing import Crossing
+    from zi_experiments.engines.stream.host_layers import HostLayer
     from zi_experiments.engines.stream.layers import StreamedLayer
     from zi_experiments.engines.stream.loading import Loader
     from zi_experiments.engines.stream.parking import parked
@@ -141,7 +144,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         host = None
         if index in on_host:
             slab, layout = store.slab(streamed.index(index)), placed[index].streamed
-            host = HostLayer(module, index, slab, layout, dtype, crossing, micro_batches)
+            host = HostLayer(module, index, slab, layout, dtype, crossing, micro_batches, device)
         layer = StreamedLayer(module, placed[index], resident[index], expanded, micro_batches, host)
         layers.append(layer)
         if index in streamed:
@@ -155,6 +158,14 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     progress.end()
     homes = dict(zip(streamed, (home for home, _ in store.pieces()), strict=True))
 
+    if on_host:
+        model.register_forward_pre_hook(lambda *_: crossing.begin())
+        model.register_forward_hook(lambda *_: crossing.finish())
+
+    def close() -> None:
+        crossing.close()
+        store.close()
+
     def aside() -> AbstractContextManager[None]:
         buffers = [expanded, *(short.give_up() if short else [])]
         return parked(buffers, resident, plan.storage.parked_bytes)
@@ -166,7 +177,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         inventory=partial(_inventory, plan, model, prefix, layers, homes, store),
         parked=aside,
         short=short,
-        close=store.close,
+        close=close,
     )
 
 
@@ -177,6 +188,7 @@ def _use_cores(plan: Plan) -> None:
     hardware, on_gpu = plan.run.hardware, plan.machine.device == "cuda"
     if on_gpu and plan.machine.cores:
         os.sched_setaffinity(0, plan.machine.cores)
+        sys.setswitchinterval(SWITCH_S)
     if on_gpu or hardware.cpu_threads:
         torch.set_num_threads(machines.cpu_threads(hardware, plan.machine))
 

@@ -7,6 +7,7 @@ from slabs import compare_kernel_interpreted, expanded, packed
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from zi_experiments.engines.stream.host_int4 import Int4Linear, matrices
+from zi_experiments.engines.stream.host_product import MOST_ROWS, HostLinear
 from zi_experiments.engines.stream.quantized import integers
 from zi_experiments.measurement.verification import greedy_fraction, verify
 from zi_experiments.models.structure import decoder_layers
@@ -139,6 +140,22 @@ def test_int4_products_keep_more_digits_than_expanded_weights(group_size, dtype)
     assert (product - wanted).norm() < (rounded - wanted).norm()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_products_are_rounded_once(with_bias, dtype, rows):
+    """Of 53 rows, which neither blocks nor tiles divide."""
+    generator = torch.Generator().manual_seed(1)
+    linear = torch.nn.Linear(384, 53, with_bias).requires_grad_(False)
+    for parameter in linear.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(rows, 1, 384, generator=generator).to(dtype)
+    product, wanted = HostLinear(linear.to(dtype))(x), linear.double()(x.double())
+
+    assert product.dtype is dtype
+    assert torch.allclose(product.double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
 def test_weights_are_there_once(loaded):
     _, session, _ = loaded("llama", 0.5)
     layer = decoder_layers(session.model)[1][2].forward.__self__
@@ -146,6 +163,22 @@ def test_weights_are_there_once(loaded):
 
     for parameter in layer._host._module.parameters():
         assert slab.data_ptr() <= parameter.data_ptr() < slab.data_ptr() + slab.nbytes
+
+
+def test_what_fails_on_the_host_is_raised(loaded):
+    """It fails in the thread that computes there; later passes are right."""
+    _, session, _ = loaded("llama", 0.5)
+    tokens, module = session.generate(IDS, 6, None), decoder_layers(session.model)[1][4].forward.__self__._host._module
+
+    def fail(*_):
+        raise ArithmeticError("a layer on the host")
+
+    hook = module.register_forward_pre_hook(fail)
+    with pytest.raises(ArithmeticError, match="a layer on the host"):
+        session.generate(IDS, 6, None)
+    hook.remove()
+
+    assert torch.equal(session.generate(IDS, 6, None), tokens)
 
 
 def test_a_cache_that_the_host_cannot_append_to_is_computed_on_the_gpu(checkpoint, loaded):

@@ -1,0 +1,92 @@
+"""16-bit products of few rows on the host, at the rate at which its cores read memory.
+
+torch's own reach about a half of it. The kernel is compiled for this processor when it is first needed, and kept in the
+user's cache.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import subprocess
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from zi_experiments import environment
+from zi_experiments.system import toolchain
+
+SOURCE = Path(__file__).with_suffix(".c")
+OPTIONS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
+STEP = 32  # inputs are a multiple of it
+MOST_ROWS = 8  # with more of them, torch's products are faster
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weights", "bias")),
+        *((name, ctypes.c_size_t) for name in ("inputs", "outputs")),
+    )
+
+
+class HostLinear(nn.Module):
+    """A linear layer on the host, with the parameters of another."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    @cached_property
+    def _matrix(self) -> _Matrix:
+        outputs, inputs = self.weight.shape
+        return _Matrix(self.weight.data_ptr(), None if self.bias is None else self.bias.data_ptr(), inputs, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.shape[:-1].numel()
+        if rows > MOST_ROWS:
+            return linear(x, self.weight, self.bias)
+        wide, out = x.reshape(rows, -1).float(), x.new_empty(*x.shape[:-1], len(self.weight))
+        _library().multiply(self._matrix, wide.data_ptr(), out.data_ptr(), rows, x.dtype == torch.bfloat16)
+        return out
+
+
+def use(layer: nn.Module) -> None:
+    """Replace the linear layers of a module, as far as the kernel supports them, and compile it."""
+    for path, module in [*layer.named_modules()]:
+        if type(module) is nn.Linear and module.in_features % STEP == 0:
+            owner, _, key = path.rpartition(".")
+            setattr(layer.get_submodule(owner), key, HostLinear(module))
+            _library()
+
+
+@cache
+def _library() -> Any:
+    """Return the kernel, compiled if it is not cached. Raises `RuntimeError` when the compiler fails."""
+    compiler, runtime = toolchain.c_compiler().found, _openmp()
+    command = [compiler, *OPTIONS, str(SOURCE), runtime]
+    processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    flags = re.findall(r"(?m)^(?:model name|flags|Features)\s*:.*$", processor)
+    digest = hashlib.sha256("\n".join([*command, *flags, SOURCE.read_text()]).encode()).hexdigest()
+    target = environment.cache_folder() / "host_product" / f"{digest[:16]}.so"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = target.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the host's products do not compile: {done.stderr.strip()[:500]}")
+        made.replace(target)
+    library = ctypes.CDLL(str(target))
+    address = ctypes.c_void_p
+    library.multiply.argtypes = ctypes.POINTER(_Matrix), address, address, ctypes.c_size_t, ctypes.c_int
+    library.multiply.restype = None
+    return library
+
+
+def _openmp() -> str:
+    """Return the path of the OpenMP runtime that torch has loaded: its threads are there already."""
+    paths = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
+    return next(path for path in paths if re.match(r"lib(gomp|i?omp)", Path(path).name))
