@@ -29,6 +29,7 @@ CALIBRATION = Calibration(
     host_layer_s=None,
     host_layer_busy_s=None,
     link_busy_bytes_per_s=None,
+    host_experts_bytes_per_s=None,
     moments=None,
 )
 

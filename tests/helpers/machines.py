@@ -69,6 +69,7 @@ MACHINES["measured"] = replace(
         host_layer_s=None,
         host_layer_busy_s=None,
         link_busy_bytes_per_s=None,
+        host_experts_bytes_per_s=None,
         moments=None,
     ),
 )

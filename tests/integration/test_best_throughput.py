@@ -35,6 +35,7 @@ calibration:
   host_layer_s: null
   host_layer_busy_s: null
   link_busy_bytes_per_s: null
+  host_experts_bytes_per_s: null
   expand_elements_per_s: null
   layer_s: 1.0e-3
   step_s: 1.0e-3

@@ -22,7 +22,7 @@ _NAMES = {field.name for field in (*fields(Ceilings), *fields(Calibration))} - {
 class Subject:
     """A machine, or a part of it, to measure."""
 
-    kind: str  # "machine", "links", "disk" or "host-layer"
+    kind: str  # "machine", "links", "disk", "host-layer" or "host-experts"
     identity: dict[str, Any]  # an entry is valid only if all of it is equal
     request: dict[str, Any]  # for the process that measures
 
@@ -77,10 +77,14 @@ def of_disk(disk: Disk, machine: Machine) -> Subject:
     return Subject(kind="disk", identity=identity, request={"folders": list(map(str, there)), **settings})
 
 
-def of_host_layer(machine: Machine, work: dict[str, Any]) -> Subject:
-    """Return the subject of a decoder layer on that machine's cores; `work` has the arguments of `host_layer.measure`."""
-    identity = of_machine(machine).identity | {"host_layer": work}
-    return Subject(kind="host-layer", identity=identity, request={"device": machine.device, "host_layer": work})
+def of_host(machine: Machine, kind: str, work: dict[str, Any]) -> Subject:
+    """Return the subject of a decoder layer, or of experts, on that machine's cores.
+
+    `kind` is "host-layer" or "host-experts"; `work` has the arguments of `measure` in the module of that name.
+    """
+    key = kind.replace("-", "_")
+    identity = of_machine(machine).identity | {key: work}
+    return Subject(kind=kind, identity=identity, request={"device": machine.device, key: work})
 
 
 def load(subject: Subject) -> Entry | None:

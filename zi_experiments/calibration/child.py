@@ -77,7 +77,7 @@ def answer(text: str) -> None:
     _end_with(request["parent"])
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)  # output of libraries goes to stderr, not into the answer
-        kinds = {"folders": _disk, "host_layer": _host_layer, "gpus": _links}
+        kinds = {"folders": _disk, "host_layer": _host_layer, "host_experts": _host_experts, "gpus": _links}
         measure = next((measure for key, measure in kinds.items() if key in request), _machine)
         json.dump(measure(request), out)
 
@@ -121,3 +121,9 @@ def _host_layer(request: dict[str, Any]) -> dict[str, Any]:
     from zi_experiments.calibration import host_layer  # imports transformers, which the launcher does not need for this
 
     return {"figures": host_layer.measure(**request["host_layer"]), "notes": []}
+
+
+def _host_experts(request: dict[str, Any]) -> dict[str, Any]:
+    from zi_experiments.calibration import host_experts  # imports torch, which the launcher does not need for this
+
+    return {"figures": host_experts.measure(**request["host_experts"]), "notes": []}

@@ -21,6 +21,7 @@ _NAMES = {
     "links": "the links of {gpus} GPUs together",
     "disk": "the disk of {folders}",
     "host-layer": "a decoder layer on the host's cores",
+    "host-experts": "experts on the host's cores",
 }
 
 _PATIENCE_S = 300.0  # to wait for another process that measures; it may hang or be suspended
@@ -55,12 +56,12 @@ def ensure(hardware: Hardware, machine: Machine, disk: Disk | None, tell: Tell, 
     return _laid_under(hardware, machine, entries)
 
 
-def with_host_layer(machine: Machine, work: dict[str, Any], tell: Tell | None) -> Machine:
-    """Return `machine` with the time of a decoder layer on its cores; with `tell`, it is measured if it is not cached.
+def with_host(machine: Machine, kind: str, work: dict[str, Any], tell: Tell | None) -> Machine:
+    """Return `machine` with how fast its cores compute; with `tell`, it is measured if it is not cached.
 
-    `work` has the arguments of `host_layer.measure`.
+    `kind` and `work` are those of `cache.of_host`.
     """
-    subject = cache.of_host_layer(machine, work)
+    subject = cache.of_host(machine, kind, work)
     entry = cache.load(subject)
     if entry is None and tell is not None and _is_there(subject, machine):
         with _turn(tell) as is_ours:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from zi_experiments.calibration import suite
 from zi_experiments.config.schema import OffloadDevice, Run
@@ -37,24 +38,35 @@ def measured_again(run: Run, machine: Machine, folders: list[Path], tell: Callab
     return suite.again(run.hardware, machine, _disk(run, folders), tell, _gpus(run))
 
 
-def with_host_layer(plan: Plan, tell: Callable[[str], None] | None) -> Machine:
-    """Return a plan's machine with the time of one of its decoder layers on the host's cores.
+def with_host(plan: Plan, tell: Callable[[str], None] | None) -> Machine:
+    """Return a plan's machine with how fast its cores compute the experts or the decoder layers of the plan.
 
     With `tell`, it is measured if it is not cached.
     """
-    run, machine = plan.run, plan.machine
-    if run.hardware.name not in machines.HERE or not plan.storage.can_compute_on_host:
+    run, machine, stored = plan.run, plan.machine, plan.storage
+    if run.hardware.name not in machines.HERE or not (stored.can_compute_on_host or stored.can_compute_experts_on_host):
         return machine
-    work = {
-        "config": plan.architecture.config.to_dict(),
+    work: dict[str, Any] = {
         "dtype": plan.dtype,
         "group_size": run.quant.group_size,  # of INT4 weights
-        "rows": run.workload.batch_size,
-        "tokens": run.workload.prompt_len + run.workload.gen_len // 2,
         "threads": machines.cpu_threads(run.hardware, machine),
         "cores": list(machine.cores),
     }
-    return suite.with_host_layer(machine, work, tell)
+    if stored.can_compute_experts_on_host:
+        stacks = [p for p in plan.architecture.parameters if p.is_experts and p.experts]
+        sequences = run.workload.sequences
+        work |= {
+            "shapes": [list(p.shape[1:]) for p in stacks if p.layer == stacks[0].layer],
+            "transposed": not stacks[0].is_linear,
+            "rows": max(1, round(sequences * plan.routed_experts / plan.distinct_experts(sequences))),
+        }
+        return suite.with_host(machine, "host-experts", work, tell)
+    work |= {
+        "config": plan.architecture.config.to_dict(),
+        "rows": run.workload.batch_size,
+        "tokens": run.workload.prompt_len + run.workload.gen_len // 2,
+    }
+    return suite.with_host(machine, "host-layer", work, tell)
 
 
 def _gpus(run: Run) -> int:

@@ -94,9 +94,9 @@ class Offload:
     path: Any  # a folder, or a list of them on several drives; null: inside the run's output folder
     pin_memory: bool | None  # null: pinned if enough host memory stays free
     resident: Any  # share of the decoder layers' weights kept on the GPU, from 0 to 1, or "auto": as much as fits
-    compute: (
-        Any  # share of the decoder layers whose decode steps the host computes, from 0 to 1, "gpu": none, or "auto"
-    )
+    # share of the decoder layers, or of the experts not on the GPU, whose decode steps the host computes, from 0 to 1, "gpu":
+    # none, or "auto"
+    compute: Any
     buffer_count: int | None
     buffer_size: int | None  # elements, not bytes
     use_gds: bool
@@ -165,6 +165,8 @@ class Calibration:
     host_layer_s: float | None
     host_layer_busy_s: float | None
     link_busy_bytes_per_s: float | None
+    # at which the host's cores compute the run's experts while copies to the GPU run; null: as above
+    host_experts_bytes_per_s: float | None
     # rates measured at several moments, by their names in `Ceilings`, arithmetic by 16-bit type: the ceiling is the best
     # of them, a prediction takes their mean; null: measured once
     moments: dict[str, list[float]] | None

@@ -37,18 +37,21 @@ def lower_bound(plan: Plan) -> Bound:
     rate at which both read it together; without these rates it does not count.
     """
     traffic: dict[str, float] = {"link": plan.streamed_bytes_per_pass, "disk": plan.disk_bytes_per_pass}
-    read, on_host = step_bytes(plan), len(plan.storage.host_layers) / plan.architecture.num_layers
+    read = step_bytes(plan)
+    layers_on_host = len(plan.storage.host_layers) / plan.architecture.num_layers
+    host_bytes = layers_on_host * read + plan.storage.host_bytes_per_step
+    on_host = min(1.0, host_bytes / read)
     decode = traffic | {
         "link": plan.link_bytes_per_pass,
         "disk": plan.disk_bytes_per_step,
         "hbm": (1 - on_host) * read,
         # cores are taken to compute as fast as GPUs
-        "gemm": max(on_host, 1 - on_host) * step_flops(plan),
+        "gemm": max(layers_on_host, 1 - on_host) * step_flops(plan),
     }
     if on_host and rate(plan, "host"):
-        decode["host"] = on_host * read
+        decode["host"] = host_bytes
     if on_host and rate(plan, "memory"):
-        decode["memory"] = on_host * read + plan.link_bytes_per_pass
+        decode["memory"] = host_bytes + plan.link_bytes_per_pass
     prefill = traffic | {
         "hbm": ELEMENT_BYTES * plan.active(plan.stored_numel),
         "gemm": prefill_flops(plan),

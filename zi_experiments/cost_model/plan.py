@@ -72,6 +72,9 @@ class Storage:
     packed_tokens: int = 0  # up to so many tokens in a pass, resident weights are multiplied without being expanded
     can_compute_on_host: bool = False  # True if the host's cores can compute decode steps of layers
     host_layers: tuple[int, ...] = ()  # layers whose decode steps the host's cores compute, by number
+    can_compute_experts_on_host: bool = False  # True if the cores can compute experts that are not on the device
+    host_experts: float = 0.0  # share of the host's cores in the work of experts that are not on the device
+    host_bytes_per_step: int = 0  # of experts that the cores compute in a decode step, if routing spreads evenly
     host_kv_bytes: int = 0  # part of the KV cache that is in host memory because the host computes its layers
     expert_bytes: int = 0  # of one of the experts that are copied or read alone
     experts_together: int = 1  # so many are copied before the first of them is computed
@@ -88,6 +91,11 @@ class Storage:
     locked_bytes: int = 0  # part of the host buffers that the process itself locks in memory
     notes: tuple[str, ...] = ()  # on how the engine runs the model
     overlap: Overlap
+
+    @property
+    def uses_host(self) -> bool:
+        """Whether the host's cores compute layers or experts in decode steps."""
+        return bool(self.host_layers) or self.host_experts > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ class Prediction:
     load_s: float | None
     prefill_s: float | None
     decode_step_s: float | None
-    decode_step_on_gpu_s: float | None  # if the host computed no layer; the same where it computes none
+    decode_step_on_gpu_s: float | None  # if the host computed no layers or experts; the same where it computes none
     prefill_limited_by: str | None
     limited_by: str | None  # largest part of a decode step: "link", "disk", "hbm", "gemm", "launch" or "host"
     total_tok_per_s: float | None  # generated tokens over prefill and decode
@@ -66,7 +66,7 @@ def predict(plan: Plan) -> Prediction:
         load_s=_load_s(plan),
         prefill_s=prefill_s,
         decode_step_s=step_s,
-        decode_step_on_gpu_s=_timed(_without_host(plan), step)[0] if plan.storage.host_layers else step_s,
+        decode_step_on_gpu_s=_timed(_without_host(plan), step)[0] if plan.storage.uses_host else step_s,
         prefill_limited_by=prefill_limited_by,
         limited_by=limited_by,
         total_tok_per_s=tok_per_s,
@@ -75,8 +75,12 @@ def predict(plan: Plan) -> Prediction:
 
 
 def _without_host(plan: Plan) -> Plan:
-    """Return the plan with all layers computed on the GPU."""
-    return replace(plan, storage=replace(plan.storage, host_layers=(), streamed_bytes_per_step=None))
+    """Return the plan with all layers and experts computed on the GPU."""
+    stored, step_bytes = plan.storage, None
+    if stored.host_bytes_per_step:
+        step_bytes = plan.streamed_bytes_per_step + stored.host_bytes_per_step
+    gpu = replace(stored, host_layers=(), host_bytes_per_step=0, streamed_bytes_per_step=step_bytes)
+    return replace(plan, storage=gpu)
 
 
 def total_tok_per_s(plan: Plan, prefill_s: float | None, decode_step_s: float | None) -> float | None:
@@ -121,6 +125,8 @@ def _duration(plan: Plan, one: _Pass, seconds: dict[str, float]) -> float:
     stalled = 0.0 if _is_recorded(plan, one) else overlap.stall * plan.architecture.num_layers * _layer_s(plan)
     if _on_host(plan, one):
         return _beside_host(plan, seconds, copies, work)
+    if one.tokens == 1 and plan.storage.host_bytes_per_step:
+        copies = _beside_experts(plan, seconds, copies)
     shorter = min(copies, computing)
     hidden = overlap.hidden * shorter
     if _is_routed(plan, one):
@@ -164,17 +170,28 @@ def _beside_host(plan: Plan, seconds: dict[str, float], copies: float, work: flo
     Operations of layers are launched meanwhile. The host and the link share its memory. When one of them has ended, the
     other goes on at its usual rate.
     """
-    known, link = _measured(plan), _known(_typical(plan, "link_bytes_per_s"))
-    on_host = plan.storage.host_layers
+    known, on_host = _measured(plan), plan.storage.host_layers
     layers = len(on_host) * plan.run.workload.micro_batches
     crossings = sum(index + 1 not in on_host for index in on_host)  # from the host to the GPU, and so many back
     computing = work + _known(known.step_s) + crossings * CROSSING_S
     serial = max(computing + seconds["host"], seconds["launch"])
     serial_beside = max(serial, computing + layers * (known.host_layer_busy_s or 0.0))
-    copies_beside = copies * max(1.0, link / (known.link_busy_bytes_per_s or link))
+    copies_beside = _busy(plan, copies)
     if copies_beside > serial_beside:
         return serial_beside + (1 - serial_beside / copies_beside) * copies
     return copies_beside + (1 - copies_beside / serial_beside) * serial if serial_beside else 0.0
+
+
+def _beside_experts(plan: Plan, seconds: dict[str, float], copies: float) -> float:
+    """Return the seconds until both are done: copies of experts, and those that the host computes beside them."""
+    host, busy = seconds["host"], _busy(plan, copies)
+    return host + (1 - host / busy) * copies if busy > host else host
+
+
+def _busy(plan: Plan, copies: float) -> float:
+    """Return the seconds of copies while the host computes, since both read its memory."""
+    link = _known(_typical(plan, "link_bytes_per_s"))
+    return copies * max(1.0, link / (_measured(plan).link_busy_bytes_per_s or link))
 
 
 def _is_routed(plan: Plan, one: _Pass) -> bool:
@@ -218,8 +235,18 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
         "gemm": on_gpu * _gemm_s(plan, one),
         "hbm": on_gpu * _traffic_s(plan, one),
         "launch": on_gpu * passes * _launch_s(plan, one) + _known(known.step_s),
-        "host": (1 - on_gpu) * passes * _known(known.host_layer_s) if on_gpu < 1 else 0.0,
+        "host": _host_s(plan, one),
     }
+
+
+def _host_s(plan: Plan, one: _Pass) -> float:
+    """Return the seconds of the layers, or of the experts, that the host's cores compute in a pass."""
+    known, share = _measured(plan), _on_host(plan, one)
+    if share:
+        passes = plan.architecture.num_layers * plan.run.workload.micro_batches
+        return share * passes * _known(known.host_layer_s)
+    experts = plan.storage.host_bytes_per_step if one.tokens == 1 else 0
+    return _over(experts, known.host_experts_bytes_per_s)
 
 
 def _launch_s(plan: Plan, one: _Pass) -> float:
@@ -228,6 +255,8 @@ def _launch_s(plan: Plan, one: _Pass) -> float:
     if _is_recorded(plan, one):
         small_s = overlap.small_s + (overlap.small_routed_s if is_routed else 0.0)
         choice = overlap.choice + overlap.fetch * min(1.0, _missed(plan))
+        if plan.storage.host_bytes_per_step:
+            choice += overlap.choice  # host and device take turns once more, for what the host has computed
         return small_s + (choice * _layer_s(plan) if _reads_choice(plan, one) else 0.0)
     launches = overlap.launch + (overlap.launch_routed if is_routed else 0.0)
     return _layer_s(plan) * (launches + (CACHE_LAUNCH if _moves_cache(plan) else 0))

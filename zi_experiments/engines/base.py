@@ -24,11 +24,13 @@ class Routed:
 
     layers: int  # decoder layers with experts, once for each pass
     experts: int  # distinct experts that tokens were routed to, summed over these layers
-    copied: int  # of these, those that were not on the device
+    copied: int  # of these, those that were not on the device, and that the host did not compute
     copied_bytes: int  # of experts, from host memory to the device
     read: int  # of those, or on a CPU of all, the ones that were not in host memory either
     read_bytes: int  # of experts, from disk to host memory
     own_bytes: int = 0  # of weights that are not experts and do not stay on the device, brought in these passes
+    on_host: int = 0  # of the distinct experts, those that the host's cores have computed
+    on_host_bytes: int = 0  # of these, which the cores have read
 
     def since(self, before: "Routed") -> "Routed":
         """Return what was done after `before`."""

@@ -41,5 +41,5 @@ def prepare(
     if settled is None:
         return None
     if on_host:
-        machine = this_machine.with_host_layer(planning.on_gpu(settled, arch, machine), tell)
+        machine = this_machine.with_host(planning.on_gpu(settled, arch, machine), tell)
     return planning.build(settled, arch, machine)

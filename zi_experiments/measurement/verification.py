@@ -193,7 +193,7 @@ def _problem(plan: Plan, passes: list[_Observed], parts: dict[str, float], error
 
 
 def _wider(plan: Plan) -> int:
-    return UNROUNDED if plan.storage.host_layers and plan.run.quant.is_quantized else 1
+    return UNROUNDED if plan.storage.uses_host and plan.run.quant.is_quantized else 1
 
 
 def _least_greedy(plan: Plan) -> float:

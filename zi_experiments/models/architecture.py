@@ -21,7 +21,9 @@ class Parameter:
     # `tensor[i]`, through transformers' interface for experts; None for other parameters
     experts: str | None = None
     native: Packing | None = None  # how checkpoints store it, if they store it quantized
-    is_linear: bool = False  # the weight of a linear layer, as torch has it
+    is_linear: bool = (
+        False  # the weight of a linear layer, as torch has it: (outputs, inputs); or a stack of such for experts
+    )
 
     @property
     def numel(self) -> int:

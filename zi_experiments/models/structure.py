@@ -49,7 +49,7 @@ def parameters(model: Any, layers_name: str) -> Iterator[Parameter]:
             name=name,
             shape=tuple(parameter.shape),
             quantizable=is_quantizable(model, name),
-            is_linear=_is_linear(model, name),
+            is_linear=_is_linear(model, name, experts.get(name)),
             layer=layer,
             experts=experts.get(name) if layer is not None and len(names[id(parameter)]) == 1 else None,
             native=packings.get(name),
@@ -82,9 +82,11 @@ def is_experts_module(module: Any) -> bool:
     return all(hasattr(module, name) for name in ("num_experts", "is_transposed", "has_bias", "_apply_gate"))
 
 
-def _is_linear(model: Any, name: str) -> bool:
+def _is_linear(model: Any, name: str, experts: str | None) -> bool:
     from torch import nn
 
+    if experts is not None:
+        return is_quantizable(model, name) and not model.get_submodule(experts).is_transposed
     return name.endswith(".weight") and type(model.get_submodule(name.removesuffix(".weight"))) is nn.Linear
 
 

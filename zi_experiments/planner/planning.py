@@ -1,7 +1,7 @@
 """`Run + Architecture + Machine → Plan`: choose settings left open, refuse a run that cannot work or does not fit. Pure."""
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from math import inf
@@ -91,22 +91,33 @@ def _with_largest_batch(run: Run, arch: Architecture, machine: Machine) -> Run:
 
 
 def _with_best_share(run: Run, arch: Architecture, machine: Machine) -> Run:
-    """Return the run with the share of layers on the host that is fastest by prediction; none if that gains little.
-
-    With more layers on the host, a step becomes faster as long as the link takes longer, and slower from there on.
-    """
+    """Return the run with the share of the host that is fastest by prediction; none if that gains little."""
     alone = _with_share(run, 0)
     plan, known = attempt(alone, arch, machine), machine.calibration
-    if plan is None or machine.device == "cpu" or known is None or known.host_layer_s is None:
+    if plan is None or machine.device == "cpu" or known is None:
         return alone
 
-    def step_s(layers: int) -> float:
-        plan = attempt(_with_share(run, layers / arch.num_layers), arch, machine)
+    def step_s(share: float) -> float:
+        plan = attempt(_with_share(run, share), arch, machine)
         return (plan and predict(plan).decode_step_s) or inf
 
-    best = bisect_left(range(arch.num_layers), True, key=lambda layers: step_s(layers + 1) >= step_s(layers))
+    if plan.storage.can_compute_experts_on_host:
+        host, link = known.host_experts_bytes_per_s, known.link_busy_bytes_per_s
+        best = host / (host + link) if host and link else 0.0  # both end together
+    elif known.host_layer_s is not None:
+        best = _best_layers(arch.num_layers, step_s) / arch.num_layers
+    else:
+        return alone
     usual_s = predict(plan).decode_step_s
-    return _with_share(run, best / arch.num_layers) if usual_s and step_s(best) < WORTHWHILE * usual_s else alone
+    return _with_share(run, best) if usual_s and step_s(best) < WORTHWHILE * usual_s else alone
+
+
+def _best_layers(count: int, step_s: Callable[[float], float]) -> int:
+    """Return the number of layers on the host with which a step is fastest, of so many.
+
+    With more of them, a step becomes faster as long as the link takes longer, and slower from there on.
+    """
+    return bisect_left(range(count), True, key=lambda n: step_s((n + 1) / count) >= step_s(n / count))
 
 
 def _with_share(run: Run, share: float | str) -> Run:

@@ -36,6 +36,7 @@ class Metrics:
     link_bytes_per_s: float | None  # bytes that had to cross PCIe in one pass / median decode step
     disk_bytes_per_s: float | None  # bytes that had to be read from disk in one pass / median decode step
     experts_per_layer: float | None  # distinct routed experts of a layer in a decode step; None if all are brought
+    experts_per_layer_on_host: float | None  # of these, the ones that the host computes; None if it computes none
     expert_hit_rate: float | None  # share of them that was on the device; None if none is ever copied alone
     expert_host_hit_rate: (
         float | None
@@ -110,7 +111,8 @@ def derive(
         link_bytes_per_s=plan.link_bytes_per_pass / step if step else None,
         disk_bytes_per_s=plan.disk_bytes_per_step / step if step else None,
         experts_per_layer=routed.experts / routed.layers if routed else None,
-        expert_hit_rate=1 - routed.copied / routed.experts if routed and plan.storage.cached_bytes else None,
+        experts_per_layer_on_host=routed.on_host / routed.layers if routed and plan.storage.host_experts else None,
+        expert_hit_rate=_hit_rate(plan, routed) if routed else None,
         expert_host_hit_rate=_host_hit_rate(plan, routed) if routed else None,
         fraction_of_bound=bound.decode_step_s / step if step and bound.decode_step_s else None,
         prefill_fraction_of_bound=bound.prefill_s / ttft if bound.prefill_s else None,
@@ -139,9 +141,16 @@ def with_counts(plan: Plan, routed: Routed | None, steps: int) -> Plan:
     stored = plan.storage
     if stored.streamed_bytes_per_step is not None:
         stored = replace(stored, streamed_bytes_per_step=(routed.copied_bytes + routed.own_bytes) // steps)
+    if stored.host_experts:
+        stored = replace(stored, host_bytes_per_step=routed.on_host_bytes // steps)
     if stored.disk_bytes_per_step is not None:
         stored = replace(stored, disk_bytes_per_step=(routed.read_bytes + routed.own_bytes) // steps)
     return replace(plan, storage=stored)
+
+
+def _hit_rate(plan: Plan, routed: Routed) -> float | None:
+    """Return the share of experts that was on the device; None if none is ever copied alone."""
+    return 1 - (routed.copied + routed.on_host) / routed.experts if plan.storage.cached_bytes else None
 
 
 def _host_hit_rate(plan: Plan, routed: Routed) -> float | None:

@@ -120,6 +120,8 @@ def describe_plan(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "streamed_bytes_per_step": plan.streamed_bytes_per_step,
         "own_bytes_per_step": plan.storage.own_bytes_per_step,
         "host_layers": list(plan.storage.host_layers),
+        "host_experts": plan.storage.host_experts,
+        "host_bytes_per_step": plan.storage.host_bytes_per_step,
         "host_kv_bytes": plan.storage.host_kv_bytes,
         "disk_bytes_per_pass": plan.disk_bytes_per_pass,
         "disk_bytes_per_step": plan.disk_bytes_per_step,

@@ -257,6 +257,7 @@ calibrations = st.builds(
     host_layer_s=overheads,
     host_layer_busy_s=overheads,
     link_busy_bytes_per_s=rates,
+    host_experts_bytes_per_s=rates,
     expand_elements_per_s=rates,
     layer_s=overheads,
     step_s=overheads,

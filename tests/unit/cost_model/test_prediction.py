@@ -40,6 +40,7 @@ INSTANT = Calibration(
     host_layer_s=None,
     host_layer_busy_s=None,
     link_busy_bytes_per_s=None,
+    host_experts_bytes_per_s=None,
     moments=None,
 )
 PERFECT = Overlap(hidden=1.0, launch=0.0, stall=0.0, load_s=0.0)
@@ -205,6 +206,20 @@ def test_layers_are_launched_while_the_host_computes(planned, layer_s):
 
     by_host_s = 20 * 0.010 + 20 * module.CROSSING_S
     assert predict(plan).decode_step_s == near(0.05 + max(by_host_s, 20 * 2 * layer_s))
+
+
+@pytest.mark.parametrize("host", [20e9, 80e9])
+def test_experts_on_the_host_end_with_the_copies_of_others(planned, host):
+    """At the rates that they have beside each other; when the host has ended, copies go on at their usual rate."""
+    known = {"host_experts_bytes_per_s": host, "link_busy_bytes_per_s": 40e9}
+    half = ("engine=stream", "offload=cpu", "workload.batch_size=1", "offload.compute=0.5")
+    plan = planned(*half, model="mixtral-8x7b", known=known, link_bytes_per_s=50e9)
+    got, each = predict(plan), plan.streamed_bytes_per_step
+
+    assert plan.storage.host_bytes_per_step == each
+    assert got.decode_step_s == near(each / host if host < 40e9 else each / host + each * (1 - 40e9 / host) / 50e9)
+    assert got.limited_by == ("host" if host < 50e9 else "link")
+    assert got.decode_step_on_gpu_s == near(2 * each / 50e9)
 
 
 def test_without_the_hosts_rate_its_steps_are_not_predicted(planned):

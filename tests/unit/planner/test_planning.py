@@ -13,8 +13,8 @@ CHOICES = ("engine=stream", "model=opt-13b", "quant=fp16", "workload=zero-infere
 def plan_on(make_plan, machine):
     """`plan_on(compute, layer_s, …)` → the plan on a machine whose cores take so long for a layer."""
 
-    def plan_on(compute, layer_s, *overrides, **known):
-        measured = machine("measured")
+    def plan_on(compute, layer_s, *overrides, host_memory_bytes=256 << 30, **known):
+        measured = machine("measured", host_memory_bytes=host_memory_bytes)
         rates = {"host_layer_s": layer_s, "host_layer_busy_s": layer_s and 1.1 * layer_s, "link_busy_bytes_per_s": 45e9}
         on = replace(measured, calibration=replace(measured.calibration, **rates | known))
         return make_plan(*CHOICES, f"offload.compute={compute}", *overrides, on=on)
@@ -45,6 +45,28 @@ def test_a_small_gain_is_none(plan_on):
     assert 0.97 < predict(plan_on(4 / 40, 0.1)).decode_step_s / predict(plan_on(0, 0.1)).decode_step_s < 1
 
     assert plan_on("auto", 0.1).storage.host_layers == ()
+
+
+EXPERTS = ("model=mixtral-8x7b", "quant=int4", "workload.batch_size=1")
+
+
+@pytest.mark.parametrize(("host", "part"), [(60e9, 1 / 2), (30e9, 1 / 2), (5e9, 0), (None, 0)])
+def test_auto_lets_experts_and_copies_end_together(plan_on, host, part):
+    """Of the two experts of a token one is copied, unless the host takes longer for it than both take to cross."""
+    known = {"host_experts_bytes_per_s": host, "link_busy_bytes_per_s": 45e9}
+    plan, usual = (plan_on(share, None, *EXPERTS, **known) for share in ("auto", "gpu"))
+
+    assert plan.storage.host_bytes_per_step == pytest.approx(part * usual.streamed_bytes_per_step)
+    assert plan.run.offload.compute == (host / (host + 45e9) if part else 0)
+    assert predict(plan).decode_step_on_gpu_s == pytest.approx(predict(usual).decode_step_s)
+    assert (predict(plan).decode_step_s < predict(usual).decode_step_s) == (part > 0)
+
+
+def test_auto_has_no_experts_on_the_host_where_their_layout_does_not_fit(plan_on):
+    known = {"host_experts_bytes_per_s": 60e9, "link_busy_bytes_per_s": 45e9}
+
+    assert plan_on("auto", None, *EXPERTS, **known, host_memory_bytes=60 << 30).storage.host_experts > 0
+    assert plan_on("auto", None, *EXPERTS, **known, host_memory_bytes=40 << 30).storage.host_experts == 0
 
 
 def test_auto_is_decided_for_the_batch_that_is(plan_on):

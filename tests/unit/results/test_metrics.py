@@ -235,7 +235,7 @@ def test_every_figure_is_set(make_plan, machine):
     got = figures(with_energy(counted), plan)
 
     unset = [field.name for field in fields(got) if getattr(got, field.name) is None]
-    routed = ["experts_per_layer", "expert_hit_rate", "expert_host_hit_rate"]
+    routed = ["experts_per_layer", "experts_per_layer_on_host", "expert_hit_rate", "expert_host_hit_rate"]
     assert unset == routed, "which no experts are routed for"
 
 
@@ -256,6 +256,22 @@ def test_routed_experts_are_counted_and_their_bytes_are_those_of_the_bound(make_
     assert got.fraction_of_bound == pytest.approx(ratio * spread.fraction_of_bound)
     assert got.decode_prediction_error < spread.decode_prediction_error, "it is given fewer bytes"
     assert (got.expert_host_hit_rate, got.disk_bytes_per_s) == (None, 0), "nothing is on disk"
+
+
+def test_experts_on_the_host_are_counted_and_their_bytes_are_those_of_the_bound(make_plan, machine):
+    known = machine("measured")
+    rates = {"host_experts_bytes_per_s": 40e9, "link_busy_bytes_per_s": 40e9, "host_read_bytes_per_s": 50e9}
+    on = replace(known, calibration=replace(known.calibration, **rates))
+    work = ["workload.batch_size=1", "workload.gen_len=3", "offload.compute=0.5"]
+    plan = make_plan("model=mixtral-8x7b", "engine=stream", "quant=int4", "offload=cpu", *work, on=on)
+    routed = Routed(64, 100, 20, 20 * 10**8, 0, 0, on_host=60, on_host_bytes=60 * 10**8)
+    one = Pass(ttft_s=2.0, total_s=3.0, step_s=[0.5, 0.5], routed=routed)
+    got = figures(Samples(load_s=1.0, warmup=[], measured=[one, one]), plan)
+
+    assert (got.experts_per_layer, got.experts_per_layer_on_host) == (100 / 64, 60 / 64)
+    assert got.expert_hit_rate == pytest.approx(20 / 100)
+    assert got.link_bytes_per_s == pytest.approx(20 * 10**8 / 2 / 0.5)
+    assert got.fraction_of_bound == pytest.approx(60 * 10**8 / 2 / 50e9 / 0.5), "the host reads more than crosses"
 
 
 @pytest.mark.parametrize(("device", "wanted"), [("cuda", 80), ("cpu", 200)])

@@ -58,11 +58,11 @@ def stored(plan: Plan) -> dict[str, Stored]:
 
 
 def requirements(plan: Plan) -> Iterator[str]:
-    """Yield what Triton lacks to compile the kernels that quantized weights and layers on the host need on a GPU.
+    """Yield what Triton lacks to compile the kernels that quantized weights and what the host computes need on a GPU.
 
     Also what verification lacks.
     """
-    if plan.machine.device == "cuda" and (plan.run.quant.is_quantized or plan.storage.host_layers):
+    if plan.machine.device == "cuda" and (plan.run.quant.is_quantized or plan.storage.uses_host):
         need = "Triton compiles the kernel that "
         need += "expands quantized weights" if plan.run.quant.is_quantized else "reads what the host computes"
         yield from toolchain.lacking(need, toolchain.c_compiler(), toolchain.python_headers())
@@ -91,6 +91,7 @@ def config(plan: Plan, scratch: Sequence[str]) -> dict[str, Any]:
         "workspace_bytes": plan.workspace_bytes,
         "layers_on_disk": sum(layer.on_disk for layer in placed),
         "host_layers": list(plan.storage.host_layers),
+        "host_experts": plan.storage.host_experts,
         "most_routed_tokens": routing.most_tokens(plan) if plan.storage.routes else 0,
         "expert_slots": placement.expert_slots(plan, placed),
         "expert_host_slots": placement.host_slots(plan, placed),
@@ -118,7 +119,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
 
     device, dtype = device_of(plan), getattr(torch, plan.dtype)
     placed = placement.place(plan)
-    if plan.storage.host_layers:
+    if plan.storage.uses_host:
         _use_cores(plan)
     paths = [Path(folder) / f"rank{distributed.rank()}" for folder in config["folders"]]
     progress.begin("load", plan.weight_bytes, "bytes")

@@ -34,6 +34,9 @@ class Source(Protocol):
     def at_once(self) -> int:
         """So many experts, or fewer, stay valid until the next are asked for."""
 
+    def missing(self, experts: list[int]) -> list[int]:
+        """Return those of the layer's `experts` that are not on the device."""
+
     def bring(self, experts: list[int]) -> Iterator[Group]:
         """Yield groups of the layer's `experts`; each is valid until the next one is asked for."""
 
@@ -43,8 +46,12 @@ class InPlace:
 
     has_all = True
 
-    def __init__(self, slabs: torch.Tensor) -> None:
-        self.slabs, self.at_once = slabs, len(slabs)
+    def __init__(self, slabs: torch.Tensor, *, streamed: bool = False) -> None:
+        """`streamed`: a CPU computes what a GPU would have to copy."""
+        self.slabs, self.at_once, self._streamed = slabs, len(slabs), streamed
+
+    def missing(self, experts: list[int]) -> list[int]:
+        return experts if self._streamed else []
 
     def bring(self, experts: list[int]) -> Iterator[Group]:
         yield Group(experts=experts, slabs=self.slabs, rows=experts)
@@ -112,7 +119,7 @@ class InHostMemory:
 
     def source(self, layer: int) -> Source:
         """Return a source for a CPU, which computes from here."""
-        return InPlace(self._layers[layer])
+        return InPlace(self._layers[layer], streamed=True)
 
 
 class Pool:
@@ -134,6 +141,9 @@ class Pool:
 
     def source(self, layer: int) -> Source:
         return OfLayer(self, layer)
+
+    def missing(self, layer: int, experts: list[int]) -> list[int]:
+        return self._slots.missing(layer, experts)
 
     def bring(self, layer: int, experts: list[int]) -> Iterator[Group]:
         """Yield groups of a layer's experts: first those that are there, then the others as they arrive."""
@@ -192,7 +202,7 @@ class Pool:
 class OfLayer:
     """The experts of one layer of a pool or cache."""
 
-    all_layers: Any  # has `bring(layer, experts)`, `slabs`, `sizes` and `at_once`
+    all_layers: Any  # has `missing(layer, experts)`, `bring(layer, experts)`, `slabs`, `sizes` and `at_once`
     layer: int
     has_all: bool = False
 
@@ -205,6 +215,10 @@ class OfLayer:
     def at_once(self) -> int:
         at_once: int = self.all_layers.at_once
         return at_once
+
+    def missing(self, experts: list[int]) -> list[int]:
+        missing: list[int] = self.all_layers.missing(self.layer, experts)
+        return missing
 
     def bring(self, experts: list[int]) -> Iterator[Group]:
         groups: Iterator[Group] = self.all_layers.bring(self.layer, experts)

@@ -12,6 +12,7 @@ from zi_experiments.cost_model.spec import drawn_evenly
 from zi_experiments.engines.stream.expert_pool import Group, Source
 from zi_experiments.engines.stream.few_tokens import FewTokens
 from zi_experiments.engines.stream.fixed_pairs import Counts, FixedPairs
+from zi_experiments.engines.stream.host_experts import HostExperts
 from zi_experiments.engines.stream.quantized import expand_experts, multiplies, multiply_packed
 from zi_experiments.engines.stream.routing import together
 from zi_experiments.engines.stream.slab import Layout, expanded_experts, plain_experts
@@ -25,10 +26,18 @@ class RoutedExperts:
     """
 
     def __init__(
-        self, module: Any, each: Layout, source: Source, expanded: torch.Tensor, few: FewTokens, counts: Counts
+        self,
+        module: Any,
+        each: Layout,
+        source: Source,
+        expanded: torch.Tensor,
+        few: FewTokens,
+        counts: Counts,
+        host: HostExperts | None = None,
     ) -> None:
-        """`expanded` is the buffer for quantized experts, in 16-bit elements."""
+        """`expanded` is the buffer for quantized experts, in 16-bit elements; `host` computes some of those missing."""
         self._module, self._each, self._source, self._expanded, self._few = module, each, source, expanded, few
+        self._host = host
         self._forward = module.forward
         self._multiplies = not getattr(module, "has_post_expert_norm", False) and multiplies(each, expanded)
         self._names = {name.rpartition(".")[2]: name for name in each.names}
@@ -64,6 +73,8 @@ class RoutedExperts:
         self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, packed: bool
     ) -> torch.Tensor:
         """Return what the module's own `forward` does; `index` and `weights` are of shape (tokens, experts of each)."""
+        if self._host:
+            self._host.read(hidden_states, index.numel())
         chosen = index.flatten().tolist()  # waits for the router
         each, write = index.shape[1], self._packed if packed else self._expand
         outputs = hidden_states.new_zeros(len(chosen), hidden_states.shape[-1])
@@ -71,6 +82,9 @@ class RoutedExperts:
             place = {expert: number for number, expert in enumerate(group.experts)}
             pairs = [pair for pair, expert in enumerate(chosen) if expert in place]
             write(hidden_states, group, [(pair // each, place[chosen[pair]], pair) for pair in pairs], outputs)
+        if self._host:  # meanwhile the device does what was launched
+            self._host.compute()
+            self._host.add_to(outputs)
         return _weighted(outputs, weights, hidden_states.dtype)
 
     def _compute_fixed(self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -82,9 +96,14 @@ class RoutedExperts:
             self._products(hidden_states, fixed.of_all(index), slabs, outputs)
         else:
             fixed.read(index)
+            if self._host:
+                self._host.read(hidden_states, index.numel())
             for part in fixed.parts():
                 (self.cut or _now)(partial(fixed.fill, part, self._bring))
                 self._products(hidden_states, fixed.on_device(part), slabs, outputs)
+            if self._host:
+                (self.cut or _now)(self._host.compute)
+                self._host.add_to(outputs)
         return _weighted(outputs, weights, hidden_states.dtype)
 
     def _fixed_pairs(self, index: torch.Tensor) -> FixedPairs:
@@ -94,11 +113,16 @@ class RoutedExperts:
         return self._fixed
 
     def _bring(self, chosen: list[int]) -> Iterator[Group]:
-        """Return groups of the distinct ones of the chosen experts, and count them."""
+        """Return groups of the distinct ones of the chosen experts, beside those for the host, and count them."""
         needed = sorted({expert for expert in chosen if expert < self._module.num_experts})  # a larger one is none
         self._counts.calls += 1
         self._counts.used += len(needed)
-        return self._source.bring(needed)
+        if self._host:
+            on_host = self._host.take(self._source.missing(needed), chosen)
+            self._counts.on_host += len(on_host)
+            self._counts.on_host_bytes += len(on_host) * self._each.nbytes
+            needed = [expert for expert in needed if expert not in on_host]
+        return self._source.bring(needed) if needed else iter(())
 
     def _packed(self, x: torch.Tensor, group: Group, pairs: list[tuple[int, int, int]], outputs: torch.Tensor) -> None:
         """Write the outputs of (token, number of the expert in the group, row of `outputs`), from packed weights."""

@@ -15,6 +15,7 @@ class Counts:
 
     def __init__(self, device: torch.device) -> None:
         self.calls = self.used = 0  # calls; distinct experts, summed over them
+        self.on_host = self.on_host_bytes = 0  # of these, the ones that the host has computed, and their bytes
         self._on_device = torch.zeros(2, dtype=torch.long, device=device)
 
     def add(self, counted: torch.Tensor) -> None:

@@ -73,6 +73,9 @@ class HostCache:
     def source(self, layer: int) -> Source:
         return OfLayer(self, layer)
 
+    def missing(self, layer: int, experts: list[int]) -> list[int]:
+        return self._slots.missing(layer, experts)
+
     def bring(self, layer: int, experts: list[int]) -> Iterator[Group]:
         """Yield groups of a layer's experts in host memory as they arrive."""
         self.prepare(layer, experts)

@@ -31,7 +31,7 @@ def _multiplies(spec: Spec) -> bool:
     if quant.bits != 4 or quant.group_dim != 1 or quant.group_size not in INT4_GROUPS:
         return False
     quantized = [p for p in spec.architecture.parameters if p.layer is not None and spec.is_quantized(p)]
-    return all(p.is_linear and p.shape[0] % INT4_ROWS == 0 for p in quantized)
+    return all(p.is_linear and not p.experts and p.shape[0] % INT4_ROWS == 0 for p in quantized)
 
 
 def packed_bytes(spec: Spec, on_host: tuple[int, ...]) -> int:

@@ -1,6 +1,6 @@
 """Decoder layers with streamed weights: Hugging Face's own modules, with parameters that point into slabs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from math import ceil
 from typing import Any
@@ -14,6 +14,7 @@ from zi_experiments.engines.stream.expert_pool import Source as ExpertSource
 from zi_experiments.engines.stream.experts import RoutedExperts
 from zi_experiments.engines.stream.few_tokens import FewTokens
 from zi_experiments.engines.stream.fixed_pairs import Counts
+from zi_experiments.engines.stream.host_experts import HostExperts
 from zi_experiments.engines.stream.host_layers import HostLayer, has_room_for
 from zi_experiments.engines.stream.micro_batches import in_blocks
 from zi_experiments.engines.stream.own_weights import OwnWeights
@@ -21,7 +22,7 @@ from zi_experiments.engines.stream.packed_linear import PackedLinears
 from zi_experiments.engines.stream.placement import LayerPlacement
 from zi_experiments.engines.stream.quantized import expand, expand_own
 from zi_experiments.engines.stream.ring import Source
-from zi_experiments.engines.stream.slab import expanded_views, experts_in, plain_views
+from zi_experiments.engines.stream.slab import Layout, expanded_views, experts_in, plain_views
 
 
 class StreamedLayer:
@@ -70,27 +71,35 @@ class StreamedLayer:
         return experts_in(self.resident, self._placed.resident) if self._placed.resident.experts else None
 
     def shorten(
-        self, few: FewTokens, experts: ExpertSource | None, counts: Counts, own: OwnWeights | None
+        self,
+        few: FewTokens,
+        experts: ExpertSource | None,
+        counts: Counts,
+        own: OwnWeights | None,
+        on_host: Callable[[Any, Layout], HostExperts] | None,
     ) -> RoutedExperts | None:
         """Compute passes of few tokens in other ways, with routed experts from `experts`. Return what computes them.
 
-        `own` brings the layer's other weights that do not stay on the device.
+        `own` brings the layer's other weights that do not stay on the device. `on_host` is called with the module of experts
+        and the layout of one, and makes what the host computes.
         """
         self._own = own if self._placed.streamed.own_bytes else None
         self._few, packed = few, PackedLinears(self._layer, self.resident, self._placed.resident)
         self._packed = packed if packed.complete else None
         if experts is not None:
-            self._experts = self._routed(experts, counts)
+            self._experts = self._routed(experts, counts, on_host)
         return self._experts
 
-    def _routed(self, source: ExpertSource, counts: Counts) -> RoutedExperts:
+    def _routed(
+        self, source: ExpertSource, counts: Counts, on_host: Callable[[Any, Layout], HostExperts] | None
+    ) -> RoutedExperts:
         places = ((self._placed.resident, self._expanded[0]), (self._placed.streamed, self._expanded[1]))
         layout, expanded = next(place for place in places if place[0].experts)
         assert layout.experts is not None
-        each, module = layout.experts.each, layout.experts.each.names[0].rpartition(".")[0]
-        return RoutedExperts(
-            self._layer.get_submodule(module), each, source, expanded[layout.own_elements :], self._few, counts
-        )
+        each = layout.experts.each
+        module = self._layer.get_submodule(each.names[0].rpartition(".")[0])
+        host = on_host and on_host(module, each)
+        return RoutedExperts(module, each, source, expanded[layout.own_elements :], self._few, counts, host)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self._layer.parameters()

@@ -13,7 +13,7 @@ from zi_experiments.cost_model.inventory import Home, Stored
 from zi_experiments.cost_model.plan import Overlap, Placement, Plan, Storage
 from zi_experiments.cost_model.prediction import Prediction, predict
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
-from zi_experiments.engines.stream import host_share, routing, sharing
+from zi_experiments.engines.stream import expert_share, host_share, routing, sharing
 from zi_experiments.engines.stream.slab import Layout, lay_out
 from zi_experiments.models.architecture import Parameter
 from zi_experiments.models.packing import Packing
@@ -130,7 +130,7 @@ def is_routed(spec: Spec, placed: Sequence[LayerPlacement]) -> bool:
     copies = spec.machine.device == "cuda" and routing.stacks(streamed)
     reads = spec.run.offload.device is OffloadDevice.nvme
     # what is neither read, nor crosses, nor is expanded costs nothing
-    saves = spec.experts_are_quantized or bool(copies) or reads
+    saves = spec.experts_are_quantized or bool(copies) or reads or expert_share.asked(spec) > 0
     return saves and routing.pays(spec) and all(layer.in_parts or not layer.streamed.own_bytes for layer in placed)
 
 
@@ -176,7 +176,12 @@ def _notes(spec: Spec, placed: Sequence[LayerPlacement]) -> Iterator[str]:
     """Yield what the host computes of a decode step, or why nothing, and what the step brings of a mixture of experts."""
     if on_host := host_share.layers(spec):
         yield f"the host's cores compute {len(on_host)} of {len(placed)} layers in decode steps"
-    if spec.run.offload.compute != "gpu" and (why := host_share.obstacle(spec)):
+    if share := _host_experts(spec, placed):
+        yield f"the host's cores compute experts beside the copies of others: {100 * share:.0f} % of those not on the GPU"
+    elif spec.run.offload.compute != "gpu" and is_routed(spec, placed):
+        if why := expert_share.obstacle(spec):
+            yield f"all experts compute on the GPU: {why}"
+    elif spec.run.offload.compute != "gpu" and (why := host_share.obstacle(spec)):
         yield f"all layers compute on the GPU: {why}"
     if not spec.architecture.is_routed or not any(layer.streamed.nbytes for layer in placed):
         return
@@ -205,6 +210,12 @@ def expert_slots(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
         return routing.slots(spec, streamed, _room(spec) - resident - _ring_bytes(spec, placed))
     total = resident + sum(layer.nbytes for layer in streamed)
     return routing.slots(spec, streamed, int(spec.run.offload.resident * total) - resident)
+
+
+def _host_experts(spec: Spec, placed: Sequence[LayerPlacement]) -> float:
+    """Return the share of the host in the work of experts that are not on the device."""
+    away = is_routed(spec, placed) and any(layer.streamed.experts for layer in placed)
+    return expert_share.asked(spec) if away else 0.0
 
 
 def host_slots(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
@@ -236,7 +247,11 @@ def _storage(spec: Spec, placed: tuple[LayerPlacement, ...]) -> Storage:
     packed = host_share.packed_bytes(spec, on_host)
     own, own_slot = sum(layer.own_bytes for layer in streamed), own_slot_bytes(spec, placed)
     own = own if own_slot else 0
-    step_bytes = routing.per_step(spec, streamed, copied) + own if copied else None
+    host_experts, missed_bytes = _host_experts(spec, placed), routing.per_step(spec, streamed, copied)
+    host_bytes = ceil(expert_share.part(spec, streamed, host_experts, copied) * missed_bytes) if copied else 0
+    step_bytes = missed_bytes - host_bytes + own if copied else None
+    if host_experts:
+        packed += expert_share.packed_bytes(spec, [index for index, layout in enumerate(streamed) if layout.experts])
     if on_host and on_gpu:
         step_bytes = host + disk - sum(streamed[index].nbytes for index in on_host)
     return Storage(
@@ -255,6 +270,9 @@ def _storage(spec: Spec, placed: tuple[LayerPlacement, ...]) -> Storage:
         own_bytes_per_step=own,
         can_compute_on_host=on_gpu and host > 0 and host_share.obstacle(spec) is None,
         host_layers=on_host,
+        can_compute_experts_on_host=copied > 0 and expert_share.obstacle(spec) is None,
+        host_experts=host_experts,
+        host_bytes_per_step=host_bytes,
         host_kv_bytes=host_share.kv_bytes(spec, on_host) if on_gpu else 0,
         routes=is_routed(spec, placed),
         expert_bytes=routing.slot_bytes(streamed) if copied or read else 0,

@@ -73,9 +73,12 @@ def per_step(spec: Spec, streamed: Sequence[Layout], *held: int) -> int:
 
     Each expert is in one memory only.
     """
-    found = stacks(streamed)
-    count = sum(stack.count for stack in found)
+    return ceil(missed(spec, streamed, *held) * sum(stack.each.nbytes for stack in stacks(streamed)))
+
+
+def missed(spec: Spec, streamed: Sequence[Layout], *held: int) -> float:
+    """Return how many experts of a layer a decode step does not find in so many slots, if routing spreads evenly."""
+    count = sum(stack.count for stack in stacks(streamed))
     # a layer's share of the slots is of use from one step to the next if it is more than what the step itself needs
     kept = min(1.0, sum(slots / count for slots in held if slots > least_slots(spec)))
-    distinct = spec.distinct_experts(spec.run.workload.sequences)
-    return ceil((1 - kept) * distinct * sum(stack.each.nbytes for stack in found))
+    return (1 - kept) * spec.distinct_experts(spec.run.workload.sequences)

@@ -1,6 +1,8 @@
 """Passes of few tokens, such as decode steps: routed experts only, packed products, operations recorded once."""
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +14,12 @@ from zi_experiments.engines.stream.expert_pool import InHostMemory, InPlace, Poo
 from zi_experiments.engines.stream.few_tokens import FewTokens
 from zi_experiments.engines.stream.fixed_pairs import Counts
 from zi_experiments.engines.stream.host_cache import HostCache
+from zi_experiments.engines.stream.host_experts import HostExperts
 from zi_experiments.engines.stream.layers import StreamedLayer
 from zi_experiments.engines.stream.own_weights import OwnWeights
+from zi_experiments.engines.stream.placement import LayerPlacement
 from zi_experiments.engines.stream.recorded import RecordedSteps, can_record
-from zi_experiments.engines.stream.slab import experts_in
+from zi_experiments.engines.stream.slab import Layout, experts_in
 from zi_experiments.engines.stream.store import Store
 
 
@@ -54,8 +58,11 @@ class ShortPasses:
             sources = {index: InPlace(slabs) for index, slabs in here.items()}
             sources |= self._away(plan, store, streamed, device)
         self._recorded: RecordedSteps | None = None
-        self._counts = Counts(device)
-        made = [layer.shorten(self._few, sources.get(index), self._counts, own) for index, layer in enumerate(layers)]
+        self._counts, on_host = Counts(device), self._on_host(plan, store, streamed)
+        made = [
+            layer.shorten(self._few, sources.get(index), self._counts, own, on_host.get(index))
+            for index, layer in enumerate(layers)
+        ]
         self._experts = [experts for experts in made if experts is not None]
 
     def _away(self, plan: Plan, store: Store, streamed: list[int], device: torch.device) -> dict[int, Source]:
@@ -64,7 +71,7 @@ class ShortPasses:
         Some models begin with layers without experts.
         """
         placed = placement.place(plan)
-        away = [(index, number) for number, index in enumerate(streamed) if placed[index].streamed.experts]
+        away = _away(placed, streamed)
         parts = {index: placed[index].streamed for index, _ in away}
         supply: Any = self._cache or InHostMemory(
             [experts_in(store.slab(number), parts[index]) for index, number in away]
@@ -73,6 +80,18 @@ class ShortPasses:
             at_once = routing.at_once(plan, routing.slot_bytes(list(parts.values())))
             supply = self._pool = Pool(supply, slots, at_once, device)
         return {index: supply.source(number) for number, index in enumerate(parts)}
+
+    def _on_host(
+        self, plan: Plan, store: Store, streamed: list[int]
+    ) -> dict[int, Callable[[Any, Layout], HostExperts]]:
+        """Return what makes the experts that the host computes, by the number of their layer."""
+        if not plan.storage.host_experts:
+            return {}
+        placed, rest = placement.place(plan), {"dtype": getattr(torch, plan.dtype), "share": plan.storage.host_experts}
+        return {
+            index: partial(HostExperts, slabs=experts_in(store.slab(number), placed[index].streamed), **rest)
+            for index, number in _away(placed, streamed)
+        }
 
     def record(self, model: Any, cache: Any) -> None:
         """Record the operations of decode steps, if the model allows it."""
@@ -91,6 +110,8 @@ class ShortPasses:
             experts=used,
             copied=self._pool.copied if self._pool else 0,
             copied_bytes=self._pool.copied_bytes if self._pool else 0,
+            on_host=self._counts.on_host,
+            on_host_bytes=self._counts.on_host_bytes,
             read=self._cache.read if self._cache else 0,
             read_bytes=self._cache.read_bytes if self._cache else 0,
             own_bytes=self._own.brought_bytes if self._own else 0,
@@ -107,3 +128,8 @@ class ShortPasses:
             return []
         self._pool.forget()
         return [self._pool.slabs]
+
+
+def _away(placed: Sequence[LayerPlacement], streamed: list[int]) -> list[tuple[int, int]]:
+    """Return the layers whose experts do not stay on the device: their numbers, and those of their slabs in the store."""
+    return [(index, number) for number, index in enumerate(streamed) if placed[index].streamed.experts]

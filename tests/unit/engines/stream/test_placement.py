@@ -532,7 +532,6 @@ INT4_ONLY = "the host computes 16-bit layers, and INT4 of linear layers in group
         ("opt-30b", {"quant": "int8"}, INT4_ONLY),
         ("bloom-7b1", {"quant": "int4", "group_dim": 0}, INT4_ONLY),
         ("mixtral-8x7b", {"quant": "int4", "batch_size": 32}, INT4_ONLY),
-        ("qwen3-30b-a3b", {"batch_size": 1}, "experts are brought one by one, and the host computes whole layers"),
     ],
 )
 @pytest.mark.parametrize("compute", [0.5, "auto"])
@@ -541,3 +540,55 @@ def test_the_plan_says_why_the_host_computes_nothing(plan_stream, model, setting
 
     assert plan.storage.host_layers == ()
     assert f"all layers compute on the GPU: {why}" in plan.notes
+
+
+# --- experts that the host computes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "compute", "part"),
+    [("mixtral-8x7b", 0.5, 1 / 2), ("mixtral-8x7b", 0.2, 0), ("qwen3-30b-a3b", 0.4, 3 / 8), ("qwen3-30b-a3b", 1, 1)],
+)
+def test_experts_on_the_host_do_not_cross(plan_stream, model, compute, part):
+    """Of the 2 and of the 8 that a token needs in a layer, so many that copies and host end together."""
+    usual, plan = (plan_stream(model, "int4", compute=share, batch_size=1) for share in ("gpu", compute))
+
+    assert plan.storage.host_experts == compute
+    assert plan.storage.host_bytes_per_step == pytest.approx(part * usual.streamed_bytes_per_step)
+    assert plan.streamed_bytes_per_step == pytest.approx((1 - part) * usual.streamed_bytes_per_step)
+    assert plan.streamed_bytes_per_pass == usual.streamed_bytes_per_pass, "the GPU computes prompts"
+    assert plan.storage.gpu_buffer_bytes == usual.storage.gpu_buffer_bytes
+    assert f"{100 * compute:.0f} % of those not on the GPU" in " ".join(plan.notes)
+
+
+def test_int4_experts_on_the_host_have_a_layout_of_their_own(plan_stream):
+    usual, plan = (plan_stream("mixtral-8x7b", "int4", compute=share, batch_size=1) for share in ("gpu", 0.5))
+    experts = 32 * 8 * 3 * 4096 * 14336
+
+    assert plan.storage.host_buffer_bytes - usual.storage.host_buffer_bytes == experts * (4 + 0.5) // 8
+    in_16_bits = plan_stream("mixtral-8x7b", compute=0.5, batch_size=1).storage
+    assert in_16_bits.host_experts == 0.5
+    assert in_16_bits.host_buffer_bytes == 0
+
+
+NOT_TRANSPOSED = "the host computes 16-bit experts, and INT4 in groups of 32 to 256 inputs that are not transposed"
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "why"),
+    [
+        (
+            "mixtral-8x7b",
+            {"quant": "int4", "offload": "nvme"},
+            "the host computes experts from host memory only, not from disk",
+        ),
+        ("mixtral-8x7b", {"quant": "int8"}, NOT_TRANSPOSED),
+        ("gpt-oss-20b", {"quant": "int4"}, NOT_TRANSPOSED),
+    ],
+)
+@pytest.mark.parametrize("compute", [0.5, "auto"])
+def test_the_plan_says_why_the_host_computes_no_experts(plan_stream, model, settings, why, compute):
+    plan = plan_stream(model, compute=compute, batch_size=1, **settings)
+
+    assert plan.storage.host_experts == 0
+    assert f"all experts compute on the GPU: {why}" in plan.notes
