@@ -133,7 +133,7 @@ def host_name(quant: str, dtype: str, sequences: int) -> str:
 
 
 def host_targets(name: str, wanted: float | None) -> tuple[Target, ...]:
-    """Against the same run with all layers on the GPU: a choice that gains nothing may cost little."""
+    """Against the same run with all layers and experts on the GPU: a choice that gains nothing may cost little."""
     other = f"host-{name}-gpu/stream"
 
     def prefill(entry: Entry, entries: Entries) -> float | None:
@@ -263,6 +263,15 @@ CASES = (
             targets=host_targets(host_name(quant, dtype, sequences), wanted) if compute == "auto" else (),
         )
         for quant, dtype, sequences, wanted in HOST
+        for compute in ("gpu", "auto")
+    ),
+    *(
+        case(
+            *(f"host-experts-{name}-{compute}", "stream", f"{model} cpu int4", STREAM, *SHORT_PROMPT, ONE),
+            f"offload.compute={compute}",
+            targets=host_targets(f"experts-{name}", wanted) if compute == "auto" else (),
+        )
+        for name, model, wanted in (("mixtral", "mixtral-8x7b", 1.3), ("qwen3", "qwen3-30b-a3b", None))
         for compute in ("gpu", "auto")
     ),
     *(
