@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from zi_experiments.calibration import rates
-from zi_experiments.engines.stream import host_experts, host_product
+from zi_experiments.engines.stream import host_experts, host_int4
 from zi_experiments.engines.stream.host_experts import Product
 from zi_experiments.runtime.pinned_memory import host_empty
 
@@ -21,7 +21,6 @@ def measure(
     shapes: list[list[int]],
     transposed: bool,
     dtype: str,
-    bits: int,
     group_size: int | None,
     rows: int,
     threads: int,
@@ -29,15 +28,14 @@ def measure(
 ) -> dict[str, float | None]:
     """Return figures by their names in `Calibration`, for experts with `rows` tokens each.
 
-    `shapes` are those of an expert's matrices, in their order; `bits` those of a weight, in groups of `group_size`, None in
-    16 bits.
+    `shapes` are those of an expert's matrices, in their order; `group_size` is that of INT4 weights, None in 16 bits.
     """
     if torch.cuda.is_available():
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
     with torch.inference_mode():
-        experts, nbytes = _experts(shapes, transposed, kind, bits, group_size)
+        experts, nbytes = _experts(shapes, transposed, kind, group_size)
         inputs, inner = (shapes[0][0] if transposed else shapes[0][1]), (shapes[-1][0] if transposed else shapes[-1][1])
         x = torch.full((rows, inputs), 0.01, dtype=kind)
         if not torch.cuda.is_available():
@@ -50,27 +48,25 @@ def measure(
 
 
 def _experts(
-    shapes: list[list[int]], transposed: bool, dtype: torch.dtype, bits: int, group_size: int | None
+    shapes: list[list[int]], transposed: bool, dtype: torch.dtype, group_size: int | None
 ) -> tuple[list[list[Product]], int]:
     """Return the products of experts of equal values, each with memory of its own, and the bytes of one."""
-
-    def matrix(rows: int, columns: int) -> tuple[torch.Tensor, ...]:
+    made: list[tuple[torch.Tensor, ...]] = []
+    for rows, columns in shapes:
         if group_size is None:
-            return (torch.full((rows, columns), 0.01, dtype=dtype),)
-        groups = (torch.full((rows * columns // group_size,), value, dtype=dtype) for value in (100.0, -0.05))
-        return torch.full((rows * columns * bits // 8,), 0x5A, dtype=torch.uint8), *groups
+            made.append((torch.full((rows, columns), 0.01, dtype=dtype),))
+        else:
+            codes = torch.arange(rows * columns, dtype=torch.int32).remainder_(16).view(rows, columns)
+            made.append((host_int4.packed(codes), torch.full((columns // group_size, rows, 2), 0.01, dtype=dtype)))
+    nbytes = sum(part.nbytes for parts in made for part in parts)
 
-    def product(rows: int, columns: int) -> Product:
-        parts = (
-            host_empty(part.numel(), part.dtype, pinned=False).copy_(part.flatten()) for part in matrix(rows, columns)
-        )
+    def product(parts: tuple[torch.Tensor, ...]) -> Product:
+        own = [host_empty(part.numel(), part.dtype, pinned=False).view(part.shape).copy_(part) for part in parts]
         if group_size is not None:
-            return host_product.HostLinear(tuple(parts), (rows, columns), bits, None)
-        return host_experts.product(next(parts).view(rows, columns), None, transposed=transposed)
+            return host_int4.Int4Linear((own[0], own[1]), group_size, None)
+        return host_experts.product(own[0], None, transposed=transposed)
 
-    nbytes = sum(part.nbytes for shape in shapes for part in matrix(*shape))
-    count = max(2, -(-LEAST_BYTES // nbytes))
-    return [[product(rows, columns) for rows, columns in shapes] for _ in range(count)], nbytes
+    return [[product(parts) for parts in made] for _ in range(max(2, -(-LEAST_BYTES // nbytes)))], nbytes
 
 
 def _expert_s(experts: list[list[Product]], x: torch.Tensor, inner: int) -> float:

@@ -2,8 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,7 +11,7 @@ from transformers import AutoConfig
 
 from zi_experiments.calibration import rates
 from zi_experiments.engines.host_kv_cache import HostCache, HostLayer
-from zi_experiments.engines.stream import host_product
+from zi_experiments.engines.stream import host_int4, host_product
 from zi_experiments.models import weights
 from zi_experiments.models.structure import decoder_layers
 from zi_experiments.runtime.pinned_memory import host_empty
@@ -27,7 +25,6 @@ ROOM = 8  # tokens beside those that attention reads
 def measure(
     config: dict[str, Any],
     dtype: str,
-    bits: int,
     group_size: int | None,
     rows: int,
     tokens: int,
@@ -36,16 +33,18 @@ def measure(
 ) -> dict[str, float | None]:
     """Return figures by their names in `Calibration`, for `rows` sequences that attend to so many `tokens`.
 
-    `config` is the model's `config.json`; `bits` those of a weight, in groups of `group_size`, None in 16 bits.
+    `config` is the model's `config.json`; `group_size` that of INT4 weights, None in 16 bits.
     """
     if torch.cuda.is_available():
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads)
     model = weights.empty_model(weights.RandomWeights(0), AutoConfig.for_model(**config), getattr(torch, dtype), "cpu")
-    layers = _cut(model, 16 // bits)
-    for layer in layers:
-        host_product.use(layer, _packed(layer, bits, group_size) if group_size is not None else {})
+    layers = _cut(model, 1 if group_size is None else 4)
+    if group_size is not None:
+        _quantize(layers, group_size)
     _fill(model)
+    for layer in layers:
+        host_product.use(layer)
     cache = HostCache(model.config, "cpu", rows, tokens + ROOM)
     with torch.inference_mode():
         alone_s, busy_s, link = _layer_s(model, layers, cache, rows, tokens), None, None
@@ -66,16 +65,21 @@ def _cut(model: nn.Module, smaller: int) -> list[nn.Module]:
     return list(layers)
 
 
-def _packed(layer: nn.Module, bits: int, group_size: int) -> dict[str, Callable[[Any], nn.Module]]:
-    """Return what makes linear layers with packed weights, by the names of these; each has memory of its own."""
-    found: dict[str, Callable[[Any], nn.Module]] = {}
-    for path, module in layer.named_modules():
-        if type(module) is nn.Linear:
-            numel, shape = module.weight.numel(), tuple(module.weight.shape)
-            codes = host_empty(numel * bits // 8, torch.uint8, pinned=False).fill_(0x5A)
-            groups = (torch.full((numel // group_size,), value, dtype=module.weight.dtype) for value in (100.0, -0.05))
-            found[f"{path}.weight"] = partial(host_product.HostLinear, (codes, *groups), shape, bits)
-    return found
+def _quantize(layers: list[nn.Module], group_size: int) -> None:
+    """Give all linear layers INT4 weights, of equal values in equal shapes; each has memory of its own."""
+    made: dict[tuple[int, ...], host_int4.Matrix] = {}
+    for layer in layers:
+        found = {}
+        for path, module in layer.named_modules():
+            if type(module) is nn.Linear:
+                weight = module.weight
+                shape = tuple(weight.shape)
+                if shape not in made:
+                    codes = torch.arange(weight.numel(), dtype=torch.int32).remainder_(16).view(shape)
+                    groups = torch.full((shape[1] // group_size, shape[0], 2), 0.01, dtype=weight.dtype)
+                    made[shape] = host_int4.packed(codes), groups
+                found[f"{path}.weight"] = made[shape][0].clone(), made[shape][1].clone()
+        host_int4.use(layer, found, group_size)
 
 
 def _fill(model: nn.Module) -> None:

@@ -48,8 +48,7 @@ def with_host(plan: Plan, tell: Callable[[str], None] | None) -> Machine:
         return machine
     work: dict[str, Any] = {
         "dtype": plan.dtype,
-        "bits": run.quant.bits,
-        "group_size": run.quant.group_size,
+        "group_size": run.quant.group_size,  # of INT4 weights
         "threads": machines.cpu_threads(run.hardware, machine),
         "cores": list(machine.cores),
     }

@@ -13,8 +13,8 @@ CHOICES = ("engine=stream", "model=opt-13b", "quant=fp16", "workload=zero-infere
 def plan_on(make_plan, machine):
     """`plan_on(compute, layer_s, …)` → the plan on a machine whose cores take so long for a layer."""
 
-    def plan_on(compute, layer_s, *overrides, **known):
-        measured = machine("measured")
+    def plan_on(compute, layer_s, *overrides, host_memory_bytes=256 << 30, **known):
+        measured = machine("measured", host_memory_bytes=host_memory_bytes)
         rates = {"host_layer_s": layer_s, "host_layer_busy_s": layer_s and 1.1 * layer_s, "link_busy_bytes_per_s": 45e9}
         on = replace(measured, calibration=replace(measured.calibration, **rates | known))
         return make_plan(*CHOICES, f"offload.compute={compute}", *overrides, on=on)
@@ -60,6 +60,13 @@ def test_auto_lets_experts_and_copies_end_together(plan_on, host, part):
     assert plan.run.offload.compute == (host / (host + 45e9) if part else 0)
     assert predict(plan).decode_step_on_gpu_s == pytest.approx(predict(usual).decode_step_s)
     assert (predict(plan).decode_step_s < predict(usual).decode_step_s) == (part > 0)
+
+
+def test_auto_has_no_experts_on_the_host_where_their_layout_does_not_fit(plan_on):
+    known = {"host_experts_bytes_per_s": 60e9, "link_busy_bytes_per_s": 45e9}
+
+    assert plan_on("auto", None, *EXPERTS, **known, host_memory_bytes=60 << 30).storage.host_experts > 0
+    assert plan_on("auto", None, *EXPERTS, **known, host_memory_bytes=40 << 30).storage.host_experts == 0
 
 
 def test_auto_is_decided_for_the_batch_that_is(plan_on):

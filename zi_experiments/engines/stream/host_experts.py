@@ -5,9 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from zi_experiments.engines.stream import expert_share, host_product
+from zi_experiments.engines.stream.host_int4 import Int4Linear, matrices
 from zi_experiments.engines.stream.slab import Layout, plain_experts
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -91,9 +93,10 @@ def _products(module: Any, each: Layout, slabs: torch.Tensor, dtype: torch.dtype
         products: dict[str, Product] = {}
         for name in plain.keys() - biases.keys():
             products[name] = product(plain[name][expert], biases.get(f"{name}_bias"), transposed=module.is_transposed)
-        for place in each.quantized:
-            name = place.name.rpartition(".")[2]
-            products[name] = host_product.of_slab(slab, each, place, dtype, biases.get(f"{name}_bias"))
+        for path, matrix in matrices(slab, each, dtype):
+            assert each.format is not None
+            name = path.rpartition(".")[2]
+            products[name] = Int4Linear(matrix, each.format.group[1], _parameter(biases.get(f"{name}_bias")))
         found.append(products)
     return found
 
@@ -102,4 +105,10 @@ def product(weight: torch.Tensor, bias: torch.Tensor | None, *, transposed: bool
     """Return the product with a 16-bit weight of shape (outputs, inputs), or the other way round if `transposed`."""
     if transposed or weight.shape[1] % host_product.STEP:
         return partial(functional.linear, weight=weight.T if transposed else weight, bias=bias)
-    return host_product.HostLinear((weight,), tuple(weight.shape), 16, bias)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer._parameters |= {"weight": _parameter(weight), "bias": _parameter(bias)}
+    return host_product.HostLinear(layer)
+
+
+def _parameter(value: torch.Tensor | None) -> nn.Parameter | None:
+    return None if value is None else nn.Parameter(value, requires_grad=False)

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +10,9 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from zi_experiments.engines.host_kv_cache import HostLayer as CachedLayer
+from zi_experiments.engines.stream import host_int4, host_product
 from zi_experiments.engines.stream.host_crossing import Crossing, PinnedPlace, Place
-from zi_experiments.engines.stream.host_product import of_slab, use
+from zi_experiments.engines.stream.host_int4 import matrices
 from zi_experiments.engines.stream.micro_batches import BlockCache, in_blocks
 from zi_experiments.engines.stream.slab import Layout, plain_views
 
@@ -41,9 +41,10 @@ class HostLayer:
         """`slab` has all of the layer's own weights. Made before anything replaces the layer's `forward`."""
         self._index, self._crossing, self._micro_batches = index, crossing, micro_batches
         self._place = PinnedPlace(device) if device.type == "cuda" else Place()
-        packed = {place.name: place for place in layout.quantized}
+        packed = dict(matrices(slab, layout, dtype))
         self._module = _on_host(layer, plain_views(slab, layout, dtype), packed)
-        use(self._module, {name: partial(of_slab, slab, layout, place, dtype) for name, place in packed.items()})
+        host_int4.use(self._module, packed, layout.format.group[1] if layout.format else 0)
+        host_product.use(self._module)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return on the device what the layer returns for arguments on the device."""

@@ -1,7 +1,7 @@
-"""Products of few rows on the host, with weights in 16 bits or as they are packed: at the rate at which cores read memory.
+"""16-bit products of few rows on the host, at the rate at which its cores read memory.
 
-torch's own read bfloat16 at less than a half of that on some machines, and INT4 in a layout of their own only. The kernel is
-compiled for this processor when it is first used, and kept in the user's cache.
+torch's own reach about a half of it. The kernel is compiled for this processor when it is first needed, and kept in the
+user's cache.
 """
 
 import ctypes
@@ -9,8 +9,7 @@ import hashlib
 import os
 import re
 import subprocess
-from collections.abc import Callable
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,68 +18,49 @@ from torch import nn
 from torch.nn.functional import linear
 
 from zi_experiments import environment
-from zi_experiments.engines.stream.quantized import packed_matrix
-from zi_experiments.engines.stream.slab import Layout, Place
 from zi_experiments.system import toolchain
 
 SOURCE = Path(__file__).with_suffix(".c")
 OPTIONS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
-STEP = 32  # inputs, and a group of them, are multiples of it
-MOST_ROWS = 16  # with more of them, torch's products of 16-bit weights are faster
+STEP = 32  # inputs are a multiple of it
+MOST_ROWS = 8  # with more of them, torch's products are faster
 
 
 class _Matrix(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "minima", "bias")),
-        *((name, ctypes.c_size_t) for name in ("inputs", "outputs", "group")),
+        *((name, ctypes.c_void_p) for name in ("weights", "bias")),
+        *((name, ctypes.c_size_t) for name in ("inputs", "outputs")),
     )
 
 
 class HostLinear(nn.Module):
-    """A linear layer on the host whose weight is a view of a slab, in 16 bits or packed."""
+    """A linear layer on the host, with the parameters of another."""
 
-    def __init__(self, parts: tuple[torch.Tensor, ...], shape: tuple[int, ...], bits: int, bias: Any) -> None:
-        """`parts` are the weight, or its codes, scales and minima; `shape` is (outputs, inputs)."""
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self._packed, self._shape, self._bits, self.bias = parts[:-1] and parts, shape, bits, bias
-        self.weight = None if self._packed else parts[0]
+        self.weight, self.bias = linear.weight, linear.bias
 
     @cached_property
     def _matrix(self) -> _Matrix:
-        outputs, inputs = self._shape
-        parts: tuple[Any, ...] = self._packed or (self.weight, None, None)
-        group = inputs * outputs // parts[1].numel() if self._packed else inputs
-        addresses = (None if part is None else part.data_ptr() for part in (*parts, self.bias))
-        return _Matrix(*addresses, inputs, outputs, group)
+        outputs, inputs = self.weight.shape
+        return _Matrix(self.weight.data_ptr(), None if self.bias is None else self.bias.data_ptr(), inputs, outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.shape[:-1].numel()
-        if self.weight is not None and rows > MOST_ROWS:
+        if rows > MOST_ROWS:
             return linear(x, self.weight, self.bias)
-        library, wide = _library(), x.reshape(rows, -1).float()
-        if self._bits == 4:
-            wide = wide.view(rows, -1, library.lanes(), 2).transpose(2, 3)
-        wide, out = wide.contiguous(), x.new_empty(*x.shape[:-1], self._shape[0])
-        library.multiply(self._matrix, wide.data_ptr(), out.data_ptr(), rows, self._bits, x.dtype == torch.bfloat16)
+        wide, out = x.reshape(rows, -1).float(), x.new_empty(*x.shape[:-1], len(self.weight))
+        _library().multiply(self._matrix, wide.data_ptr(), out.data_ptr(), rows, x.dtype == torch.bfloat16)
         return out
 
 
-def of_slab(
-    slab: torch.Tensor, layout: Layout, place: Place, dtype: torch.dtype, bias: torch.Tensor | None
-) -> nn.Module:
-    """Return the linear layer of a quantized parameter in a slab on the host."""
-    assert layout.format is not None
-    return HostLinear(packed_matrix(slab, layout, place, dtype), place.shape, layout.format.bits, bias)
-
-
-def use(layer: nn.Module, packed: dict[str, Callable[[Any], nn.Module]]) -> None:
-    """Replace the linear layers of a module: by those in 16 bits, or by what `packed` makes of a bias for their weights."""
+def use(layer: nn.Module) -> None:
+    """Replace the linear layers of a module, as far as the kernel supports them, and compile it."""
     for path, module in [*layer.named_modules()]:
-        if type(module) is not nn.Linear or module.in_features % STEP:
-            continue
-        make = packed.get(f"{path}.weight") or partial(HostLinear, (module.weight,), tuple(module.weight.shape), 16)
-        owner, _, key = path.rpartition(".")
-        setattr(layer.get_submodule(owner), key, make(module.bias))
+        if type(module) is nn.Linear and module.in_features % STEP == 0:
+            owner, _, key = path.rpartition(".")
+            setattr(layer.get_submodule(owner), key, HostLinear(module))
+            _library()
 
 
 @cache
@@ -101,7 +81,7 @@ def _library() -> Any:
         made.replace(target)
     library = ctypes.CDLL(str(target))
     address = ctypes.c_void_p
-    library.multiply.argtypes = ctypes.POINTER(_Matrix), address, address, ctypes.c_size_t, ctypes.c_int, ctypes.c_int
+    library.multiply.argtypes = ctypes.POINTER(_Matrix), address, address, ctypes.c_size_t, ctypes.c_int
     library.multiply.restype = None
     return library
 

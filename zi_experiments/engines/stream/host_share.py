@@ -1,13 +1,10 @@
 """Which decoder layers compute decode steps on the host, and what that takes of memory. Figures only."""
 
-from collections.abc import Iterable
-
 from zi_experiments.config.schema import CacheDevice, OffloadDevice
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.stream import routing
-from zi_experiments.models.architecture import Parameter
 
-GROUP_STEP = 32  # groups that the host's products support are multiples of it
+INT4_GROUPS, INT4_ROWS = (32, 64, 128, 256), 16  # group sizes, and the divisor of outputs, that torch's product has
 
 
 def obstacle(spec: Spec) -> str | None:
@@ -17,8 +14,8 @@ def obstacle(spec: Spec) -> str | None:
         return "the host computes layers with one GPU only"
     if run.offload.device is OffloadDevice.nvme:
         return "the host computes layers from host memory only, not from disk"
-    if run.quant.is_quantized and not _multiplies_layers(spec):
-        return f"the host computes 16-bit layers, and linear layers quantized in groups of a multiple of {GROUP_STEP} inputs"
+    if run.quant.is_quantized and not _multiplies(spec):
+        return "the host computes 16-bit layers, and INT4 of linear layers in groups of 32 to 256 inputs"
     if routing.pays(spec):
         return "experts are brought one by one, and the host computes whole layers"
     cached = sum(layer.elements_per_token > 0 for layer in arch.kv_layers)
@@ -28,18 +25,19 @@ def obstacle(spec: Spec) -> str | None:
     return None
 
 
-def _multiplies_layers(spec: Spec) -> bool:
-    """Return whether the host's product supports all quantized weights of the layers."""
-    quantized = [p for p in spec.architecture.parameters if p.layer is not None and spec.is_quantized(p)]
-    return not any(p.experts for p in quantized) and multiplies(spec, quantized)
-
-
-def multiplies(spec: Spec, quantized: Iterable[Parameter]) -> bool:
-    """Return whether the host's product supports these quantized weights."""
+def _multiplies(spec: Spec) -> bool:
+    """Return whether torch's INT4 product on processors supports all quantized weights of the layers."""
     quant = spec.run.quant
-    if quant.bits is None or quant.group_dim != 1 or quant.group_size is None or quant.group_size % GROUP_STEP:
+    if quant.bits != 4 or quant.group_dim != 1 or quant.group_size not in INT4_GROUPS:
         return False
-    return all(p.is_linear and p.shape[-1] % quant.group_size == 0 for p in quantized)
+    quantized = [p for p in spec.architecture.parameters if p.layer is not None and spec.is_quantized(p)]
+    return all(p.is_linear and not p.experts and p.shape[0] % INT4_ROWS == 0 for p in quantized)
+
+
+def packed_bytes(spec: Spec, on_host: tuple[int, ...]) -> int:
+    """Return the bytes of quantized weights in the layout of the host's product, beside those in slabs."""
+    within = [p for p in spec.architecture.parameters if p.layer in on_host and spec.is_quantized(p)]
+    return ELEMENT_BYTES * sum(map(spec.stored_numel, within))
 
 
 def layers(spec: Spec) -> tuple[int, ...]:

@@ -244,11 +244,14 @@ def _storage(spec: Spec, placed: tuple[LayerPlacement, ...]) -> Storage:
     brought = holders if sharing.gathers(spec) else ranks  # how often each weight crosses in a pass
     copied, read = expert_slots(spec, placed), host_slots(spec, placed)
     cached = read * routing.slot_bytes(streamed)
+    packed = host_share.packed_bytes(spec, on_host)
     own, own_slot = sum(layer.own_bytes for layer in streamed), own_slot_bytes(spec, placed)
     own = own if own_slot else 0
     host_experts, missed_bytes = _host_experts(spec, placed), routing.per_step(spec, streamed, copied)
     host_bytes = ceil(expert_share.part(spec, streamed, host_experts, copied) * missed_bytes) if copied else 0
     step_bytes = missed_bytes - host_bytes + own if copied else None
+    if host_experts:
+        packed += expert_share.packed_bytes(spec, [index for index, layout in enumerate(streamed) if layout.experts])
     if on_host and on_gpu:
         step_bytes = host + disk - sum(streamed[index].nbytes for index in on_host)
     return Storage(
@@ -277,7 +280,8 @@ def _storage(spec: Spec, placed: tuple[LayerPlacement, ...]) -> Storage:
         packed_tokens=PACKED_TOKENS if on_gpu and steps_in_place(spec, placed) and _multiplies_packed(spec) else 0,
         recorded=on_gpu and steps_in_place(spec, placed) and _is_recorded(spec, is_routed(spec, placed)),
         host_buffer_bytes=holders * (BUFFERS * (largest + (own_slot if largest else 0)) + cached)
-        + (0 if on_gpu else ranks * (expanded + own_slot)),
+        + (0 if on_gpu else ranks * (expanded + own_slot))
+        + packed,
         gpu_buffer_bytes=_buffer_bytes(spec, placed) if on_gpu else 0,
         cached_bytes=copied * routing.slot_bytes(streamed),
         host_cached_bytes=holders * cached,

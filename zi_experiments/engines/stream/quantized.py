@@ -155,17 +155,20 @@ def _expand_span(parts: list[torch.Tensor], span: Span, target: torch.Tensor, fo
     target.view(shape).div_(scale).add_(minimum)
 
 
-def packed_matrix(
+def integers(
     slab: torch.Tensor, layout: Layout, place: Place, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return views of a matrix in a slab: its packed codes, its scales and its minima, each flat.
+    """Return the INT4 codes of a matrix in a slab as int32 (rows, columns), and scales and minima (rows, groups).
 
     They are in DeepSpeed's format, and its groups lie along the inputs.
     """
     codes, scales, minima = _parts(slab, layout, dtype)
     assert place.packing is not None
-    bits, groups = place.packing.format.bits, slice(place.group, place.group + place.packing.groups(place.shape))
-    return codes[place.start * bits // 8 : place.end * bits // 8], scales[groups], minima[groups]
+    rows, columns = place.shape
+    packed = codes[place.start // 2 :][: rows * columns // 2]
+    whole = torch.stack([packed >> 4, packed & 15], -1).to(torch.int32).view(rows, columns)
+    groups = slice(place.group, place.group + place.packing.groups(place.shape))
+    return whole, scales[groups].view(rows, -1), minima[groups].view(rows, -1)
 
 
 def own_spans(layout: Layout) -> list[Span]:

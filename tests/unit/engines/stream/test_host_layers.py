@@ -6,8 +6,9 @@ from families import FAMILIES, IDS, LAYERS, VOCABULARY, load, outputs, plain
 from slabs import compare_kernel_interpreted, expanded, packed
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from zi_experiments.engines.stream.host_product import MOST_ROWS, HostLinear, of_slab
-from zi_experiments.engines.stream.quantized import packed_matrix
+from zi_experiments.engines.stream.host_int4 import Int4Linear, matrices
+from zi_experiments.engines.stream.host_product import MOST_ROWS, HostLinear
+from zi_experiments.engines.stream.quantized import integers
 from zi_experiments.measurement.verification import greedy_fraction, verify
 from zi_experiments.models.structure import decoder_layers
 from zi_experiments.runtime import progress
@@ -119,37 +120,40 @@ def test_int4_is_multiplied_as_it_is_packed(checkpoint, family, loaded):
     assert torch.equal(found, tokens) or greedy_fraction(found[:, IDS.shape[1] :], logits, TIE) == 1
     assert verify(session, plan, progress.silent()).problem is None
     kinds = {type(module) for module in decoder_layers(session.model)[1][2].forward.__self__._host._module.modules()}
-    assert HostLinear in kinds
+    assert Int4Linear in kinds
     assert torch.nn.Linear not in kinds
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, MOST_ROWS, MOST_ROWS + 1])
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 64), (4, 128), (8, 32), (8, 96), (16, None)])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_products_keep_more_digits_than_16_bits(bits, group_size, dtype, rows):
-    """Of 53 rows, which neither blocks nor tiles divide; with a bias that is neither."""
+def test_int4_products_keep_more_digits_than_expanded_weights(group_size, dtype):
+    weight, x = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((48, 256), (3, 256)))
+    slab, layout = packed({"up.weight": weight.to(dtype)}, 4, group_size, 1)
+    codes, scale, low = (part.double() for part in integers(slab, layout, layout.quantized[0], dtype))
+    exact = (codes.unflatten(1, (-1, group_size)) / scale[..., None] + low[..., None]).flatten(1)
+    name, matrix = next(matrices(slab, layout, dtype))
+    product = Int4Linear(matrix, group_size, None)(x.to(dtype)).double()
+
+    wanted = x.to(dtype).double() @ exact.T
+    rounded = torch.nn.functional.linear(x.to(dtype), expanded(slab, layout, dtype)["up.weight"]).double()
+    assert name == "up.weight"
+    assert (product - wanted).norm() < (rounded - wanted).norm()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_products_are_rounded_once(with_bias, dtype, rows):
+    """Of 53 rows, which neither blocks nor tiles divide."""
     generator = torch.Generator().manual_seed(1)
-    weight, x, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((53, 384), (rows, 384), (53,)))
-    linear, rounded = HostLinear((weight,), (53, 384), 16, bias), weight
-    exact = weight.double()
-    if group_size:
-        slab, layout = packed({"up.weight": weight}, bits, group_size, 1)
-        linear = of_slab(slab, layout, layout.quantized[0], dtype, bias)
-        rounded = expanded(slab, layout, dtype)["up.weight"]
-        exact = unrounded(*packed_matrix(slab, layout, layout.quantized[0], dtype), bits, group_size)
-    product = linear(x[:, None]).squeeze(1)
-    wanted = x.double() @ exact.T + bias.double()
+    linear = torch.nn.Linear(384, 53, with_bias).requires_grad_(False)
+    for parameter in linear.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(rows, 1, 384, generator=generator).to(dtype)
+    product, wanted = HostLinear(linear.to(dtype))(x), linear.double()(x.double())
 
     assert product.dtype is dtype
-    off, plain_off = ((found - wanted).norm() for found in (product, torch.nn.functional.linear(x, rounded, bias)))
-    assert off <= plain_off * 1.01
     assert torch.allclose(product.double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-4)
-
-
-def unrounded(codes, scales, minima, bits, group_size):
-    """What codes stand for, before it is rounded to 16 bits."""
-    whole = torch.stack([codes >> 4, codes & 15], -1) if bits == 4 else codes
-    return (whole.double().view(-1, group_size) / scales.double()[:, None] + minima.double()[:, None]).view(53, 384)
 
 
 def test_weights_are_there_once(loaded):
