@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from zi_experiments import environment
 from zi_experiments.system import toolchain
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCE = Path(__file__).parent / "host_product.c"
 OPTIONS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 STEP = 32  # inputs are a multiple of it
 MOST_ROWS = 8  # with more of them, torch's products are faster
