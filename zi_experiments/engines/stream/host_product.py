@@ -20,7 +20,6 @@ from torch.nn.functional import linear
 from zi_experiments import environment
 from zi_experiments.system import toolchain
 
-SOURCE = Path(__file__).parent / "host_product.c"
 OPTIONS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 STEP = 32  # inputs are a multiple of it
 MOST_ROWS = 8  # with more of them, torch's products are faster
@@ -66,11 +65,11 @@ def use(layer: nn.Module) -> None:
 @cache
 def _library() -> Any:
     """Return the kernel, compiled if it is not cached. Raises `RuntimeError` when the compiler fails."""
-    compiler, runtime = toolchain.c_compiler().found, _openmp()
-    command = [compiler, *OPTIONS, str(SOURCE), runtime]
+    compiler, runtime, source = toolchain.c_compiler().found, _openmp(), Path(__file__).with_suffix(".c")
+    command = [compiler, *OPTIONS, str(source), runtime]
     processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     flags = re.findall(r"(?m)^(?:model name|flags|Features)\s*:.*$", processor)
-    digest = hashlib.sha256("\n".join([*command, *flags, SOURCE.read_text()]).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join([*command, *flags, source.read_text()]).encode()).hexdigest()
     target = environment.cache_folder() / "host_product" / f"{digest[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
