@@ -85,10 +85,16 @@ def place(spec: Spec) -> tuple[LayerPlacement, ...]:
         whole = _split(spec, layers, _evenly(sizes, ceil((1 - resident) * total), on_host))
     if not routing.pays(spec) or (resident == "auto" and not any(layer.streamed.nbytes for layer in whole)):
         return whole
-    parts = _fitting(spec, layers, (), in_parts=True)
-    if _excess(spec, parts) > 0:
+    parts = _in_parts(spec, layers)
+    if parts is None or (own_slot_bytes(spec, parts) and not _is_faster(spec, parts, whole)):
         return whole
-    return parts if not own_slot_bytes(spec, parts) or _is_faster(spec, parts, whole) else whole
+    return parts
+
+
+def _in_parts(spec: Spec, layers: list[_Layer]) -> tuple[LayerPlacement, ...] | None:
+    """Return the placement whose decode steps bring routed experts; None if it does not fit."""
+    placed = _fitting(spec, layers, (), in_parts=True)
+    return placed if _excess(spec, placed) <= 0 else None
 
 
 def _fitting(
@@ -190,14 +196,16 @@ def _notes(spec: Spec, placed: Sequence[LayerPlacement]) -> Iterator[str]:
         yield f"a decode step brings about {needed:.0f} of {spec.experts} experts of a layer: those that tokens are routed to"
         if own_slot_bytes(spec, placed):
             own = gigabytes(sum(layer.streamed.own_bytes for layer in placed))
-            yield f"{own} of the other weights do not fit on the GPU and cross in every step; a prompt brings whole layers"
+            there = "on the GPU" if spec.machine.device == "cuda" else "in memory"
+            yield f"{own} of the other weights do not fit {there}: every step brings them, a prompt brings whole layers"
         if cached := host_slots(spec, placed):
             of = sum(stack.count for stack in routing.stacks([layer.streamed for layer in placed]))
             yield f"host memory has room for {cached} of {of} experts; the others are read when tokens are routed to them"
     elif spec.machine.device == "cuda":
-        why = (
-            routing.obstacle(spec) or "the GPU has no room for single ones, or whole layers are predicted to be faster"
-        )
+        why = routing.obstacle(spec)
+        if why is None:
+            fits = _in_parts(spec, _layers(spec)) is not None
+            why = "that is predicted to be faster" if fits else "the GPU has no room for single ones"
         yield f"a decode step brings all experts of a layer: {why}"
 
 

@@ -1,5 +1,6 @@
 """What stays and what is streamed, for models as they ship: everything somewhere, evenly, and no more than it has to."""
 
+from dataclasses import replace
 from itertools import pairwise, product
 from math import ceil
 
@@ -11,7 +12,7 @@ from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.cost_model.spec import VERIFIED_SEQUENCES, VERIFIED_TOKENS
-from zi_experiments.engines.stream import placement, sharing
+from zi_experiments.engines.stream import placement, routing, sharing
 from zi_experiments.engines.stream.slab import ALIGNMENT, PAGE, lay_out
 from zi_experiments.measurement.verification import GEN_LEN, PROMPT_LEN, SEQUENCES
 from zi_experiments.models.architecture import Parameter
@@ -373,7 +374,11 @@ def test_a_setting_of_deepspeeds_disk_is_refused(make_plan, key):
         ({"batch_size": 32, "offload": "nvme"}, "all experts of a layer: 32 sequences need about 8 of 8"),
         (
             {"batch_size": 1, "gpu_gib": 7.5, "verify": "off"},
-            "all experts of a layer: the other weights do not fit on the GPU",
+            " of the other weights do not fit on the GPU: every step brings them, a prompt brings whole layers",
+        ),
+        (
+            {"batch_size": 1, "gpu_gib": 7, "verify": "off"},
+            "all experts of a layer: the GPU has no room for single ones",
         ),
     ],
     ids=str,
@@ -382,7 +387,59 @@ def test_the_plan_says_which_experts_a_step_brings(plan_stream, settings, note):
     plan = plan_stream("mixtral-8x7b", "int4", prompt_len=32, **settings)
 
     assert any(note in each for each in plan.notes)
-    assert plan.storage.routes == ("routed to" in note)
+    assert plan.storage.routes == ("all experts" not in note)
+
+
+@pytest.mark.parametrize(("model", "quant"), [("mixtral-8x7b", "int4"), ("qwen3-30b-a3b", "int8")])
+@pytest.mark.parametrize("resident", [0, "auto"])
+def test_weights_beside_experts_cross_in_a_step_as_far_as_they_do_not_fit(plan_stream, model, quant, resident):
+    work = {"batch_size": 1, "prompt_len": 32, "verify": "off"}
+    roomy = plan_stream(model, quant, **work)
+    own = stored(roomy, [p for layer in layers_of(roomy) for p in layer if not p.experts])
+    used, moved = gpu_bytes(roomy) / GIB + 2, []
+    for step in range(60):
+        try:
+            plan = plan_stream(model, quant, resident=resident, gpu_gib=used - 0.1 * step, **work)
+        except ConfigError:
+            break
+        if not plan.storage.routes:
+            break
+        placed, brought, use = placement.place(plan), plan.storage.own_bytes_per_step, memory_fit.uses(plan)[0]
+        streamed = [layer.streamed for layer in placed]
+        assert use.total <= use.available
+        assert brought == sum(layout.own_bytes for layout in streamed)
+        assert plan.streamed_bytes_per_pass == sum(layout.nbytes for layout in streamed)
+        assert plan.streamed_bytes_per_step == brought + routing.per_step(
+            plan, streamed, placement.expert_slots(plan, placed)
+        )
+        if brought:
+            largest = max(layout.own_bytes for layout in streamed)
+            assert use.available - use.total < 0.2 * GIB + 8 * largest, "no more than has to"
+        moved.append(brought)
+    assert moved == sorted(moved), "less memory never brings less"
+    assert moved[0] == 0 < moved[-1] < 1.1 * own
+
+
+def test_whole_layers_are_brought_where_that_is_predicted_to_be_faster(make_plan, machine):
+    """A host so slow that launching what brings single experts takes longer than to copy all of them."""
+    settings = (
+        "model=mixtral-8x7b",
+        "quant=int4",
+        "engine=stream",
+        "offload=cpu",
+        "workload.batch_size=1",
+        "verify=off",
+    )
+    known, plans = machine("measured").calibration, []
+    for layer_s in (1e-4, 1.0):
+        on = machine("measured", gpu_memory_bytes=8_150_000_000, calibration=replace(known, layer_s=layer_s))
+        plans.append(make_plan(*settings, "workload.prompt_len=32", "kv_cache=cpu", on=on))
+    parts, whole = plans
+
+    assert (parts.storage.routes, whole.storage.routes) == (True, False)
+    assert parts.storage.own_bytes_per_step > whole.storage.own_bytes_per_step == 0
+    assert parts.streamed_bytes_per_step < whole.streamed_bytes_per_step == whole.streamed_bytes_per_pass
+    assert "a decode step brings all experts of a layer: that is predicted to be faster" in whole.notes
 
 
 def test_dense_models_have_no_note(plan_stream):
