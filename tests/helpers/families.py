@@ -5,6 +5,7 @@ As a script, the cells that a file lists in JSON, in one process, a line of JSON
 python families.py FOLDER CELLS
 """
 
+import inspect
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -340,6 +341,11 @@ def held_by_deepspeed(session) -> tuple[int, int]:
     return 2 * sum(tensor.ds_numel for tensor in stored), 2 * sum(tensor.ds_numel for tensor in on_disk)
 
 
+def slabs_of(session) -> list:
+    """Return the slabs of streamed layers, which the session closes."""
+    return inspect.getclosurevars(session._close).nonlocals["store"]._slabs
+
+
 def held_by_stream(session, checkpoint: Path) -> tuple[int, int]:
     """The same: what is outside of layers, the slabs that stay with each layer, those in host memory, and the file."""
     from zi_experiments.models.structure import decoder_layers
@@ -348,7 +354,7 @@ def held_by_stream(session, checkpoint: Path) -> tuple[int, int]:
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     outside = sum(p.nbytes for p in session.model.parameters() if id(p) not in inside)
     resident = sum(layer.forward.__self__.resident.nbytes for layer in layers)
-    in_memory = sum(slab.nbytes for slab in session._close.__self__._slabs if isinstance(slab, torch.Tensor))
+    in_memory = sum(slab.nbytes for slab in slabs_of(session) if isinstance(slab, torch.Tensor))
     on_disk = sum(file.stat().st_size for file in (checkpoint.parent / "disk").glob("rank*"))
     return outside + resident + in_memory + on_disk, on_disk
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from families import load, save_checkpoint
+from families import load, save_checkpoint, slabs_of
 
 from zi_experiments.models.structure import decoder_layers
 
@@ -95,7 +95,7 @@ def changed_resident(session, index):
 @contextmanager
 def slabs_exchanged(session):
     """Each layer is given the other one's weights, as if one slot had been overtaken."""
-    slabs = session._close.__self__._slabs
+    slabs = slabs_of(session)
     slabs.reverse()
     yield session
     slabs.reverse()
