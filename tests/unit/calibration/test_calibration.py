@@ -117,7 +117,7 @@ def test_what_was_measured_is_possible(cached, auto, here):
     assert measured.ceilings.flops >= max(rates.values())
     assert list(rates) == sorted(rates)
     # one row waits for memory, but on a processor without instructions for the type, which is measured for fewer rows
-    assert rates[max(rates)] > (2 if 128 in rates else 0.8) * rates[1]
+    assert rates[max(rates)] > (2 if 128 in rates else 0.4) * rates[1]
     # a weight is read once for a row
     assert 0.05 < rates[1] / measured.ceilings.hbm_bytes_per_s < 20
     assert 1e8 < figures.host_bytes_per_s <= measured.ceilings.hbm_bytes_per_s < 1e14
