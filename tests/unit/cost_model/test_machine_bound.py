@@ -89,7 +89,7 @@ def test_it_is_the_least_over_all_shares(on_machine, rates, gpu, batch):
     slowest = min(rates["link"], rates["cores"], rates["hbm"])
     step_s = 3 / 20 * max(moved / slowest, each * moved / rates["flops"])
 
-    assert found <= brute * (1 + 1e-9)
+    assert found <= brute * (1 + 1e-6)
     assert brute - found <= step_s
 
 
@@ -107,7 +107,7 @@ def test_no_placement_has_a_lower_bound(on_machine, rates, gpu, share, resident)
         return
     placed = lower_bound(plan).decode_step_s
 
-    assert machine_bound_s(plan) <= placed * (1 + 1e-9)
+    assert machine_bound_s(plan) <= placed * (1 + 1e-6)
 
 
 @plans_are_kept
@@ -115,8 +115,8 @@ def test_no_placement_has_a_lower_bound(on_machine, rates, gpu, share, resident)
 def test_no_faster_part_makes_it_longer(on_machine, rates, gpu, which, times):
     slow = machine_bound_s(on_machine(rates=rates, gpu=gpu))
 
-    assert machine_bound_s(on_machine(rates=rates | {which: times * rates[which]}, gpu=gpu)) <= slow * (1 + 1e-9)
-    assert machine_bound_s(on_machine(rates=rates, gpu=times * gpu)) <= slow * (1 + 1e-9)
+    assert machine_bound_s(on_machine(rates=rates | {which: times * rates[which]}, gpu=gpu)) <= slow * (1 + 1e-6)
+    assert machine_bound_s(on_machine(rates=rates, gpu=times * gpu)) <= slow * (1 + 1e-6)
 
 
 def test_cores_and_link_share_the_hosts_memory(on_machine):
