@@ -134,7 +134,7 @@ def machine_of(case: dict[str, Any]) -> Machine:
         host_memory_bytes=memory["host"],
         disk_free_bytes=memory.get("disk"),
         dtypes=(plan["dtype"],),
-        ceilings=Ceilings(**rates),
+        ceilings=Ceilings(**{**dict.fromkeys(Ceilings.__dataclass_fields__), **rates}),
         calibration=Calibration(**{**dict.fromkeys(NAMES), **measured, "gemm_flops": products}),
         driver=around["driver"],
         peer_bytes_per_s=peer,

@@ -11,7 +11,14 @@ from zi_experiments.config.schema import Calibration, Ceilings
 COMMAND = "python -m zi_experiments engine=stream quant=fp16 hardware.host_memory_gib=64 hardware.ceilings.flops=1e12"
 # a link so slow that a pass of engine=stream takes what it streams, and nothing besides
 LINK = 1e8
-CEILINGS = Ceilings(link_bytes_per_s=LINK, hbm_bytes_per_s=1e12, flops=1e14, disk_bytes_per_s=None, source="made up")
+CEILINGS = Ceilings(
+    link_bytes_per_s=LINK,
+    hbm_bytes_per_s=1e12,
+    flops=1e14,
+    disk_bytes_per_s=None,
+    host_memory_bytes_per_s=None,
+    source="made up",
+)
 CALIBRATION = Calibration(
     link_back_bytes_per_s=None,
     link_both_bytes_per_s=None,

@@ -138,9 +138,8 @@ class Ceilings:
     hbm_bytes_per_s: float | None  # bytes read plus bytes written, in the memory of the device that computes
     flops: float | None  # per second, of one device
     disk_bytes_per_s: float | None  # reads
+    host_memory_bytes_per_s: float | None  # by its cores and by copies to the GPUs together
     source: str | None
-    # from host memory by its cores and by copies to the GPUs together
-    host_memory_bytes_per_s: float | None = None
 
 
 @dataclass

@@ -214,5 +214,5 @@ def _known_ceilings(gpu_name: str, typed: Ceilings) -> Ceilings | None:
     for path in sorted((conf_dir() / "hardware").glob("*.yaml")):
         choice: Any = OmegaConf.load(path)
         if choice.gpu and is_gpu(gpu_name, choice.gpu):
-            return Ceilings(**{**choice.ceilings, **{k: v for k, v in vars(typed).items() if v is not None}})
+            return Ceilings(**{**vars(typed), **{k: v for k, v in choice.ceilings.items() if vars(typed)[k] is None}})
     return None

@@ -276,6 +276,7 @@ machines = st.fixed_dictionaries(
             hbm_bytes_per_s=rates,
             flops=rates,
             disk_bytes_per_s=rates,
+            host_memory_bytes_per_s=rates,
             source=st.none(),
         ),
     },

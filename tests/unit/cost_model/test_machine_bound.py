@@ -27,7 +27,7 @@ def on_machine(make_plan, machine):
 
     def on_machine(*overrides, rates=H100, gpu=80e9):
         known = Calibration(**(NOTHING | {"host_read_bytes_per_s": rates["cores"]}))
-        ceilings = Ceilings(rates["link"], rates["hbm"], rates["flops"], rates["disk"], "by hand", rates["memory"])
+        ceilings = Ceilings(rates["link"], rates["hbm"], rates["flops"], rates["disk"], rates["memory"], "by hand")
         if overrides not in plans:
             work = ("engine=stream", "model=opt-13b", "quant=fp16", "offload=cpu", "workload=zero-inference")
             plans[overrides] = make_plan(*work, *overrides, on=machine())
@@ -96,15 +96,17 @@ def test_it_is_the_least_over_all_shares(on_machine, rates, gpu, batch):
 @plans_are_kept
 @given(
     rates=rates_of_machines,
-    gpu=st.floats(1e9, 1e11),
+    times=st.floats(1.001, 100),
     share=st.sampled_from((0, 0.25, 0.5, 1)),
     resident=st.sampled_from((0, 0.3, 0.9)),
 )
-def test_no_placement_has_a_lower_bound(on_machine, rates, gpu, share, resident):
+def test_no_placement_has_a_lower_bound(on_machine, rates, times, share, resident):
+    """On a GPU that has room for what the placement keeps there, or for so many times of it."""
     on_host = share * (1 - resident)  # what stays on the GPU is not the host's
-    plan = on_machine(f"offload.compute={on_host}", f"offload.resident={resident}", rates=rates, gpu=gpu)
-    if plan.placement.gpu_bytes > gpu:
-        return
+    choices = (f"offload.compute={on_host}", f"offload.resident={resident}")
+    plan = on_machine(*choices, rates=rates)
+    held = plan.placement.gpu_bytes + plan.kv_cache_bytes - plan.storage.host_kv_bytes
+    plan = on_machine(*choices, rates=rates, gpu=times * held)
     placed = lower_bound(plan).decode_step_s
 
     assert machine_bound_s(plan) <= placed * (1 + 1e-6)
@@ -155,7 +157,7 @@ def test_one_rate_of_host_memory_is_enough(on_machine):
 
 
 def test_a_processor_has_one_memory(make_plan, machine):
-    rates = Ceilings(None, 1e11, 1e12, 1e9, "by hand")
+    rates = Ceilings(None, 1e11, 1e12, 1e9, None, "by hand")
     plan = make_plan("engine=stream", "model=opt-13b", "quant=fp16", "offload=cpu", on=machine("cpu", ceilings=rates))
 
     assert machine_bound_s(plan) == near(lower_bound(plan).decode_step_s)

@@ -291,7 +291,7 @@ def test_weights_on_disk_are_bound_by_the_disk(make_plan):
 
 
 def test_a_disk_faster_than_the_link_is_not_the_limit(make_plan, machine):
-    fast = machine(ceilings=Ceilings(63e9, 4.8e12, 989e12, 100e9, "by hand"))
+    fast = machine(ceilings=Ceilings(63e9, 4.8e12, 989e12, 100e9, None, "by hand"))
 
     assert lower_bound(opt_13b(make_plan, "offload=nvme", on=fast)).limited_by == "link"
 
@@ -422,7 +422,7 @@ def test_a_prompt_of_few_tokens_takes_as_long_as_its_weights_are_read(make_plan)
 @pytest.mark.parametrize(("name", "offload"), [("measured", "none"), ("cpu", "cpu")])
 def test_a_rate_of_what_nothing_crosses_need_not_be_known(make_plan, machine, name, offload):
     """There is no link to a CPU, and no disk."""
-    needed = Ceilings(None, 4e11, 1e12, None, "by hand")
+    needed = Ceilings(None, 4e11, 1e12, None, None, "by hand")
     bound = lower_bound(opt_13b(make_plan, f"offload={offload}", on=machine(name, ceilings=needed)))
 
     assert bound.unknown == ()
@@ -431,7 +431,7 @@ def test_a_rate_of_what_nothing_crosses_need_not_be_known(make_plan, machine, na
 
 
 def test_a_bound_by_vendors_rates_says_so(make_plan, machine):
-    published = Ceilings(63e9, 4e12, 800e12, 5e9, "published by the vendor: dense 16-bit tensor rate")
+    published = Ceilings(63e9, 4e12, 800e12, 5e9, None, "published by the vendor: dense 16-bit tensor rate")
     by_vendor, by_hand = (
         opt_13b(make_plan, "offload=cpu", on=machine("h200", ceilings=replace(published, source=source)))
         for source in (published.source, "measured on 2026-07-01")

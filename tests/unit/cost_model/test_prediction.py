@@ -21,7 +21,12 @@ EXPERT = 3 * 4096 * 14336  # elements of one of Mixtral's
 
 ENDLESS = 1e40
 ENDLESS_RATES = Ceilings(
-    link_bytes_per_s=ENDLESS, hbm_bytes_per_s=ENDLESS, flops=ENDLESS, disk_bytes_per_s=ENDLESS, source=None
+    link_bytes_per_s=ENDLESS,
+    hbm_bytes_per_s=ENDLESS,
+    flops=ENDLESS,
+    disk_bytes_per_s=ENDLESS,
+    host_memory_bytes_per_s=None,
+    source=None,
 )
 INSTANT = Calibration(
     link_back_bytes_per_s=ENDLESS,

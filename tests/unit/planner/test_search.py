@@ -15,7 +15,7 @@ WORK = ("model=opt-13b", "quant=fp16", "workload=zero-inference")
 # to plan for many runs takes a moment for each layer
 FEW = (*WORK, "model.architecture.num_hidden_layers=6", "workload.prompt_len=64", "workload.gen_len=64")
 NOTICEABLE = 1.03
-UNKNOWN = {"ceilings": Ceilings(None, None, None, None, None), "calibration": None}
+UNKNOWN = {"ceilings": Ceilings(**dict.fromkeys(Ceilings.__dataclass_fields__)), "calibration": None}
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,14 @@ from zi_experiments.report import reading, runs
 
 RESULTS = DOCS / "results"
 WITHOUT_RUNS = {
-    *("families-h200.json", "guesses.json", "kernels-h200.json", "timeline.json", "timeline-experts.json"),
+    *(
+        "families-h200.json",
+        "guesses.json",
+        "host-experts-h100.json",
+        "kernels-h200.json",
+        "timeline.json",
+        "timeline-experts.json",
+    ),
 }
 
 

@@ -11,8 +11,8 @@ from zi_experiments.cost_model.prediction import predict
 from zi_experiments.measurement.timing import Pass, Samples
 from zi_experiments.results import explanation, metrics
 
-UNKNOWN = Ceilings(link_bytes_per_s=None, hbm_bytes_per_s=None, flops=None, disk_bytes_per_s=None, source=None)
-ENDLESS = Ceilings(link_bytes_per_s=inf, hbm_bytes_per_s=inf, flops=inf, disk_bytes_per_s=inf, source=None)
+UNKNOWN = Ceilings(**dict.fromkeys(Ceilings.__dataclass_fields__))
+ENDLESS = replace(UNKNOWN, link_bytes_per_s=inf, hbm_bytes_per_s=inf, flops=inf, disk_bytes_per_s=inf)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def test_a_gpu_is_known_by_whole_words(name, model, is_one):
     assert machines.is_gpu(name, model) is is_one
 
 
-UNKNOWN = Ceilings(link_bytes_per_s=None, hbm_bytes_per_s=None, flops=None, disk_bytes_per_s=None, source=None)
+UNKNOWN = Ceilings(**dict.fromkeys(Ceilings.__dataclass_fields__))
 
 
 def test_what_the_user_knows_of_a_gpu_counts_before_its_file():
