@@ -58,7 +58,7 @@ def _host_rates(plan: Plan) -> tuple[float, float] | tuple[None, None]:
     cores = cores or together
     if not cores or not link:
         return None, None
-    return cores, max(cores, min(link + cores, together or inf))
+    return cores, max(cores, link, min(link + cores, together or inf))
 
 
 def _most_flops_per_byte(plan: Plan) -> float:

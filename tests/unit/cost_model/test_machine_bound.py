@@ -76,7 +76,7 @@ rates_of_machines = st.fixed_dictionaries(
         "cores": st.floats(1e9, 5e11),
         "memory": st.floats(5e11, 1e12),
     }
-)
+).map(lambda rates: rates | {"memory": max(rates[part] for part in ("memory", "link", "cores"))})
 
 
 @plans_are_kept
