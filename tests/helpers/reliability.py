@@ -77,8 +77,8 @@ class Faulty(Cli):
             return False
 
     def left(self, *more: Path) -> str:
-        """What is left behind of all runs so far, in words, once they have had ten seconds to go."""
-        end = time.monotonic() + 10
+        """What is left behind of all runs so far, in words, once they have had a minute to go."""
+        end = time.monotonic() + 60
         found = self._found(more)
         while found and time.monotonic() < end:
             time.sleep(0.2)

@@ -58,7 +58,7 @@ def end(process, timeout_s=120):
 
 
 def worker_of(process):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not (found := workers(process)):
         assert time.monotonic() < deadline
         time.sleep(0.02)

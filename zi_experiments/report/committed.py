@@ -29,10 +29,10 @@ def records(content: Any) -> list[Json]:
     if isinstance(runs, list):
         found = [_checked(each) for each in runs]
     elif isinstance(cases, dict):
-        found = [_of_case(name, each) for name, each in cases.items() if isinstance(each, dict)]
+        found = [_of_case(name, each) for name, each in cases.items() if _is_run(each)]
     elif isinstance(runs, dict):
         shared = content.get("environment")
-        found = [_of_figures(name, each, shared) for name, each in runs.items() if isinstance(each, dict)]
+        found = [_of_figures(name, each, shared) for name, each in runs.items() if _is_run(each)]
     else:
         found = []
     if not found:
@@ -47,6 +47,11 @@ def _checked(record: Any) -> Json:
     if version != SCHEMA_VERSION:
         raise NotReadableError(f"its schema_version is {version}, and this version reads {SCHEMA_VERSION}")
     return record
+
+
+def _is_run(entry: Any) -> bool:
+    """Return whether an entry of a file is a run, and no other figures: what was run is known, and how it ended."""
+    return isinstance(entry, dict) and {"command", "status"} <= entry.keys()
 
 
 def _of_case(name: str, case: Json) -> Json:
