@@ -164,7 +164,7 @@ def test_packages_are_light(name):
         ("engines.hf_session", {"hydra", "omegaconf", "accelerate", "deepspeed", "wandb"}),
         ("engines.stream", {"hydra", "omegaconf", "transformers", "accelerate", "deepspeed", "wandb", "triton"}),
         ("engines.stream.slab", {"torch", "os", "hydra", "omegaconf", *HEAVY}),
-        ("engines.stream.placement", {"torch", "os", "hydra", "omegaconf", *HEAVY}),
+        ("engines.stream.placement.choice", {"torch", "os", "hydra", "omegaconf", *HEAVY}),
         ("engines.stream.quantized", {"triton", "transformers"}),
         ("engines.stream.store", {"transformers"}),
         ("engines.stream.ring", {"transformers"}),
@@ -249,7 +249,7 @@ def test_typed_past_the_door():
 
 @pytest.mark.parametrize(
     "name",
-    [*LAUNCHER, "planner.search", "doctor", "engines.stream", "engines.stream.placement", "hardware", *REPORT],
+    [*LAUNCHER, "planner.search", "doctor", "engines.stream", "engines.stream.placement.choice", "hardware", *REPORT],
 )
 def test_importing_what_the_launcher_needs_loads_nothing_heavy(name):
     code = f"import sys, zi_experiments.{name}; print(*{HEAVY!r} & set(sys.modules))"

@@ -20,7 +20,8 @@ from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.disk_access import reading
 from zi_experiments.engines.hf_session import HFSession
 from zi_experiments.engines.modules import device_of, names_of, put
-from zi_experiments.engines.stream import placement, routing, sharing
+from zi_experiments.engines.stream import routing, sharing
+from zi_experiments.engines.stream.placement import choice, parts, room
 from zi_experiments.models import weights
 from zi_experiments.models.packing import Code
 from zi_experiments.models.structure import decoder_layers
@@ -49,12 +50,12 @@ def check(run: Run) -> None:
 
 def storage(spec: Spec) -> Storage:
     """Return where the slabs are, and the buffers that they pass through."""
-    return placement.storage(spec)
+    return choice.storage(spec)
 
 
 def stored(plan: Plan) -> dict[str, Stored]:
     """Return how each parameter is stored, by name."""
-    return placement.stored(plan)
+    return choice.stored(plan)
 
 
 def requirements(plan: Plan) -> Iterator[str]:
@@ -77,14 +78,14 @@ def requirements(plan: Plan) -> Iterator[str]:
 def disk_access(run: Run, folders: Sequence[Path]) -> Disk:
     """Return how a run reads from `folders`: each host buffer by several requests at a time."""
     aio = run.offload.aio
-    return reading(folders, aio.block_size, (aio.intra_op_parallelism or placement.PARALLEL) * placement.BUFFERS)
+    return reading(folders, aio.block_size, (aio.intra_op_parallelism or room.PARALLEL) * room.BUFFERS)
 
 
 def config(plan: Plan, scratch: Sequence[str]) -> dict[str, Any]:
     """Return figures derived from the plan; `scratch` has the run's own folders on disk."""
-    placed = placement.place(plan)
+    placed = choice.place(plan)
     return {
-        "slots": placement.slots(plan),
+        "slots": room.slots(plan),
         "share_slots": sharing.share_slots(plan),
         "slot_bytes": max(layer.streamed.nbytes for layer in placed),
         "resident_bytes": sum(layer.resident.nbytes for layer in placed),
@@ -93,9 +94,9 @@ def config(plan: Plan, scratch: Sequence[str]) -> dict[str, Any]:
         "host_layers": list(plan.storage.host_layers),
         "host_experts": plan.storage.host_experts,
         "most_routed_tokens": routing.most_tokens(plan) if plan.storage.routes else 0,
-        "expert_slots": placement.expert_slots(plan, placed),
-        "expert_host_slots": placement.host_slots(plan, placed),
-        "own_slot_bytes": placement.own_slot_bytes(plan, placed),
+        "expert_slots": room.expert_slots(plan, placed),
+        "expert_host_slots": room.host_slots(plan, placed),
+        "own_slot_bytes": room.own_slot_bytes(plan, placed),
         "folders": list(scratch),
     }
 
@@ -118,7 +119,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
     from zi_experiments.engines.stream.short_passes import ShortPasses
 
     device, dtype = device_of(plan), getattr(torch, plan.dtype)
-    placed = placement.place(plan)
+    placed = choice.place(plan)
     if plan.storage.uses_host:
         _use_cores(plan)
     paths = [Path(folder) / f"rank{distributed.rank()}" for folder in config["folders"]]
@@ -136,7 +137,7 @@ def load(plan: Plan, config: dict[str, Any], progress: Progress) -> HFSession:
         cache = host_cache.planned(plan)
         store = loader.store({f"{prefix}.{index}": placed[index] for index in streamed}, paths, cache)
         # allocated last: until here, quantizing weights takes this room
-        expanded = torch.empty(placement.expanded_elements(placed), dtype=dtype, device=device)
+        expanded = torch.empty(parts.expanded_elements(placed), dtype=dtype, device=device)
     source: Any = _source(plan, store, streamed, device) if streamed else None
     own = own_weights.planned(plan, store, device)
     on_host, micro_batches, crossing = plan.storage.host_layers, plan.run.workload.micro_batches, Crossing(device)
@@ -226,9 +227,9 @@ def _source(plan: Plan, store: Any, streamed: list[int], device: Any) -> Any:
 
     if shares := sharing.share_slots(plan):
         return Ring(
-            Shares(store, shares, device), placement.slots(plan), device, group=_sharers_group(sharing.sharers(plan))
+            Shares(store, shares, device), room.slots(plan), device, group=_sharers_group(sharing.sharers(plan))
         )
     in_steps = [number for number, index in enumerate(streamed) if index not in plan.storage.host_layers]
     if device.type == "cpu":
         return InPlace(store, in_steps)
-    return Ring(store, placement.slots(plan), device, wraps=not plan.storage.routes, in_steps=in_steps)
+    return Ring(store, room.slots(plan), device, wraps=not plan.storage.routes, in_steps=in_steps)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.engines.stream import placement, routing
+from zi_experiments.engines.stream import routing
 from zi_experiments.engines.stream.expert_pool import Group, OfLayer, Source, arriving_parts
+from zi_experiments.engines.stream.placement import choice, room
 from zi_experiments.engines.stream.slots import Needed, Slots
 from zi_experiments.engines.stream.store import Store
 from zi_experiments.runtime.pinned_memory import host_empty
@@ -146,9 +147,9 @@ class HostCache:
 
 def planned(plan: Plan) -> HostCache | None:
     """Return the empty cache of a plan; None if it has none."""
-    placed = placement.place(plan)
+    placed = choice.place(plan)
     streamed = [layer.streamed for layer in placed if layer.streamed.nbytes]
-    if not (slots := placement.host_slots(plan, placed)):
+    if not (slots := room.host_slots(plan, placed)):
         return None
     places = [
         OnDisk(slab=slab, start=part.own_bytes, nbytes=part.experts.each.nbytes, count=part.experts.count)
@@ -156,6 +157,6 @@ def planned(plan: Plan) -> HostCache | None:
         if part.experts
     ]
     slot_bytes = routing.slot_bytes(streamed)
-    saves = placement.expert_slots(plan, placed) > 0 and slots > routing.least_slots(plan)
-    room = host_empty(slots * slot_bytes, torch.uint8, pinned=plan.pin_memory)
-    return HostCache(places, room.view(slots, slot_bytes), routing.at_once(plan, slot_bytes), saves=saves)
+    saves = room.expert_slots(plan, placed) > 0 and slots > routing.least_slots(plan)
+    memory = host_empty(slots * slot_bytes, torch.uint8, pinned=plan.pin_memory)
+    return HostCache(places, memory.view(slots, slot_bytes), routing.at_once(plan, slot_bytes), saves=saves)

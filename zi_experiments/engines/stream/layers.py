@@ -19,7 +19,7 @@ from zi_experiments.engines.stream.host_layers import HostLayer, has_room_for
 from zi_experiments.engines.stream.micro_batches import in_blocks
 from zi_experiments.engines.stream.own_weights import OwnWeights
 from zi_experiments.engines.stream.packed_linear import PackedLinears
-from zi_experiments.engines.stream.placement import LayerPlacement
+from zi_experiments.engines.stream.placement.parts import LayerPlacement
 from zi_experiments.engines.stream.quantized import expand, expand_own
 from zi_experiments.engines.stream.ring import Source
 from zi_experiments.engines.stream.slab import Layout, expanded_views, experts_in, plain_views

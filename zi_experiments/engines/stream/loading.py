@@ -13,7 +13,8 @@ import torch
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.engines.stream import sharing
 from zi_experiments.engines.stream.host_cache import HostCache
-from zi_experiments.engines.stream.placement import BUFFERS, LayerPlacement
+from zi_experiments.engines.stream.placement.parts import LayerPlacement
+from zi_experiments.engines.stream.placement.room import BUFFERS
 from zi_experiments.engines.stream.quantized import expand, pack
 from zi_experiments.engines.stream.scaled import write
 from zi_experiments.engines.stream.slab import (

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from zi_experiments.cost_model.plan import Plan
-from zi_experiments.engines.stream import placement
+from zi_experiments.engines.stream.placement import choice, room
 from zi_experiments.engines.stream.ring import InPlace, Ring, Source
 from zi_experiments.engines.stream.store import Store
 from zi_experiments.runtime.pinned_memory import host_empty
@@ -45,15 +45,15 @@ class OwnWeights:
 
 def planned(plan: Plan, store: Store, device: torch.device) -> OwnWeights | None:
     """Return what brings these weights of a plan from its store; None if all of them stay on the device."""
-    placed = placement.place(plan)
-    if not (largest := placement.own_slot_bytes(plan, placed)):
+    placed = choice.place(plan)
+    if not (largest := room.own_slot_bytes(plan, placed)):
         return None
     streamed = [layer for layer in placed if layer.streamed.nbytes]
     sizes = {slab: part.streamed.own_bytes for slab, part in enumerate(streamed) if part.streamed.own_bytes}
     buffers = []
     if any(layer.on_disk for layer in streamed):
         make: Any = host_empty
-        buffers = [make(largest, torch.uint8, pinned=plan.pin_memory) for _ in range(placement.BUFFERS)]
+        buffers = [make(largest, torch.uint8, pinned=plan.pin_memory) for _ in range(room.BUFFERS)]
     feed = store.prefixes(sizes, buffers)
-    source = InPlace(feed) if device.type == "cpu" else Ring(feed, placement.OWN_SLOTS, device)
+    source = InPlace(feed) if device.type == "cpu" else Ring(feed, room.OWN_SLOTS, device)
     return OwnWeights(source, sizes, device)

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zi_experiments.engines.stream.device_kv_cache import DeviceCache
-from zi_experiments.engines.stream.placement import windows_slide
+from zi_experiments.engines.stream.placement.accounting import windows_slide
 
 ATTENTION = ("sdpa", "eager")
 GIVEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}

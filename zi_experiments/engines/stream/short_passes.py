@@ -9,7 +9,7 @@ import torch
 
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.engines.base import Routed
-from zi_experiments.engines.stream import placement, routing
+from zi_experiments.engines.stream import routing
 from zi_experiments.engines.stream.expert_pool import InHostMemory, InPlace, Pool, Source
 from zi_experiments.engines.stream.few_tokens import FewTokens
 from zi_experiments.engines.stream.fixed_pairs import Counts
@@ -17,7 +17,8 @@ from zi_experiments.engines.stream.host_cache import HostCache
 from zi_experiments.engines.stream.host_experts import HostExperts
 from zi_experiments.engines.stream.layers import StreamedLayer
 from zi_experiments.engines.stream.own_weights import OwnWeights
-from zi_experiments.engines.stream.placement import LayerPlacement
+from zi_experiments.engines.stream.placement import choice, room
+from zi_experiments.engines.stream.placement.parts import LayerPlacement
 from zi_experiments.engines.stream.recorded import RecordedSteps, can_record
 from zi_experiments.engines.stream.slab import Layout, experts_in
 from zi_experiments.engines.stream.store import Store
@@ -70,13 +71,13 @@ class ShortPasses:
 
         Some models begin with layers without experts.
         """
-        placed = placement.place(plan)
+        placed = choice.place(plan)
         away = _away(placed, streamed)
         parts = {index: placed[index].streamed for index, _ in away}
         supply: Any = self._cache or InHostMemory(
             [experts_in(store.slab(number), parts[index]) for index, number in away]
         )
-        if slots := placement.expert_slots(plan, placed):
+        if slots := room.expert_slots(plan, placed):
             at_once = routing.at_once(plan, routing.slot_bytes(list(parts.values())))
             supply = self._pool = Pool(supply, slots, at_once, device)
         return {index: supply.source(number) for number, index in enumerate(parts)}
@@ -87,7 +88,7 @@ class ShortPasses:
         """Return what makes the experts that the host computes, by the number of their layer."""
         if not plan.storage.host_experts:
             return {}
-        placed, rest = placement.place(plan), {"dtype": getattr(torch, plan.dtype), "share": plan.storage.host_experts}
+        placed, rest = choice.place(plan), {"dtype": getattr(torch, plan.dtype), "share": plan.storage.host_experts}
         return {
             index: partial(HostExperts, slabs=experts_in(store.slab(number), placed[index].streamed), **rest)
             for index, number in _away(placed, streamed)

@@ -12,7 +12,7 @@ import torch
 
 from zi_experiments.cost_model.inventory import Home
 from zi_experiments.engines.disk_access import BLOCK_BYTES
-from zi_experiments.engines.stream.placement import PARALLEL
+from zi_experiments.engines.stream.placement.room import PARALLEL
 from zi_experiments.engines.stream.slab import PAGE
 
 PART_BYTES = 4 << 20  # of a request for a part of a slab, unless the part is smaller

@@ -8,7 +8,8 @@ from crossed import crossed
 
 from zi_experiments.cost_model import inventory
 from zi_experiments.engines import base
-from zi_experiments.engines.stream import placement, routing
+from zi_experiments.engines.stream import routing
+from zi_experiments.engines.stream.placement import choice, fitting, parts, room
 from zi_experiments.measurement.timing import Pass, Samples
 from zi_experiments.measurement.verification import verify
 from zi_experiments.results.metrics import as_routed
@@ -60,21 +61,21 @@ def load(checkpoints, monkeypatch):
     sessions = []
 
     def load(family, quant, offload, share, slots, **settings):
-        def room(spec):
-            layers = placement._layers(spec)
-            whole = placement._split(spec, layers, [layer.experts for layer in layers], in_parts=True)
+        def room_of(spec):
+            layers = parts.layers_of(spec)
+            whole = fitting.split(spec, layers, [layer.experts for layer in layers], in_parts=True)
             streamed = [(*layer.experts, *layer.own_bytes) for layer in layers]
-            least = placement._split(spec, layers, streamed, in_parts=True)
-            most, least = (sum(x.resident.nbytes for x in p) + placement._buffer_bytes(spec, p) for p in (whole, least))
+            least = fitting.split(spec, layers, streamed, in_parts=True)
+            most, least = (sum(x.resident.nbytes for x in p) + room.buffer_bytes(spec, p) for p in (whole, least))
             assert least < most, "otherwise nothing is gained by what crosses"
             return int(least + share * (most - least))
 
         copied, read = {"cpu": (slots, 0), "nvme": (0, slots), "nvme, cpu": (slots, LAYERS * EXPERTS)}[offload]
         offload = offload.partition(",")[0]
-        monkeypatch.setattr(placement, "_room", room)
-        monkeypatch.setattr(placement, "_is_faster", lambda *_: True)
-        monkeypatch.setattr(placement, "expert_slots", lambda spec, placed: copied)
-        monkeypatch.setattr(placement, "host_slots", lambda spec, placed: read)
+        monkeypatch.setattr(room, "device_room", room_of)
+        monkeypatch.setattr(choice, "_is_faster", lambda *_: True)
+        monkeypatch.setattr(room, "expert_slots", lambda spec, placed: copied)
+        monkeypatch.setattr(room, "host_slots", lambda spec, placed: read)
         settings = {"workload.batch_size": 1} | settings
         plan, session = families.load(checkpoints(family), quant, offload, engine="stream", **settings)
         sessions.append(session)

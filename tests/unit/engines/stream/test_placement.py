@@ -12,7 +12,8 @@ from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.bound import lower_bound
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.cost_model.spec import VERIFIED_SEQUENCES, VERIFIED_TOKENS
-from zi_experiments.engines.stream import placement, routing, sharing
+from zi_experiments.engines.stream import routing, sharing
+from zi_experiments.engines.stream.placement import choice, parts, room
 from zi_experiments.engines.stream.slab import ALIGNMENT, PAGE, lay_out
 from zi_experiments.measurement.verification import GEN_LEN, PROMPT_LEN, SEQUENCES
 from zi_experiments.models.architecture import Parameter
@@ -83,7 +84,7 @@ def units(plan, parameters):
 @pytest.mark.parametrize(("model", "quant", "resident"), crossed(MODELS, QUANTS, SHARES))
 def test_what_is_streamed_is_enough_and_even(plan_stream, model, quant, resident):
     plan = plan_stream(model, quant, resident=resident, batch_size=64)  # so many that all experts are needed
-    layers, placed = layers_of(plan), placement.place(plan)
+    layers, placed = layers_of(plan), choice.place(plan)
     total = sum(stored(plan, layer) for layer in layers)
     needed = ceil((1 - resident) * total)
 
@@ -113,7 +114,7 @@ def test_every_parameter_is_in_one_slab_where_kernels_and_disks_want_it(plan_str
     gpu_gib = 24 if resident == "auto" else 1000
     plan = plan_stream(model, quant, resident=resident, ranks=ranks, gpu_gib=gpu_gib, batch_size=4, prompt_len=32)
 
-    for layer, parameters in zip(placement.place(plan), layers_of(plan), strict=True):
+    for layer, parameters in zip(choice.place(plan), layers_of(plan), strict=True):
         shapes = {p.name.partition(f".{p.layer}.")[2]: (p.shape, plan.is_quantized(p)) for p in parameters}
         found = [place for part in (layer.resident, layer.streamed) for place in places_of(part)]
         assert len(found) == len(shapes)
@@ -180,10 +181,10 @@ SPLIT = {"batch_size": 64, "micro_batches": 4, "prompt_len": 512, "kv_cache": "c
 
 def gpu_bytes(plan):
     """What a GPU has to hold: weights, slots, what is expanded, and keys and values."""
-    placed = placement.place(plan)
+    placed = choice.place(plan)
     resident = sum(layer.resident.nbytes for layer in placed)
     ranks, slab = plan.run.hardware.num_gpus, max(layer.streamed.nbytes for layer in placed)
-    slots = placement.slots(plan) * slab + sharing.share_slots(plan) * slab // ranks
+    slots = room.slots(plan) * slab + sharing.share_slots(plan) * slab // ranks
     expanded = max(sum(p.numel for p in layer if plan.is_quantized(p)) for layer in layers_of(plan))
     outside = sum(p.numel for p in plan.architecture.parameters if p.layer is None)
     kv = plan.kv_cache_bytes if plan.run.kv_cache.device.value == "gpu" else plan.kv_slot_bytes
@@ -230,7 +231,7 @@ def test_auto_from_disk_keeps_in_host_memory_what_fits(plan_stream, model, quant
     counts = []
     for host_gib in (8, 16, 32, 48, 256):
         plan = plan_stream(model, quant, "nvme", "auto", gpu_gib=12, host_gib=host_gib, kv_cache=kv_cache, **SMALL)
-        placed = placement.place(plan)
+        placed = choice.place(plan)
         slab = max(layer.streamed.nbytes for layer in placed)
         streamed = [layer for layer in placed if layer.streamed.nbytes]
         held = [index for index, layer in enumerate(streamed) if not layer.on_disk]
@@ -256,14 +257,14 @@ def test_auto_from_disk_caches_in_host_memory_the_experts_that_fit(plan_stream, 
         plan = plan_stream(
             "mixtral-8x7b", quant, "nvme", "auto", gpu_gib=12, host_gib=host_gib, kv_cache=kv_cache, **SMALL
         )
-        layers = [layer.streamed for layer in placement.place(plan)]
+        layers = [layer.streamed for layer in choice.place(plan)]
         expert, stored = layers[0].experts.each.nbytes, plan.storage
         kv = plan.kv_cache_bytes if kv_cache == "cpu" else 0
         used = plan.placement.cpu_bytes + stored.host_buffer_bytes + kv + plan.process_bytes
         use = memory_fit.uses(plan)[1]
         if host_gib < hosts[-1]:
             assert plan.placement.nvme_bytes == sum(layer.nbytes for layer in layers), "those in the cache too"
-            assert use.experts == stored.host_cached_bytes == placement.host_slots(plan, placement.place(plan)) * expert
+            assert use.experts == stored.host_cached_bytes == room.host_slots(plan, choice.place(plan)) * expert
             assert use.total <= use.available
             assert used <= 0.8 * use.available < used + expert or stored.host_cached_bytes == 8 * expert
             assert stored.disk_bytes_per_step < stored.streamed_bytes_per_step
@@ -281,7 +282,7 @@ def test_auto_from_disk_caches_in_host_memory_the_experts_that_fit(plan_stream, 
 def test_a_share_from_disk_has_a_cache_of_a_layers_step(plan_stream, batch_size, needed):
     """Verification decodes four sequences, whatever the run has."""
     plan = plan_stream("mixtral-8x7b", "int4", "nvme", 0.3, batch_size=batch_size, prompt_len=32)
-    experts = placement.place(plan)[0].streamed.experts
+    experts = choice.place(plan)[0].streamed.experts
 
     assert plan.storage.host_cached_bytes == needed * experts.each.nbytes
     assert plan.disk_bytes_per_step == plan.streamed_bytes_per_step
@@ -291,7 +292,7 @@ def test_a_share_from_disk_has_a_cache_of_a_layers_step(plan_stream, batch_size,
 
 def test_a_share_from_disk_leaves_nothing_in_host_memory(plan_stream):
     plan = plan_stream("opt-30b", "fp16", "nvme", 0.5)
-    buffers = placement.BUFFERS * max(layer.streamed.nbytes for layer in placement.place(plan))
+    buffers = room.BUFFERS * max(layer.streamed.nbytes for layer in choice.place(plan))
 
     assert plan.placement.cpu_bytes == 0
     assert plan.placement.nvme_bytes == plan.streamed_bytes_per_pass > 0
@@ -301,7 +302,7 @@ def test_a_share_from_disk_leaves_nothing_in_host_memory(plan_stream):
 @pytest.mark.parametrize(("ranks", "resident", "offload"), product((1, 2, 4), (0, 0.5), ("cpu", "nvme")))
 def test_each_rank_has_what_is_resident_to_itself_and_a_share_of_the_rest(plan_stream, ranks, resident, offload):
     plan = plan_stream("opt-30b", "int4", offload, resident, ranks=ranks)
-    placed = placement.place(plan)
+    placed = choice.place(plan)
     outside = 2 * sum(p.numel for p in plan.architecture.parameters if p.layer is None)
 
     resident = outside + sum(layer.resident.nbytes for layer in placed)
@@ -312,7 +313,7 @@ def test_each_rank_has_what_is_resident_to_itself_and_a_share_of_the_rest(plan_s
     assert plan.weight_bytes == resident + plan.streamed_bytes_per_pass
     slab = max(layer.streamed.nbytes for layer in placed)
     shares = slab + slab // ranks if ranks > 1 else 0
-    assert plan.storage.gpu_buffer_bytes == 3 * slab + shares + 2 * placement.expanded_elements(placed)
+    assert plan.storage.gpu_buffer_bytes == 3 * slab + shares + 2 * parts.expanded_elements(placed)
 
 
 CARD = {"gpu_gib": 23.6, "host_gib": 128, "batch_size": 4, "prompt_len": 32}
@@ -329,7 +330,7 @@ def test_verification_leaves_what_is_measured_as_it_is(plan_stream, model, quant
 
     assert (on.placement, on.streamed_bytes_per_pass) == (off.placement, off.streamed_bytes_per_pass)
     assert use.total > 0.97 * use.available, "as much as fits while measuring"
-    slots = on.storage.gpu_buffer_bytes - 2 * placement.expanded_elements(placement.place(on))
+    slots = on.storage.gpu_buffer_bytes - 2 * parts.expanded_elements(choice.place(on))
     verifying = use.weights - on.storage.parked_bytes + slots + use.processes
     assert verifying + on.observed_bytes + 2 * on.reference_bytes <= use.available
     assert (on.storage.parked_bytes > 0, off.storage.parked_bytes) == (True, 0)
@@ -404,13 +405,13 @@ def test_weights_beside_experts_cross_in_a_step_as_far_as_they_do_not_fit(plan_s
             break
         if not plan.storage.routes:
             break
-        placed, brought, use = placement.place(plan), plan.storage.own_bytes_per_step, memory_fit.uses(plan)[0]
+        placed, brought, use = choice.place(plan), plan.storage.own_bytes_per_step, memory_fit.uses(plan)[0]
         streamed = [layer.streamed for layer in placed]
         assert use.total <= use.available
         assert brought == sum(layout.own_bytes for layout in streamed)
         assert plan.streamed_bytes_per_pass == sum(layout.nbytes for layout in streamed)
         assert plan.streamed_bytes_per_step == brought + routing.per_step(
-            plan, streamed, placement.expert_slots(plan, placed)
+            plan, streamed, room.expert_slots(plan, placed)
         )
         if brought:
             largest = max(layout.own_bytes for layout in streamed)
@@ -544,7 +545,7 @@ def test_the_hosts_layers_are_spread_evenly(plan_stream, compute, count):
 def test_the_hosts_layers_have_nothing_on_the_gpu(plan_stream, resident):
     """What the GPU holds is of the other layers, and no less of them all together."""
     plan = plan_stream("opt-30b", resident=resident, gpu_gib=40, compute=0.25)
-    placed, usual = placement.place(plan), placement.place(plan_stream("opt-30b", resident=resident, gpu_gib=40))
+    placed, usual = choice.place(plan), choice.place(plan_stream("opt-30b", resident=resident, gpu_gib=40))
 
     for index, layer in enumerate(placed):
         assert bool(layer.resident.nbytes) == (index not in plan.storage.host_layers)
@@ -555,7 +556,7 @@ def test_the_hosts_layers_have_nothing_on_the_gpu(plan_stream, resident):
 def test_a_share_of_the_gpu_larger_than_the_other_layers_keeps_these_whole(plan_stream):
     plan = plan_stream("opt-30b", resident=0.9, compute=0.5)
 
-    for index, layer in enumerate(placement.place(plan)):
+    for index, layer in enumerate(choice.place(plan)):
         assert bool(layer.streamed.nbytes) == (index in plan.storage.host_layers)
     assert plan.streamed_bytes_per_step == 0
 

@@ -1,0 +1,1 @@
+"""Which weights stay on the device, which are streamed, and from where. Figures only."""
