@@ -316,7 +316,7 @@ def int8(folder: Path) -> None:
         tensors = {"weight": codes, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
         return tensors, (codes * largest[:, None] / 127).bfloat16()
 
-    with_twin(folder, {"quant_method": "bitsandbytes", "load_in_8bit": True}, change)
+    with_twin(folder, {"load_in_8bit": True}, change)
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------

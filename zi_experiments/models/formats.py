@@ -40,6 +40,8 @@ class _Format:
 
 def method(settings: Mapping[str, Any]) -> str:
     """Return the quantization method of a configuration's `quantization_config`."""
+    if settings.get("load_in_8bit") or settings.get("load_in_4bit"):
+        return "bitsandbytes"  # as transformers takes it: older checkpoints name no method
     return str(settings.get(METHOD, "an unnamed method"))
 
 

@@ -30,7 +30,8 @@ def held(compose_run):
     [
         ({"quant_method": "hqq"}, "by hqq, which cannot be expanded to 16 bits here"),
         ({"quant_method": "bitsandbytes"}, "has no weights in the format that its config.json names, bitsandbytes"),
-        ({"load_in_8bit": True}, "by an unnamed method, which"),
+        ({"load_in_8bit": True}, "has no weights in the format that its config.json names, bitsandbytes"),
+        ({"bits": 8}, "by an unnamed method, which"),
         (GPTQ | {"bits": 3}, "by gptq with bits=3, of which"),
         (GPTQ | {"checkpoint_format": "marlin"}, "by gptq in the format marlin"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "by awq with bits=4 and version=gemv"),
