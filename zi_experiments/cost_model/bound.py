@@ -31,17 +31,17 @@ def lower_bound(plan: Plan) -> Bound:
 
     A pass takes at least streamed bytes / link, disk bytes / disk rate, weights / HBM (in a decode step with the KV cache),
     and operations / arithmetic. Streamed are weights and, in a decode step, a KV cache in host memory: at least the prompt's.
+    What a ring has brought ahead when a prefill begins need not come in it; of a decode step the next one's comes instead.
     Operations are 2 · parameters · tokens, plus 2 · B · P² · h · L for causal attention in prefill. Only weights that a
     token uses count: those of the decoder layers, and of experts those that one token is routed to. What the host computes
     in a decode step takes at least its bytes / the rate at which the cores read memory, and with what crosses the link the
     rate at which both read it together; without these rates it does not count.
     """
-    traffic: dict[str, float] = {"link": plan.streamed_bytes_per_pass, "disk": plan.disk_bytes_per_pass}
     read = step_bytes(plan)
     layers_on_host = len(plan.storage.host_layers) / plan.architecture.num_layers
     host_bytes = layers_on_host * read + plan.storage.host_bytes_per_step
     on_host = min(1.0, host_bytes / read)
-    decode = traffic | {
+    decode: dict[str, float] = {
         "link": plan.link_bytes_per_pass,
         "disk": plan.disk_bytes_per_step,
         "hbm": (1 - on_host) * read,
@@ -52,7 +52,9 @@ def lower_bound(plan: Plan) -> Bound:
         decode["host"] = host_bytes
     if on_host and rate(plan, "memory"):
         decode["memory"] = host_bytes + plan.link_bytes_per_pass
-    prefill = traffic | {
+    prefill: dict[str, float] = {
+        "link": max(0, plan.streamed_bytes_per_pass - plan.storage.ready_bytes),
+        "disk": max(0, plan.disk_bytes_per_pass - plan.storage.read_ahead_bytes),
         "hbm": ELEMENT_BYTES * plan.active(plan.stored_numel),
         "gemm": prefill_flops(plan),
     }

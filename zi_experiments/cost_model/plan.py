@@ -62,8 +62,10 @@ class Storage:
     copied_bytes: int = 0  # copies of weights that every rank holds, on all ranks but the first
     expanded_numel: int = 0  # quantized weights that are kept expanded, in 16 bits
     streamed_bytes_per_pass: int  # from host memory to the devices
-    # the same in a decode step that copies only the experts that tokens are routed to, or not the layers that the host
-    # computes; None: as in every pass
+    ready_bytes: int = 0  # part of that which may be on the devices already when a prefill begins
+    read_ahead_bytes: int = 0  # of a prefill's reads from disk, those that may be done when it begins
+    # what is copied in a decode step that copies only the experts that tokens are routed to, or not the layers that the
+    # host computes; None: as in every pass
     streamed_bytes_per_step: int | None = None
     # read from disk in a decode step that reads only such experts; None: as in every pass
     disk_bytes_per_step: int | None = None

@@ -274,6 +274,24 @@ def test_offloaded_weights_are_bound_by_the_link(make_plan):
     assert bound.prefill_s == bound.decode_step_s
 
 
+@pytest.mark.parametrize(
+    ("resident", "slots"),
+    [("0", 3), ("auto", 2)],
+)
+def test_what_a_ring_has_brought_ahead_need_not_come_in_a_prefill(make_plan, machine, resident, slots):
+    """A prompt of one token takes no time to compute: the last pass left as many layers as there are slots."""
+    work = ("engine=stream", "workload.batch_size=1", "workload.prompt_len=1", f"offload.resident={resident}")
+    on = machine(gpu_memory_bytes=8 * 10**9)
+    bound = lower_bound(plan := opt_13b(make_plan, *work, "offload=cpu", on=on))
+    slab = plan.streamed_bytes_per_pass / 40
+
+    assert bound.decode_step_s == pytest.approx(40 * slab / 63e9)
+    assert bound.prefill_s == pytest.approx((40 - slots) * slab / 63e9, rel=0.01)
+
+    from_disk = lower_bound(opt_13b(make_plan, *work, "offload=nvme", "hardware.host_memory_gib=20", on=on))
+    assert from_disk.prefill_s < from_disk.decode_step_s
+
+
 def test_resident_weights_are_bound_by_hbm(make_plan):
     bound = lower_bound(opt_13b(make_plan, "offload=none"))
 

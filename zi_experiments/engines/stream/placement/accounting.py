@@ -9,7 +9,7 @@ from zi_experiments.cost_model.plan import Overlap, Placement, Storage
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.stream import expert_share, host_share, routing, sharing
 from zi_experiments.engines.stream.placement import fitting, room
-from zi_experiments.engines.stream.placement.parts import LayerPlacement, expanded_elements, layers_of
+from zi_experiments.engines.stream.placement.parts import LayerPlacement, expanded_elements, largest_slab, layers_of
 from zi_experiments.units import gigabytes
 
 OVERLAP = Overlap(
@@ -56,6 +56,8 @@ def storage(spec: Spec, placed: Sequence[LayerPlacement]) -> Storage:
         packed += expert_share.packed_bytes(spec, [index for index, layout in enumerate(streamed) if layout.experts])
     if on_host and on_gpu:
         step_bytes = host + disk - sum(streamed[index].nbytes for index in on_host)
+    ahead = room.slots(spec) + sharing.share_slots(spec) if on_gpu else 0  # slabs
+    slab = largest_slab(placed)
     return Storage(
         placement=Placement(
             gpu_bytes=resident if on_gpu else 0,
@@ -65,6 +67,8 @@ def storage(spec: Spec, placed: Sequence[LayerPlacement]) -> Storage:
         copied_bytes=(ranks - 1) * resident,
         expanded_numel=sum(p.numel for p in spec.architecture.parameters if p.layer is None and spec.is_quantized(p)),
         streamed_bytes_per_pass=brought * (host + disk) if on_gpu else 0,
+        ready_bytes=brought * ahead * slab,
+        read_ahead_bytes=holders * (ahead + room.BUFFERS) * slab if disk else 0,
         each_machine_has_all=each == spec.ranks_each,
         gathered_bytes=(each - 1) * (host + disk) // each if on_gpu and sharing.gathers(spec) else 0,
         streamed_bytes_per_step=step_bytes,
