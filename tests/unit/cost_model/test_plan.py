@@ -291,6 +291,9 @@ def test_what_a_ring_has_brought_ahead_need_not_come_in_a_prefill(make_plan, mac
     from_disk = lower_bound(opt_13b(make_plan, *work, "offload=nvme", "hardware.host_memory_gib=20", on=on))
     assert from_disk.prefill_s < from_disk.decode_step_s
 
+    routed = make_plan("model=mixtral-8x7b", "quant=int4", *work, "offload=cpu", on=machine())
+    assert (routed.storage.routes, routed.storage.ready_bytes) == (True, 0), "the ring stands still between prompts"
+
 
 def test_resident_weights_are_bound_by_hbm(make_plan):
     bound = lower_bound(opt_13b(make_plan, "offload=none"))

@@ -6,7 +6,7 @@ from itertools import accumulate
 from zi_experiments.config.schema import OffloadDevice
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.stream import routing
-from zi_experiments.engines.stream.host_share import INT4_GROUPS, INT4_ROWS
+from zi_experiments.engines.stream.host_share import INT4_DTYPE, INT4_GROUPS, INT4_ROWS
 from zi_experiments.engines.stream.slab import Layout
 
 
@@ -16,6 +16,8 @@ def obstacle(spec: Spec) -> str | None:
         return "the host computes experts from host memory only, not from disk"
     if spec.experts_are_quantized and not _multiplies(spec):
         return "the host computes 16-bit experts, and INT4 in groups of 32 to 256 inputs that are not transposed"
+    if spec.experts_are_quantized and spec.dtype != INT4_DTYPE:
+        return f"the host multiplies INT4 weights slowly in {spec.dtype}: pass dtype={INT4_DTYPE}"
     return None
 
 

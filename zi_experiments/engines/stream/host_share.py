@@ -5,6 +5,7 @@ from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.stream import routing
 
 INT4_GROUPS, INT4_ROWS = (32, 64, 128, 256), 16  # group sizes, and the divisor of outputs, that torch's product has
+INT4_DTYPE = "bfloat16"  # in others it is 17 times slower or more: they have no vectorized code
 
 
 def obstacle(spec: Spec) -> str | None:
@@ -16,6 +17,8 @@ def obstacle(spec: Spec) -> str | None:
         return "the host computes layers from host memory only, not from disk"
     if run.quant.is_quantized and not _multiplies(spec):
         return "the host computes 16-bit layers, and INT4 of linear layers in groups of 32 to 256 inputs"
+    if run.quant.is_quantized and spec.dtype != INT4_DTYPE:
+        return f"the host multiplies INT4 weights slowly in {spec.dtype}: pass dtype={INT4_DTYPE}"
     if routing.pays(spec):
         return "experts are brought one by one, and the host computes whole layers"
     cached = sum(layer.elements_per_token > 0 for layer in arch.kv_layers)

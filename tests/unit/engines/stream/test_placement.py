@@ -44,7 +44,7 @@ def plan_stream(make_plan, machine):
     ):
         choices = (f"model={model}", f"quant={quant}", f"offload={offload}", f"kv_cache={kv_cache}", "engine=stream")
         settings = {"hardware.num_gpus": ranks, "offload.resident": resident, "offload.compute": compute} | {
-            {"verify": name, "group_dim": "quant.group_dim"}.get(name, f"workload.{name}"): value
+            {"verify": name, "dtype": name, "group_dim": "quant.group_dim"}.get(name, f"workload.{name}"): value
             for name, value in settings.items()
         }
         on = machine(gpu_memory_bytes=int(gpu_gib * GIB), host_memory_bytes=int(host_gib * GIB))
@@ -571,7 +571,7 @@ def test_the_hosts_layers_have_their_keys_and_values_in_host_memory(plan_stream)
 
 
 def test_int4_on_the_host_has_a_layout_of_its_own_beside_the_slabs(plan_stream):
-    usual, plan = (plan_stream("opt-30b", "int4", compute=compute) for compute in ("gpu", 0.5))
+    usual, plan = (plan_stream("opt-30b", "int4", dtype="bfloat16", compute=compute) for compute in ("gpu", 0.5))
     matrices = 12 * 7168**2
 
     assert len(plan.storage.host_layers) == 24
@@ -579,6 +579,7 @@ def test_int4_on_the_host_has_a_layout_of_its_own_beside_the_slabs(plan_stream):
     assert plan.placement == usual.placement
 
 
+SLOW = "the host multiplies INT4 weights slowly in float16: pass dtype=bfloat16"
 INT4_ONLY = "the host computes 16-bit layers, and INT4 of linear layers in groups of 32 to 256 inputs"
 
 
@@ -588,6 +589,7 @@ INT4_ONLY = "the host computes 16-bit layers, and INT4 of linear layers in group
         ("opt-30b", {"ranks": 2}, "the host computes layers with one GPU only"),
         ("opt-30b", {"offload": "nvme"}, "the host computes layers from host memory only, not from disk"),
         ("opt-30b", {"quant": "int8"}, INT4_ONLY),
+        ("opt-30b", {"quant": "int4"}, SLOW),
         ("bloom-7b1", {"quant": "int4", "group_dim": 0}, INT4_ONLY),
         ("mixtral-8x7b", {"quant": "int4", "batch_size": 32}, INT4_ONLY),
     ],
@@ -642,6 +644,7 @@ NOT_TRANSPOSED = "the host computes 16-bit experts, and INT4 in groups of 32 to 
         ),
         ("mixtral-8x7b", {"quant": "int8"}, NOT_TRANSPOSED),
         ("gpt-oss-20b", {"quant": "int4"}, NOT_TRANSPOSED),
+        ("mixtral-8x7b", {"quant": "int4", "dtype": "float16"}, SLOW),
     ],
 )
 @pytest.mark.parametrize("compute", [0.5, "auto"])

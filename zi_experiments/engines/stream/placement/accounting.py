@@ -56,8 +56,10 @@ def storage(spec: Spec, placed: Sequence[LayerPlacement]) -> Storage:
         packed += expert_share.packed_bytes(spec, [index for index, layout in enumerate(streamed) if layout.experts])
     if on_host and on_gpu:
         step_bytes = host + disk - sum(streamed[index].nbytes for index in on_host)
-    ahead = room.slots(spec) + sharing.share_slots(spec) if on_gpu else 0  # slabs
-    slab = largest_slab(placed)
+    # slabs that have come when a prefill begins: none where steps between prompts bring experts only
+    goes_on, slab = not room.is_routed(spec, placed), largest_slab(placed)
+    ahead = room.slots(spec) + sharing.share_slots(spec) if on_gpu and goes_on else 0
+    read_ahead = ahead + room.BUFFERS if disk and goes_on else 0
     return Storage(
         placement=Placement(
             gpu_bytes=resident if on_gpu else 0,
@@ -68,7 +70,7 @@ def storage(spec: Spec, placed: Sequence[LayerPlacement]) -> Storage:
         expanded_numel=sum(p.numel for p in spec.architecture.parameters if p.layer is None and spec.is_quantized(p)),
         streamed_bytes_per_pass=brought * (host + disk) if on_gpu else 0,
         ready_bytes=brought * ahead * slab,
-        read_ahead_bytes=holders * (ahead + room.BUFFERS) * slab if disk else 0,
+        read_ahead_bytes=read_ahead * slab,
         each_machine_has_all=each == spec.ranks_each,
         gathered_bytes=(each - 1) * (host + disk) // each if on_gpu and sharing.gathers(spec) else 0,
         streamed_bytes_per_step=step_bytes,
