@@ -22,6 +22,7 @@ PACKAGES = (
     "omegaconf",
     "wandb",
 )
+SOURCES = (".py", ".c")  # C is compiled when a run needs it
 
 
 def describe(machine: Any) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def _code() -> str:
     """Return a hash of this package's sources: uncommitted changes do not change the revision."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCES):
         digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -90,6 +90,16 @@ def test_installed_inside_another_project_s_checkout_there_is_no_revision(copy):
     assert copy.git_revision() is None
 
 
+@pytest.mark.parametrize("name", ["module.py", "kernel.c"])
+def test_the_code_of_a_record_is_another_when_a_source_changes(copy, name):
+    source = Path(copy.__file__).with_name(name)
+    source.write_text("one\n")
+    before = copy.code()["code"]
+    source.write_text("two\n")
+
+    assert copy.code()["code"] != before
+
+
 def test_description_of_this_machine(machine):
     described = provenance.describe(machine("h200"))
 
