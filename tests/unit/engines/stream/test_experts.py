@@ -12,11 +12,12 @@ from stacks import CPU, EXPERTS, FAMILIES, Stack, generated_by, tokens_of
 
 from zi_experiments.cost_model import inventory, memory_fit
 from zi_experiments.engines import base
-from zi_experiments.engines.stream import expert_pool, experts, placement
+from zi_experiments.engines.stream import expert_pool, experts
 from zi_experiments.engines.stream.expert_pool import InHostMemory, InPlace, Pool
 from zi_experiments.engines.stream.experts import RoutedExperts
 from zi_experiments.engines.stream.few_tokens import FewTokens
 from zi_experiments.engines.stream.fixed_pairs import Counts
+from zi_experiments.engines.stream.placement import room
 from zi_experiments.measurement.verification import verify
 from zi_experiments.runtime.progress import silent
 
@@ -126,8 +127,8 @@ def load(folder, monkeypatch):
     sessions = []
 
     def load(quant, slots, cached=0, **settings):
-        monkeypatch.setattr(placement, "expert_slots", lambda spec, placed: slots)
-        monkeypatch.setattr(placement, "host_slots", lambda spec, placed: cached)
+        monkeypatch.setattr(room, "expert_slots", lambda spec, placed: slots)
+        monkeypatch.setattr(room, "host_slots", lambda spec, placed: cached)
         offload = "nvme" if cached else "cpu"
         plan, session = families.load(folder, quant, offload, engine="stream", **{"workload.batch_size": 1} | settings)
         sessions.append(session)

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from slabs import by_kernel, compare_kernel_interpreted
 from stacks import CPU, EXPERTS, Stack, generated_by, tokens_of
 
-from zi_experiments.engines.stream import expert_share, placement
+from zi_experiments.engines.stream import expert_share
 from zi_experiments.engines.stream.expert_pool import InHostMemory, Pool
 from zi_experiments.engines.stream.experts import RoutedExperts
 from zi_experiments.engines.stream.few_tokens import FewTokens
 from zi_experiments.engines.stream.fixed_pairs import Counts
 from zi_experiments.engines.stream.host_experts import HostExperts
+from zi_experiments.engines.stream.placement import room
 from zi_experiments.measurement.verification import greedy_fraction, verify
 from zi_experiments.runtime.progress import silent
 
@@ -121,7 +122,7 @@ def load(checkpoint, monkeypatch):
     sessions = []
 
     def load(family, quant, share, slots):
-        monkeypatch.setattr(placement, "expert_slots", lambda spec, placed: slots)
+        monkeypatch.setattr(room, "expert_slots", lambda spec, placed: slots)
         settings = {"offload.compute": share, "workload.batch_size": 1}
         plan, session = families.load(checkpoint(family), quant, "cpu", engine="stream", **settings)
         sessions.append(session)
