@@ -1,6 +1,7 @@
 """Sentences that explain the speed of a run."""
 
 from zi_experiments.cost_model.bound import is_published, lower_bound, rate
+from zi_experiments.cost_model.machine_bound import machine_bound_s
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction
 from zi_experiments.planner.search import Candidate, Pace
@@ -25,6 +26,7 @@ LIMITS = {
     "host": "the host's cores",
     "memory": "host memory",
 }
+EQUAL = 0.995  # bounds whose ratio is nearer to 1 read alike
 VENDORS = " (vendor's rates)"
 
 
@@ -89,15 +91,21 @@ def sentence(plan: Plan, prediction: Prediction, metrics: Metrics) -> str | None
         return None
     text = f"{_work(plan, bound.limited_by, bound.decode_step_s)}: at least {seconds(bound.decode_step_s)}"
     text += f"; measured {seconds(measured_s)} ({100 * bound.decode_step_s / measured_s:.0f} %)"
-    if metrics.fraction_of_machine_bound:
-        least_s = metrics.fraction_of_machine_bound * measured_s
-        text += f"; over all placements on this machine at least {seconds(least_s)} "
-        text += f"({100 * metrics.fraction_of_machine_bound:.0f} %)"
+    if least_s := over_all_placements(plan):
+        text += (
+            f"; over all placements on this machine at least {seconds(least_s)} ({100 * least_s / measured_s:.0f} %)"
+        )
     # products of few rows read weights as well, which the bound counts as memory
     same = {bound.limited_by} if bound.limited_by != "hbm" else {"hbm", "gemm"}
     if prediction.limited_by is None or prediction.limited_by in same:
         return text
     return f"{text}. The prediction spends most of it on {LIMITS[prediction.limited_by]}"
+
+
+def over_all_placements(plan: Plan) -> float | None:
+    """Return the machine's bound of a decode step in seconds; None if unknown, or no lower than that of this placement."""
+    placed_s, machine_s = lower_bound(plan).decode_step_s, machine_bound_s(plan)
+    return machine_s if machine_s and placed_s and machine_s < EQUAL * placed_s else None
 
 
 def _work(plan: Plan, limit: str, bound_s: float) -> str:

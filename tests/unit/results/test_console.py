@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from zi_experiments.config.schema import Ceilings
 from zi_experiments.cost_model.prediction import predict
 from zi_experiments.engines.deepspeed import placement
 from zi_experiments.measurement.timing import Pass, Samples
@@ -22,6 +23,17 @@ def test_a_plan_says_what_limits_a_step_and_what_it_will_take(make_plan, machine
     only_bound = shown(make_plan(*asked, on=machine("cpu")))
     assert "decode step" not in only_bound
     assert "predicted" not in only_bound
+
+
+def test_a_bound_of_the_machine_that_is_the_placement_s_own_is_not_said_again(make_plan, machine):
+    """A processor has one memory."""
+    rates = Ceilings(None, 1e11, 1e12, 1e9, None, "by hand")
+    plan = make_plan("model=opt-13b", "quant=fp16", "engine=stream", on=machine("cpu", ceilings=rates))
+
+    said = shown(plan)
+
+    assert "a decode step takes at least" in said
+    assert "placements" not in said
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from zi_experiments import lines
 from zi_experiments.cost_model.bound import lower_bound
-from zi_experiments.cost_model.machine_bound import machine_bound_s
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction
 from zi_experiments.measurement.generated import Generated
@@ -148,7 +147,7 @@ def show_plan(name: str, plan: Plan, prediction: Prediction, console: Console) -
         predicted = f"; predicted {seconds(step_s)}" if step_s else ""
         drawn = ", if the experts of each token are drawn evenly" if plan.draws_experts else ""
         limit = f"limited by {LIMITS[bound.limited_by]}"
-        machine_s = machine_bound_s(plan)
+        machine_s = explanation.over_all_placements(plan)
         over_all = f", over all placements {seconds(machine_s)}" if machine_s else ""
         lines.say(f"a decode step takes at least {least}, {limit}{drawn}{over_all}{predicted}", console)
     elif why := explanation.unknown(plan):

@@ -6,7 +6,6 @@ from rich.table import Table
 from zi_experiments import lines
 from zi_experiments.cost_model import memory_fit
 from zi_experiments.cost_model.bound import lower_bound
-from zi_experiments.cost_model.machine_bound import machine_bound_s
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.prediction import Prediction, cost_per_million_tokens, total_tok_per_s
 from zi_experiments.planner.search import Candidate, paced
@@ -65,7 +64,7 @@ def _times(plan: Plan, predicted: Prediction) -> Table:
         ("load", None, None, predicted.load_s, None),
         ("prefill", bound.prefill_s, bound.prefill_limited_by, predicted.prefill_s, predicted.prefill_limited_by),
         ("decode step", bound.decode_step_s, bound.limited_by, predicted.decode_step_s, predicted.limited_by),
-        ("  over all placements", machine_bound_s(plan), None, None, None),
+        ("  over all placements", explanation.over_all_placements(plan), None, None, None),
     )
     for label, least_s, limit, probable_s, most in rows:
         at_least = explanation.least(plan, least_s, limit) if least_s else ""
