@@ -76,9 +76,10 @@ def predict(plan: Plan) -> Prediction:
 
 def _without_host(plan: Plan) -> Plan:
     """Return the plan with all layers and experts computed on the GPU."""
-    stored, step_bytes = plan.storage, None
-    if stored.host_bytes_per_step:
-        step_bytes = plan.streamed_bytes_per_step + stored.host_bytes_per_step
+    stored = plan.storage
+    step_bytes = None if stored.host_layers else stored.streamed_bytes_per_step
+    if step_bytes is not None:
+        step_bytes += stored.host_bytes_per_step
     gpu = replace(stored, host_layers=(), host_bytes_per_step=0, streamed_bytes_per_step=step_bytes)
     return replace(plan, storage=gpu)
 

@@ -227,6 +227,16 @@ def test_experts_on_the_host_end_with_the_copies_of_others(planned, host):
     assert got.decode_step_on_gpu_s == near(2 * each / 50e9)
 
 
+def test_a_share_too_small_for_an_expert_is_the_step_of_the_gpu(planned):
+    known = {"host_experts_bytes_per_s": 20e9, "link_busy_bytes_per_s": 40e9}
+    little = ("engine=stream", "offload=cpu", "workload.batch_size=1", "offload.compute=0.05")
+    plan = planned(*little, model="mixtral-8x7b", known=known, link_bytes_per_s=50e9)
+    got = predict(plan)
+
+    assert plan.storage.host_bytes_per_step == 0
+    assert got.decode_step_on_gpu_s == got.decode_step_s == near(plan.streamed_bytes_per_step / 50e9)
+
+
 def test_without_the_hosts_rate_its_steps_are_not_predicted(planned):
     assert predict(planned("engine=stream", "offload=cpu", "offload.compute=0.5")).decode_step_s is None
 

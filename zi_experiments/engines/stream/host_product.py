@@ -48,7 +48,7 @@ class HostLinear(nn.Module):
         rows = x.shape[:-1].numel()
         if rows > MOST_ROWS:
             return linear(x, self.weight, self.bias)
-        wide, out = x.reshape(rows, -1).float(), x.new_empty(*x.shape[:-1], len(self.weight))
+        wide, out = x.reshape(rows, -1).float().contiguous(), x.new_empty(*x.shape[:-1], len(self.weight))
         _library().multiply(self._matrix, wide.data_ptr(), out.data_ptr(), rows, x.dtype == torch.bfloat16)
         return out
 
@@ -56,7 +56,7 @@ class HostLinear(nn.Module):
 def use(layer: nn.Module) -> None:
     """Replace the linear layers of a module, as far as the kernel supports them, and compile it."""
     for path, module in [*layer.named_modules()]:
-        if type(module) is nn.Linear and module.in_features % STEP == 0:
+        if type(module) is nn.Linear and module.in_features % STEP == 0 and module.weight.dtype.itemsize == 2:
             owner, _, key = path.rpartition(".")
             setattr(layer.get_submodule(owner), key, HostLinear(module))
             _library()

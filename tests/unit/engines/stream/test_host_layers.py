@@ -6,6 +6,7 @@ from families import FAMILIES, IDS, LAYERS, VOCABULARY, load, outputs, plain
 from slabs import compare_kernel_interpreted, expanded, packed
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from zi_experiments.engines.stream import host_product
 from zi_experiments.engines.stream.host_int4 import Int4Linear, matrices
 from zi_experiments.engines.stream.host_product import MOST_ROWS, HostLinear
 from zi_experiments.engines.stream.quantized import integers
@@ -154,6 +155,20 @@ def test_products_are_rounded_once(with_bias, dtype, rows):
 
     assert product.dtype is dtype
     assert torch.allclose(product.double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_products_take_inputs_however_they_lie_in_memory():
+    linear = torch.nn.Linear(64, 32, dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(64, 3, dtype=torch.bfloat16).T
+
+    assert torch.allclose(HostLinear(linear)(x).float(), linear(x).float(), rtol=1e-2, atol=1e-2)
+
+
+def test_layers_in_32_bits_keep_torch_s_products():
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 64, dtype=torch.bfloat16), torch.nn.Linear(64, 64))
+    host_product.use(layers)
+
+    assert [type(layer) for layer in layers] == [HostLinear, torch.nn.Linear]
 
 
 def test_weights_are_there_once(loaded):
