@@ -214,5 +214,6 @@ def _known_ceilings(gpu_name: str, typed: Ceilings) -> Ceilings | None:
     for path in sorted((conf_dir() / "hardware").glob("*.yaml")):
         choice: Any = OmegaConf.load(path)
         if choice.gpu and is_gpu(gpu_name, choice.gpu):
-            return Ceilings(**{**vars(typed), **{k: v for k, v in choice.ceilings.items() if vars(typed)[k] is None}})
+            known = choice.ceilings
+            return Ceilings(**{k: known.get(k) if v is None else v for k, v in vars(typed).items()})
     return None

@@ -5,7 +5,7 @@ from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.stream import routing
 
 INT4_GROUPS, INT4_ROWS = (32, 64, 128, 256), 16  # group sizes, and the divisor of outputs, that torch's product has
-INT4_DTYPE = "bfloat16"  # in others it is 17 times slower or more: they have no vectorized code
+INT4_DTYPE = "bfloat16"  # in which that product is vectorized
 
 
 def obstacle(spec: Spec) -> str | None:

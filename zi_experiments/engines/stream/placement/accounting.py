@@ -56,10 +56,10 @@ def storage(spec: Spec, placed: Sequence[LayerPlacement]) -> Storage:
         packed += expert_share.packed_bytes(spec, [index for index, layout in enumerate(streamed) if layout.experts])
     if on_host and on_gpu:
         step_bytes = host + disk - sum(streamed[index].nbytes for index in on_host)
+    routes, in_place = room.is_routed(spec, placed), room.steps_in_place(spec, placed)
     # slabs that have come when a prefill begins: none where steps between prompts bring experts only
-    goes_on, slab = not room.is_routed(spec, placed), largest_slab(placed)
-    ahead = room.slots(spec) + sharing.share_slots(spec) if on_gpu and goes_on else 0
-    read_ahead = ahead + room.BUFFERS if disk and goes_on else 0
+    ahead = room.slots(spec) + sharing.share_slots(spec) if on_gpu and not routes else 0
+    read_ahead, slab = ahead + room.BUFFERS if disk and not routes else 0, largest_slab(placed)
     return Storage(
         placement=Placement(
             gpu_bytes=resident if on_gpu else 0,
@@ -82,11 +82,11 @@ def storage(spec: Spec, placed: Sequence[LayerPlacement]) -> Storage:
         host_experts=host_experts,
         host_bytes_per_step=host_bytes,
         host_kv_bytes=host_share.kv_bytes(spec, on_host) if on_gpu else 0,
-        routes=room.is_routed(spec, placed),
+        routes=routes,
         expert_bytes=routing.slot_bytes(streamed) if copied or read else 0,
         experts_together=routing.together(routing.slot_bytes(streamed)) if copied and not read else 1,
-        packed_tokens=PACKED_TOKENS if on_gpu and room.steps_in_place(spec, placed) and _multiplies_packed(spec) else 0,
-        recorded=on_gpu and room.steps_in_place(spec, placed) and _is_recorded(spec, room.is_routed(spec, placed)),
+        packed_tokens=PACKED_TOKENS if on_gpu and in_place and _multiplies_packed(spec) else 0,
+        recorded=on_gpu and in_place and _is_recorded(spec, routes),
         host_buffer_bytes=holders * (room.BUFFERS * (largest + (own_slot if largest else 0)) + cached)
         + (0 if on_gpu else ranks * (expanded + own_slot))
         + packed,
