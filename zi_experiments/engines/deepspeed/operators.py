@@ -13,7 +13,7 @@ from zi_experiments.runtime.progress import Progress
 from zi_experiments.system import toolchain
 
 _INTERVAL_S = 0.5
-_PATIENCE_S = 1.0
+_PATIENCE_S = 5.0  # torch takes up to two seconds to find that an operator is compiled
 
 
 def operators(plan: Plan) -> list[str]:
