@@ -22,7 +22,7 @@ PACKAGES = (
     "omegaconf",
     "wandb",
 )
-SOURCES = (".py", ".c")  # C is compiled when a run needs it
+SOURCES = (".py", ".c", ".h")  # C is compiled when a run needs it
 
 
 def describe(machine: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from zi_experiments.config.schema import Calibration, Ceilings
 from zi_experiments.system.disk import Disk, existing, mount_of
 from zi_experiments.system.machines import Machine
 
-FORMAT = 9  # increased when a rate is measured differently, or the measured code becomes faster
+FORMAT = 10  # increased when a rate is measured differently, or the measured code becomes faster
 _NAMES = {field.name for field in (*fields(Ceilings), *fields(Calibration))} - {"source"} | {"peer_bytes_per_s"}
 
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from itertools import starmap
 from statistics import median
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from zi_experiments.calibration import rates
+from zi_experiments.calibration.host_layer import packed
 from zi_experiments.engines.stream import host_experts, host_int4
 from zi_experiments.engines.stream.host_experts import Product
 from zi_experiments.runtime.pinned_memory import host_empty
@@ -51,22 +53,21 @@ def _experts(
     shapes: list[list[int]], transposed: bool, dtype: torch.dtype, group_size: int | None
 ) -> tuple[list[list[Product]], int]:
     """Return the products of experts of equal values, each with memory of its own, and the bytes of one."""
-    made: list[tuple[torch.Tensor, ...]] = []
-    for rows, columns in shapes:
-        if group_size is None:
-            made.append((torch.full((rows, columns), 0.01, dtype=dtype),))
-        else:
-            codes = torch.arange(rows * columns, dtype=torch.int32).remainder_(16).view(rows, columns)
-            made.append((host_int4.packed(codes), torch.full((columns // group_size, rows, 2), 0.01, dtype=dtype)))
-    nbytes = sum(part.nbytes for parts in made for part in parts)
+    made: list[list[Product]] = []
+    nbytes = 0
 
-    def product(parts: tuple[torch.Tensor, ...]) -> Product:
-        own = [host_empty(part.numel(), part.dtype, pinned=False).view(part.shape).copy_(part) for part in parts]
+    def product(rows: int, columns: int) -> tuple[Product, int]:
         if group_size is not None:
-            return host_int4.Int4Linear((own[0], own[1]), group_size, None)
-        return host_experts.product(own[0], None, transposed=transposed)
+            weight = packed(rows, columns, dtype, group_size)
+            return host_int4.Int4Linear(weight, None), sum(part.nbytes for part in weight)
+        plain = host_empty(rows * columns, dtype, pinned=False).view(rows, columns).fill_(0.01)
+        return host_experts.product(plain, None, transposed=transposed), plain.nbytes
 
-    return [[product(parts) for parts in made] for _ in range(max(2, -(-LEAST_BYTES // nbytes)))], nbytes
+    while len(made) < 2 or nbytes * len(made) < LEAST_BYTES:
+        products, sizes = zip(*starmap(product, shapes), strict=True)
+        made.append(list(products))
+        nbytes = sum(sizes)
+    return made, nbytes
 
 
 def _expert_s(experts: list[list[Product]], x: torch.Tensor, inner: int) -> float:

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from zi_experiments.calibration import rates
 from zi_experiments.engines.host_kv_cache import HostCache, HostLayer
 from zi_experiments.engines.stream import host_int4, host_product
+from zi_experiments.engines.stream.quantized import Packed
 from zi_experiments.models import weights
 from zi_experiments.models.structure import decoder_layers
 from zi_experiments.runtime.pinned_memory import host_empty
@@ -67,19 +68,24 @@ def _cut(model: nn.Module, smaller: int) -> list[nn.Module]:
 
 def _quantize(layers: list[nn.Module], group_size: int) -> None:
     """Give all linear layers INT4 weights, of equal values in equal shapes; each has memory of its own."""
-    made: dict[tuple[int, ...], host_int4.Matrix] = {}
     for layer in layers:
-        found = {}
-        for path, module in layer.named_modules():
-            if type(module) is nn.Linear:
-                weight = module.weight
-                shape = tuple(weight.shape)
-                if shape not in made:
-                    codes = torch.arange(weight.numel(), dtype=torch.int32).remainder_(16).view(shape)
-                    groups = torch.full((shape[1] // group_size, shape[0], 2), 0.01, dtype=weight.dtype)
-                    made[shape] = host_int4.packed(codes), groups
-                found[f"{path}.weight"] = made[shape][0].clone(), made[shape][1].clone()
-        host_int4.use(layer, found, group_size)
+        weights = {
+            f"{path}.weight": packed(module.out_features, module.in_features, module.weight.dtype, group_size)
+            for path, module in layer.named_modules()
+            if type(module) is nn.Linear
+        }
+        host_int4.use(layer, weights)
+
+
+def packed(outputs: int, inputs: int, dtype: torch.dtype, group_size: int) -> Packed:
+    """Return an INT4 matrix of equal weights, in memory of its own."""
+
+    def filled(columns: int, kind: torch.dtype, value: float) -> torch.Tensor:
+        made: torch.Tensor = host_empty(outputs * columns, kind, pinned=False)
+        return made.view(outputs, columns).fill_(value)
+
+    groups = inputs // group_size
+    return Packed(filled(inputs // 2, torch.uint8, 0x5A), filled(groups, dtype, 100), filled(groups, dtype, 0.01))
 
 
 def _fill(model: nn.Module) -> None:

@@ -83,7 +83,7 @@ class Storage:
     recorded: bool = False  # True if the operations of a decode step are launched at once
     each_machine_has_all: bool = False  # True if each machine holds all weights outside GPUs; False: each has a part
     gathered_bytes: int = 0  # of weights: what each GPU receives from others in a pass
-    host_buffer_bytes: int = 0  # between disk and device; INT4 weights in the layout of the host's products
+    host_buffer_bytes: int = 0  # between disk and device
     host_cached_bytes: int = 0  # part of these: experts whose weights are on disk
     gpu_buffer_bytes: int = 0  # on each GPU: for weights that are copied or expanded
     cached_bytes: int = 0  # part of the GPU buffers: experts that may be given up at any time

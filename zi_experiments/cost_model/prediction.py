@@ -7,6 +7,7 @@ from statistics import harmonic_mean
 from typing import TypeVar
 
 from zi_experiments.config.schema import CacheDevice, Calibration, WeightSource
+from zi_experiments.cost_model.bound import step_bytes
 from zi_experiments.cost_model.plan import Plan
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, drawn_evenly
 from zi_experiments.models.architecture import Parameter
@@ -37,7 +38,7 @@ class Prediction:
     decode_step_s: float | None
     decode_step_on_gpu_s: float | None  # if the host computed no layers or experts; the same where it computes none
     prefill_limited_by: str | None
-    limited_by: str | None  # largest part of a decode step: "link", "disk", "hbm", "gemm", "launch" or "host"
+    limited_by: str | None  # largest part of a decode step: "link", "disk", "hbm", "gemm", "launch", "host" or "memory"
     total_tok_per_s: float | None  # generated tokens over prefill and decode
     cost_per_million_tokens: float | None  # generated at that rate, at hardware.price_per_hour
 
@@ -125,9 +126,9 @@ def _duration(plan: Plan, one: _Pass, seconds: dict[str, float]) -> float:
     computing = max(work, launch) if overlaps else work + launch
     stalled = 0.0 if _is_recorded(plan, one) else overlap.stall * plan.architecture.num_layers * _layer_s(plan)
     if _on_host(plan, one):
-        return _beside_host(plan, seconds, copies, work)
+        return max(_beside_host(plan, seconds, copies, work), seconds["memory"])
     if one.tokens == 1 and plan.storage.host_bytes_per_step:
-        copies = _beside_experts(plan, seconds, copies)
+        copies = max(_beside_experts(plan, seconds, copies), seconds["memory"])
     shorter = min(copies, computing)
     hidden = overlap.hidden * shorter
     if _is_routed(plan, one):
@@ -237,6 +238,7 @@ def _pass_s(plan: Plan, one: _Pass) -> dict[str, float]:
         "hbm": on_gpu * _traffic_s(plan, one),
         "launch": on_gpu * passes * _launch_s(plan, one) + _known(known.step_s),
         "host": _host_s(plan, one),
+        "memory": _memory_s(plan, one),
     }
 
 
@@ -248,6 +250,13 @@ def _host_s(plan: Plan, one: _Pass) -> float:
         return share * passes * _known(known.host_layer_s)
     experts = plan.storage.host_bytes_per_step if one.tokens == 1 else 0
     return _over(experts, known.host_experts_bytes_per_s)
+
+
+def _memory_s(plan: Plan, one: _Pass) -> float:
+    """Return the seconds in which host memory gives what cores read, and what crosses beside that; 0 if not measured."""
+    rate = _typical(plan, "host_memory_bytes_per_s")
+    on_host = _on_host(plan, one) * step_bytes(plan) + (plan.storage.host_bytes_per_step if one.tokens == 1 else 0)
+    return (on_host + plan.link_bytes_per_pass) / rate if on_host and rate else 0.0
 
 
 def _launch_s(plan: Plan, one: _Pass) -> float:

@@ -91,11 +91,16 @@ def _with_largest_batch(run: Run, arch: Architecture, machine: Machine) -> Run:
 
 
 def _with_best_share(run: Run, arch: Architecture, machine: Machine) -> Run:
-    """Return the run with the share of the host that is fastest by prediction; none if that gains little."""
+    """Return the run with the share of the host that is fastest by prediction; none if that gains little.
+
+    Unchanged where nobody has measured the host.
+    """
     alone = _with_share(run, 0)
     plan, known = attempt(alone, arch, machine), machine.calibration
-    if plan is None or machine.device == "cpu" or known is None:
+    if plan is None or machine.device == "cpu":
         return alone
+    if known is None:
+        return run
 
     def step_s(share: float) -> float:
         plan = attempt(_with_share(run, share), arch, machine)
@@ -103,11 +108,13 @@ def _with_best_share(run: Run, arch: Architecture, machine: Machine) -> Run:
 
     if plan.storage.can_compute_experts_on_host:
         host, link = known.host_experts_bytes_per_s, known.link_busy_bytes_per_s
-        best = host / (host + link) if host and link else 0.0  # both end together
+        if not host or not link:
+            return run
+        best = host / (host + link)  # both end together
     elif known.host_layer_s is not None:
         best = _best_layers(arch.num_layers, step_s) / arch.num_layers
     else:
-        return alone
+        return run
     usual_s = predict(plan).decode_step_s
     return _with_share(run, best) if usual_s and step_s(best) < WORTHWHILE * usual_s else alone
 

@@ -1,12 +1,11 @@
 """Which of the experts that a layer lacks on the device the host computes, and what that takes of memory. Figures only."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 from zi_experiments.config.schema import OffloadDevice
-from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
-from zi_experiments.engines.stream import routing
-from zi_experiments.engines.stream.host_share import INT4_DTYPE, INT4_GROUPS, INT4_ROWS
+from zi_experiments.cost_model.spec import Spec
+from zi_experiments.engines.stream import host_share, routing
 from zi_experiments.engines.stream.slab import Layout
 
 
@@ -16,18 +15,13 @@ def obstacle(spec: Spec) -> str | None:
         return "the host computes experts from host memory only, not from disk"
     if spec.experts_are_quantized and not _multiplies(spec):
         return "the host computes 16-bit experts, and INT4 in groups of 32 to 256 inputs that are not transposed"
-    if spec.experts_are_quantized and spec.dtype != INT4_DTYPE:
-        return f"the host multiplies INT4 weights slowly in {spec.dtype}: pass dtype={INT4_DTYPE}"
     return None
 
 
 def _multiplies(spec: Spec) -> bool:
-    """Return whether torch's INT4 product on processors supports the experts."""
-    quant = spec.run.quant
-    if quant.bits != 4 or quant.group_dim != 1 or quant.group_size not in INT4_GROUPS:
-        return False
+    """Return whether the host's INT4 product supports the experts."""
     stacks = [p for p in spec.architecture.parameters if p.experts and spec.is_quantized(p)]
-    return all(p.is_linear and p.shape[1] % INT4_ROWS == 0 for p in stacks)
+    return host_share.supports(spec.run.quant) and all(p.is_linear for p in stacks)
 
 
 def asked(spec: Spec) -> float:
@@ -55,9 +49,3 @@ def part(spec: Spec, streamed: Sequence[Layout], share: float, slots: int) -> fl
     """Return the part of the experts that a decode step misses in so many slots which the host computes."""
     missed = max(1, round(routing.missed(spec, streamed, slots)))
     return len(chosen([1] * missed, share)) / missed
-
-
-def packed_bytes(spec: Spec, layers: Collection[int]) -> int:
-    """Return the bytes of the quantized experts of layers in the layout of the host's product, beside those in slabs."""
-    stacks = [p for p in spec.architecture.parameters if p.experts and p.layer in layers and spec.is_quantized(p)]
-    return ELEMENT_BYTES * sum(map(spec.stored_numel, stacks))

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from zi_experiments.engines.stream import expert_share, host_product
-from zi_experiments.engines.stream.host_int4 import Int4Linear, matrices
+from zi_experiments.engines.stream.host_int4 import Int4Linear
+from zi_experiments.engines.stream.quantized import packed_views
 from zi_experiments.engines.stream.slab import Layout, plain_experts
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -93,10 +94,9 @@ def _products(module: Any, each: Layout, slabs: torch.Tensor, dtype: torch.dtype
         products: dict[str, Product] = {}
         for name in plain.keys() - biases.keys():
             products[name] = product(plain[name][expert], biases.get(f"{name}_bias"), transposed=module.is_transposed)
-        for path, matrix in matrices(slab, each, dtype):
-            assert each.format is not None
+        for path, weight in packed_views(slab, each, dtype).items():
             name = path.rpartition(".")[2]
-            products[name] = Int4Linear(matrix, each.format.group[1], _parameter(biases.get(f"{name}_bias")))
+            products[name] = Int4Linear(weight, _parameter(biases.get(f"{name}_bias")))
         found.append(products)
     return found
 

@@ -1,54 +1,58 @@
-"""INT4 products on the host by torch's kernel for processors: it has a layout of its own, beside the slab that a GPU reads."""
+"""INT4 products on the host, of weights as they are in a slab."""
 
-from collections.abc import Iterator
+import ctypes
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from zi_experiments.engines.stream.quantized import integers
-from zi_experiments.engines.stream.slab import Layout
+from zi_experiments.engines.stream import host_library
+from zi_experiments.engines.stream.quantized import Packed
 
-Matrix = tuple[torch.Tensor, torch.Tensor]  # packed integers; scales and zeros of shape (groups of a row, rows, 2)
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "minima", "bias")),
+        *((name, ctypes.c_size_t) for name in ("inputs", "outputs", "group")),
+    )
 
 
 class Int4Linear(nn.Module):
-    """A linear layer with a packed weight."""
+    """A linear layer with a packed weight; products have float32 sums, and are rounded once."""
 
-    def __init__(self, matrix: Matrix, group_size: int, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: Packed, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self._packed, self._groups = matrix
-        self._group_size, self.bias = group_size, bias
+        self._weight, self.bias = weight, bias
+        outputs, nbytes = weight.codes.shape
+        tensors = [*weight, bias]
+        addresses = [None if one is None else one.data_ptr() for one in tensors]
+        self._matrix = _Matrix(*addresses, 2 * nbytes, outputs, 2 * nbytes // weight.scales.shape[1])
+        _library()  # compiled now, not in the first step
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        out: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            flat, self._packed, self._group_size, self._groups
-        )
-        out = out.view(*x.shape[:-1], out.shape[-1])
-        return out if self.bias is None else out + self.bias
+        x, rows = x.contiguous(), x.shape[:-1]
+        assert x.dtype is self._weight.scales.dtype
+        assert x.shape[-1] == self._matrix.inputs
+        out = x.new_empty(*rows, self._matrix.outputs)
+        is_bfloat16 = x.dtype is torch.bfloat16
+        if _library().multiply(self._matrix, x.data_ptr(), out.data_ptr(), rows.numel(), is_bfloat16):
+            raise MemoryError("no memory for the inputs of a product on the host")
+        return out
 
 
-def matrices(slab: torch.Tensor, layout: Layout, dtype: torch.dtype) -> Iterator[tuple[str, Matrix]]:
-    """Yield the name of each quantized parameter in a slab on the host, and its matrix."""
-    for place in layout.quantized:
-        codes, scale, minimum = integers(slab, layout, place, dtype)
-        step = 1 / scale.float()
-        # the kernel computes (code − 8) · step + zero
-        groups = torch.stack([step, minimum.float() + 8 * step], -1).transpose(0, 1).to(dtype).contiguous()
-        yield place.name, (packed(codes), groups)
-
-
-def packed(codes: torch.Tensor) -> torch.Tensor:
-    """Return INT4 codes, given as int32 of shape (rows, columns), in the kernel's layout."""
-    found: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    return found
-
-
-def use(layer: nn.Module, found: dict[str, Matrix], group_size: int) -> None:
+def use(layer: nn.Module, found: dict[str, Packed]) -> None:
     """Replace the linear layers of a module whose weights are given by name; biases stay."""
-    for name, matrix in found.items():
+    for name, weight in found.items():
         path = name.rpartition(".")[0]
         owner, _, key = path.rpartition(".")
         linear: Any = layer.get_submodule(path)
-        setattr(layer.get_submodule(owner), key, Int4Linear(matrix, group_size, linear.bias))
+        setattr(layer.get_submodule(owner), key, Int4Linear(weight, linear.bias))
+
+
+@cache
+def _library() -> Any:
+    library, address = host_library.load("host_int4"), ctypes.c_void_p
+    library.multiply.argtypes = ctypes.POINTER(_Matrix), address, address, ctypes.c_size_t, ctypes.c_int
+    library.multiply.restype = ctypes.c_int
+    return library

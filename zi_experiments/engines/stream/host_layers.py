@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache
 from zi_experiments.engines.host_kv_cache import HostLayer as CachedLayer
 from zi_experiments.engines.stream import host_int4, host_product
 from zi_experiments.engines.stream.host_crossing import Crossing, PinnedPlace, Place
-from zi_experiments.engines.stream.host_int4 import matrices
 from zi_experiments.engines.stream.micro_batches import BlockCache, in_blocks
+from zi_experiments.engines.stream.quantized import packed_views
 from zi_experiments.engines.stream.slab import Layout, plain_views
 
 
@@ -41,9 +41,9 @@ class HostLayer:
         """`slab` has all of the layer's own weights. Made before anything replaces the layer's `forward`."""
         self._index, self._crossing, self._micro_batches = index, crossing, micro_batches
         self._place = PinnedPlace(device) if device.type == "cuda" else Place()
-        packed = dict(matrices(slab, layout, dtype))
+        packed = packed_views(slab, layout, dtype)
         self._module = _on_host(layer, plain_views(slab, layout, dtype), packed)
-        host_int4.use(self._module, packed, layout.format.group[1] if layout.format else 0)
+        host_int4.use(self._module, packed)
         host_product.use(self._module)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,26 +1,15 @@
-"""16-bit products of few rows on the host, at the rate at which its cores read memory.
-
-torch's own reach about a half of it. The kernel is compiled for this processor when it is first needed, and kept in the
-user's cache.
-"""
+"""16-bit products of few rows on the host at the rate at which its cores read memory; torch's reach about a half of it."""
 
 import ctypes
-import hashlib
-import os
-import re
-import subprocess
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from zi_experiments import environment
-from zi_experiments.system import toolchain
+from zi_experiments.engines.stream import host_library
 
-OPTIONS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 STEP = 32  # inputs are a multiple of it
 MOST_ROWS = 8  # with more of them, torch's products are faster
 
@@ -64,28 +53,8 @@ def use(layer: nn.Module) -> None:
 
 @cache
 def _library() -> Any:
-    """Return the kernel, compiled if it is not cached. Raises `RuntimeError` when the compiler fails."""
-    compiler, runtime, source = toolchain.c_compiler().found, _openmp(), Path(__file__).with_suffix(".c")
-    command = [compiler, *OPTIONS, str(source), runtime]
-    processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    flags = re.findall(r"(?m)^(?:model name|flags|Features)\s*:.*$", processor)
-    digest = hashlib.sha256("\n".join([*command, *flags, source.read_text()]).encode()).hexdigest()
-    target = environment.cache_folder() / "host_product" / f"{digest[:16]}.so"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made = target.with_suffix(f".{os.getpid()}")
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the host's products do not compile: {done.stderr.strip()[:500]}")
-        made.replace(target)
-    library = ctypes.CDLL(str(target))
+    library = host_library.load("host_product")
     address = ctypes.c_void_p
     library.multiply.argtypes = ctypes.POINTER(_Matrix), address, address, ctypes.c_size_t, ctypes.c_int
     library.multiply.restype = None
     return library
-
-
-def _openmp() -> str:
-    """Return the path of the OpenMP runtime that torch has loaded: its threads are there already."""
-    paths = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
-    return next(path for path in paths if re.match(r"lib(gomp|i?omp)", Path(path).name))

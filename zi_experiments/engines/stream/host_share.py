@@ -1,11 +1,10 @@
 """Which decoder layers compute decode steps on the host, and what that takes of memory. Figures only."""
 
-from zi_experiments.config.schema import CacheDevice, OffloadDevice
+from zi_experiments.config.schema import CacheDevice, OffloadDevice, Quant
 from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.stream import routing
 
-INT4_GROUPS, INT4_ROWS = (32, 64, 128, 256), 16  # group sizes, and the divisor of outputs, that torch's product has
-INT4_DTYPE = "bfloat16"  # in which that product is vectorized
+INT4_GROUPS = (32, 64, 128, 256)  # sizes that the host's product supports
 
 
 def obstacle(spec: Spec) -> str | None:
@@ -17,8 +16,6 @@ def obstacle(spec: Spec) -> str | None:
         return "the host computes layers from host memory only, not from disk"
     if run.quant.is_quantized and not _multiplies(spec):
         return "the host computes 16-bit layers, and INT4 of linear layers in groups of 32 to 256 inputs"
-    if run.quant.is_quantized and spec.dtype != INT4_DTYPE:
-        return f"the host multiplies INT4 weights slowly in {spec.dtype}: pass dtype={INT4_DTYPE}"
     if routing.pays(spec):
         return "experts are brought one by one, and the host computes whole layers"
     cached = sum(layer.elements_per_token > 0 for layer in arch.kv_layers)
@@ -29,18 +26,14 @@ def obstacle(spec: Spec) -> str | None:
 
 
 def _multiplies(spec: Spec) -> bool:
-    """Return whether torch's INT4 product on processors supports all quantized weights of the layers."""
-    quant = spec.run.quant
-    if quant.bits != 4 or quant.group_dim != 1 or quant.group_size not in INT4_GROUPS:
-        return False
+    """Return whether the host's INT4 product supports all quantized weights of the layers."""
     quantized = [p for p in spec.architecture.parameters if p.layer is not None and spec.is_quantized(p)]
-    return all(p.is_linear and not p.experts and p.shape[0] % INT4_ROWS == 0 for p in quantized)
+    return supports(spec.run.quant) and all(p.is_linear and not p.experts for p in quantized)
 
 
-def packed_bytes(spec: Spec, on_host: tuple[int, ...]) -> int:
-    """Return the bytes of quantized weights in the layout of the host's product, beside those in slabs."""
-    within = [p for p in spec.architecture.parameters if p.layer in on_host and spec.is_quantized(p)]
-    return ELEMENT_BYTES * sum(map(spec.stored_numel, within))
+def supports(quant: Quant) -> bool:
+    """Return whether the host multiplies weights that are quantized like that."""
+    return quant.bits == 4 and quant.group_dim == 1 and quant.group_size in INT4_GROUPS
 
 
 def layers(spec: Spec) -> tuple[int, ...]:

@@ -5,6 +5,8 @@ and largest value of a group, scale = n / (largest − smallest), code = round((
 code / scale + smallest, each step rounded to the 16-bit type.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from zi_experiments.cost_model.spec import ELEMENT_BYTES
@@ -155,20 +157,30 @@ def _expand_span(parts: list[torch.Tensor], span: Span, target: torch.Tensor, fo
     target.view(shape).div_(scale).add_(minimum)
 
 
-def integers(
-    slab: torch.Tensor, layout: Layout, place: Place, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the INT4 codes of a matrix in a slab as int32 (rows, columns), and scales and minima (rows, groups).
+class Packed(NamedTuple):
+    """An INT4 matrix in DeepSpeed's format, whose groups lie along the inputs."""
 
-    They are in DeepSpeed's format, and its groups lie along the inputs.
-    """
+    codes: torch.Tensor  # uint8 (outputs, inputs / 2): the first of two in the high half of a byte
+    scales: torch.Tensor  # (outputs, groups), in the 16-bit type
+    minima: torch.Tensor
+
+
+def packed_views(slab: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Packed]:
+    """Return views of the matrices (outputs, inputs) in a slab, by the names of parameters."""
+    if not layout.quantized:
+        return {}
     codes, scales, minima = _parts(slab, layout, dtype)
-    assert place.packing is not None
-    rows, columns = place.shape
-    packed = codes[place.start // 2 :][: rows * columns // 2]
-    whole = torch.stack([packed >> 4, packed & 15], -1).to(torch.int32).view(rows, columns)
-    groups = slice(place.group, place.group + place.packing.groups(place.shape))
-    return whole, scales[groups].view(rows, -1), minima[groups].view(rows, -1)
+    found = {}
+    for place in layout.quantized:
+        assert place.packing is not None
+        rows, columns = place.shape
+        groups = slice(place.group, place.group + place.packing.groups(place.shape))
+        found[place.name] = Packed(
+            codes[place.start // 2 :][: rows * columns // 2].view(rows, -1),
+            scales[groups].view(rows, -1),
+            minima[groups].view(rows, -1),
+        )
+    return found
 
 
 def own_spans(layout: Layout) -> list[Span]:

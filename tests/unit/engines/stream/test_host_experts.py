@@ -16,6 +16,7 @@ from zi_experiments.engines.stream.experts import RoutedExperts
 from zi_experiments.engines.stream.few_tokens import FewTokens
 from zi_experiments.engines.stream.fixed_pairs import Counts
 from zi_experiments.engines.stream.host_experts import HostExperts
+from zi_experiments.engines.stream.host_int4 import Int4Linear
 from zi_experiments.engines.stream.placement import room
 from zi_experiments.measurement.verification import greedy_fraction, verify
 from zi_experiments.runtime.progress import silent
@@ -184,7 +185,8 @@ def test_transposed_experts_are_computed_in_16_bits_only(load, checkpoint, monke
 
 def test_verification_sees_what_the_host_computes(load):
     plan, session = load("mixtral", "int4", 1, 0)
-    expert = session._short._experts[1]._host._experts[2][1]
-    expert._groups = expert._groups * 1.5
+    experts = session._short._experts[1]._host._experts
+    up, down = experts[2]
+    experts[2] = up, Int4Linear(down._weight._replace(scales=down._weight.scales / 1.5), None)
 
     assert "model.layers.1 is the first part of the model that differs" in verify(session, plan, silent()).problem

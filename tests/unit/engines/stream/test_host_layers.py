@@ -7,9 +7,9 @@ from slabs import compare_kernel_interpreted, expanded, packed
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from zi_experiments.engines.stream import host_product
-from zi_experiments.engines.stream.host_int4 import Int4Linear, matrices
+from zi_experiments.engines.stream.host_int4 import Int4Linear
 from zi_experiments.engines.stream.host_product import MOST_ROWS, HostLinear
-from zi_experiments.engines.stream.quantized import integers
+from zi_experiments.engines.stream.quantized import packed_views
 from zi_experiments.measurement.verification import greedy_fraction, verify
 from zi_experiments.models.structure import decoder_layers
 from zi_experiments.runtime import progress
@@ -125,20 +125,31 @@ def test_int4_is_multiplied_as_it_is_packed(checkpoint, family, loaded):
     assert torch.nn.Linear not in kinds
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 17])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_int4_products_keep_more_digits_than_expanded_weights(group_size, dtype):
-    weight, x = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((48, 256), (3, 256)))
-    slab, layout = packed({"up.weight": weight.to(dtype)}, 4, group_size, 1)
-    codes, scale, low = (part.double() for part in integers(slab, layout, layout.quantized[0], dtype))
-    exact = (codes.unflatten(1, (-1, group_size)) / scale[..., None] + low[..., None]).flatten(1)
-    name, matrix = next(matrices(slab, layout, dtype))
-    product = Int4Linear(matrix, group_size, None)(x.to(dtype)).double()
+@pytest.mark.parametrize("blocks", [1, 3, 20])
+def test_int4_products_are_rounded_once(blocks, dtype, group_size, rows):
+    """Of 53 rows of one group to more groups than a vector has floats; some have groups of equal weights."""
+    generator = torch.Generator().manual_seed(1)
+    weight, x, bias = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((53, blocks * group_size), (rows, 1, blocks * group_size), (53,))
+    )
+    weight[3, :group_size] = 0.5
+    slab, layout = packed({"up.weight": weight}, 4, group_size, 1)
+    codes, scale, low = (part.double() for part in packed_views(slab, layout, dtype)["up.weight"])
+    codes = torch.stack([codes // 16, codes % 16], -1).view(53, -1, group_size)
+    exact = (codes / scale[..., None] + low[..., None]).flatten(1)
+    product = Int4Linear(packed_views(slab, layout, dtype)["up.weight"], torch.nn.Parameter(bias, requires_grad=False))(
+        x
+    )
+    wanted = x.double() @ exact.T + bias.double()
 
-    wanted = x.to(dtype).double() @ exact.T
-    rounded = torch.nn.functional.linear(x.to(dtype), expanded(slab, layout, dtype)["up.weight"]).double()
-    assert name == "up.weight"
-    assert (product - wanted).norm() < (rounded - wanted).norm()
+    assert product.dtype is dtype
+    assert torch.allclose(product.double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-4 * wanted.std().item())
+    expanded_weight = expanded(slab, layout, dtype)["up.weight"].double()
+    assert (exact - expanded_weight).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max(), "the same weights"
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, MOST_ROWS, MOST_ROWS + 1])

@@ -46,14 +46,11 @@ def storage(spec: Spec, placed: Sequence[LayerPlacement]) -> Storage:
     brought = holders if sharing.gathers(spec) else ranks  # how often each weight crosses in a pass
     copied, read = room.expert_slots(spec, placed), room.host_slots(spec, placed)
     cached = read * routing.slot_bytes(streamed)
-    packed = host_share.packed_bytes(spec, on_host)
     own, own_slot = sum(layer.own_bytes for layer in streamed), room.own_slot_bytes(spec, placed)
     own = own if own_slot else 0
     host_experts, missed_bytes = _host_experts(spec, placed), routing.per_step(spec, streamed, copied)
     host_bytes = ceil(expert_share.part(spec, streamed, host_experts, copied) * missed_bytes) if copied else 0
     step_bytes = missed_bytes - host_bytes + own if copied else None
-    if host_experts:
-        packed += expert_share.packed_bytes(spec, [index for index, layout in enumerate(streamed) if layout.experts])
     if on_host and on_gpu:
         step_bytes = host + disk - sum(streamed[index].nbytes for index in on_host)
     routes, in_place = room.is_routed(spec, placed), room.steps_in_place(spec, placed)
@@ -88,8 +85,7 @@ def storage(spec: Spec, placed: Sequence[LayerPlacement]) -> Storage:
         packed_tokens=PACKED_TOKENS if on_gpu and in_place and _multiplies_packed(spec) else 0,
         recorded=on_gpu and in_place and _is_recorded(spec, routes),
         host_buffer_bytes=holders * (room.BUFFERS * (largest + (own_slot if largest else 0)) + cached)
-        + (0 if on_gpu else ranks * (expanded + own_slot))
-        + packed,
+        + (0 if on_gpu else ranks * (expanded + own_slot)),
         gpu_buffer_bytes=room.buffer_bytes(spec, placed) if on_gpu else 0,
         cached_bytes=copied * routing.slot_bytes(streamed),
         host_cached_bytes=holders * cached,
@@ -100,9 +96,22 @@ def storage(spec: Spec, placed: Sequence[LayerPlacement]) -> Storage:
 
 
 def _host_experts(spec: Spec, placed: Sequence[LayerPlacement]) -> float:
-    """Return the share of the host in the work of experts that are not on the device."""
-    away = room.is_routed(spec, placed) and any(layer.streamed.experts for layer in placed)
-    return expert_share.asked(spec) if away else 0.0
+    """Return the share of the host in the work of experts that are not on the device; 0 if that is less than an expert."""
+    streamed, share = [layer.streamed for layer in placed], expert_share.asked(spec)
+    if not room.is_routed(spec, placed) or not any(layout.experts for layout in streamed):
+        return 0.0
+    copied = room.expert_slots(spec, placed)
+    return share if not copied or expert_share.part(spec, streamed, share, copied) else 0.0
+
+
+def _too_small(spec: Spec) -> str | None:
+    """Return why the host computes no expert although it could."""
+    return "the share of the host is less than one of those that a layer brings" if expert_share.asked(spec) else None
+
+
+def _unmeasured(spec: Spec) -> str | None:
+    """Return why `auto` has chosen no share."""
+    return "nobody has measured how fast the host computes" if spec.run.offload.compute == "auto" else None
 
 
 def _multiplies_packed(spec: Spec) -> bool:
@@ -140,9 +149,9 @@ def _notes(spec: Spec, placed: Sequence[LayerPlacement]) -> Iterator[str]:
     if share := _host_experts(spec, placed):
         yield f"the host's cores compute experts beside the copies of others: {100 * share:.0f} % of those not on the GPU"
     elif spec.run.offload.compute != "gpu" and room.is_routed(spec, placed):
-        if why := expert_share.obstacle(spec):
+        if why := expert_share.obstacle(spec) or _too_small(spec) or _unmeasured(spec):
             yield f"all experts compute on the GPU: {why}"
-    elif spec.run.offload.compute != "gpu" and (why := host_share.obstacle(spec)):
+    elif spec.run.offload.compute != "gpu" and (why := host_share.obstacle(spec) or _unmeasured(spec)):
         yield f"all layers compute on the GPU: {why}"
     if not spec.architecture.is_routed or not any(layer.streamed.nbytes for layer in placed):
         return

@@ -1,5 +1,6 @@
 """The room that there is for weights on the device and in host memory, and what buffers take of it."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from zi_experiments.config.schema import CacheDevice, OffloadDevice, Verify
@@ -7,6 +8,7 @@ from zi_experiments.cost_model.spec import ELEMENT_BYTES, Spec
 from zi_experiments.engines.stream import expert_share, host_share, routing, sharing
 from zi_experiments.engines.stream.placement.parts import LayerPlacement, expanded_elements, largest_slab
 
+USUAL_SLOTS, SLOTS_BESIDE_HOST = 3, 6
 OWN_SLOTS = (
     2  # of a ring for weights that are not experts: one is ready, one is being filled; a layer computes from a copy
 )
@@ -35,8 +37,20 @@ def steps_in_place(spec: Spec, placed: Sequence[LayerPlacement]) -> bool:
 
 
 def slots(spec: Spec) -> int:
-    """Return the number of slots: one computes, one is being filled and, unless memory is scarce, one is ready."""
-    return 2 if spec.run.offload.resident == "auto" else 3
+    """Return the number of slots: one computes, one is being filled and, unless memory is scarce, one is ready.
+
+    More are ready beside layers on the host: while it computes one, the link brings as many others as there are slots. They
+    have half of the room where no layers stay on the GPU.
+    """
+    if spec.run.offload.resident == "auto":
+        return 2
+    if not host_share.layers(spec) or spec.run.offload.resident:
+        return USUAL_SLOTS
+    sizes = Counter[int | None]()
+    for parameter in spec.architecture.parameters:
+        sizes[parameter.layer] += ELEMENT_BYTES * spec.stored_numel(parameter)
+    del sizes[None]
+    return max(USUAL_SLOTS, min(SLOTS_BESIDE_HOST, device_room(spec) // 2 // max(sizes.values())))
 
 
 def expert_slots(spec: Spec, placed: Sequence[LayerPlacement]) -> int:
