@@ -200,12 +200,13 @@ def _besides(plan: Plan) -> str:
         "KV cache in host memory": run.kv_cache.device.value == "cpu",
         f"at most {run.hardware.memory_gib} GiB": run.hardware.memory_gib is not None,
         f"resident {run.offload.resident}": run.offload.resident != 0,
+        f"{len(plan.storage.host_layers)} layers on the host": plan.storage.host_layers,
     }
     return ", ".join(text for text, holds in told.items() if holds)
 
 
 def _mostly(name: str | None) -> str:
-    return {**LIMITS, "launch": "launches", "hbm": "memory"}[name]
+    return {**LIMITS, "launch": "launches", "hbm": "memory", "host": "cores", "memory": "host memory"}[name]
 
 
 @cache
