@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional
 
 from zi_experiments.calibration import rates
-from zi_experiments.calibration.host_layer import packed
 from zi_experiments.engines.stream import host_experts, host_int4
 from zi_experiments.engines.stream.host_experts import Product
+from zi_experiments.engines.stream.quantized import Packed
 from zi_experiments.runtime.pinned_memory import host_empty
 
 LEAST_BYTES = 3 << 29  # of the experts that are computed in turn: much more than caches keep
@@ -68,6 +68,17 @@ def _experts(
         made.append(list(products))
         nbytes = sum(sizes)
     return made, nbytes
+
+
+def packed(outputs: int, inputs: int, dtype: torch.dtype, group_size: int) -> Packed:
+    """Return an INT4 matrix of equal weights, in memory of its own."""
+
+    def filled(columns: int, kind: torch.dtype, value: float) -> torch.Tensor:
+        made: torch.Tensor = host_empty(outputs * columns, kind, pinned=False)
+        return made.view(outputs, columns).fill_(value)
+
+    groups = inputs // group_size
+    return Packed(filled(inputs // 2, torch.uint8, 0x5A), filled(groups, dtype, 100), filled(groups, dtype, 0.01))
 
 
 def _expert_s(experts: list[list[Product]], x: torch.Tensor, inner: int) -> float:

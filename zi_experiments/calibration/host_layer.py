@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoConfig
 
 from zi_experiments.calibration import rates
+from zi_experiments.calibration.host_experts import packed
 from zi_experiments.engines.host_kv_cache import HostCache, HostLayer
 from zi_experiments.engines.stream import host_int4, host_product
-from zi_experiments.engines.stream.quantized import Packed
 from zi_experiments.models import weights
 from zi_experiments.models.structure import decoder_layers
 from zi_experiments.runtime.pinned_memory import host_empty
@@ -75,17 +75,6 @@ def _quantize(layers: list[nn.Module], group_size: int) -> None:
             if type(module) is nn.Linear
         }
         host_int4.use(layer, weights)
-
-
-def packed(outputs: int, inputs: int, dtype: torch.dtype, group_size: int) -> Packed:
-    """Return an INT4 matrix of equal weights, in memory of its own."""
-
-    def filled(columns: int, kind: torch.dtype, value: float) -> torch.Tensor:
-        made: torch.Tensor = host_empty(outputs * columns, kind, pinned=False)
-        return made.view(outputs, columns).fill_(value)
-
-    groups = inputs // group_size
-    return Packed(filled(inputs // 2, torch.uint8, 0x5A), filled(groups, dtype, 100), filled(groups, dtype, 0.01))
 
 
 def _fill(model: nn.Module) -> None:

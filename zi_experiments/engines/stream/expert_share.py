@@ -1,4 +1,4 @@
-"""Which of the experts that a layer lacks on the device the host computes, and what that takes of memory. Figures only."""
+"""Which of the experts that a layer lacks on the device the host computes. Figures only."""
 
 from collections.abc import Sequence
 from itertools import accumulate

@@ -24,7 +24,7 @@ struct matrix {
     size_t inputs, outputs, group;
 };
 
-/* 16 bits have four codes that follow one another; so far they are to be shifted to have the first, the second, ... */
+/* 16 bits have four codes that follow one another: by how much to shift them for the first, the second, ... */
 static const int SHIFTS[] = {4, 0, 12, 8};
 
 /* Of up to LANES groups of a row from one on: what a code is worth, and the minimum less what OFFSET is worth; 0 beyond. */

@@ -27,6 +27,7 @@ class HostLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+        _library()  # compiled now, not in the first step
 
     @cached_property
     def _matrix(self) -> _Matrix:
@@ -43,12 +44,11 @@ class HostLinear(nn.Module):
 
 
 def use(layer: nn.Module) -> None:
-    """Replace the linear layers of a module, as far as the kernel supports them, and compile it."""
+    """Replace the linear layers of a module, as far as the kernel supports them."""
     for path, module in [*layer.named_modules()]:
         if type(module) is nn.Linear and module.in_features % STEP == 0 and module.weight.dtype.itemsize == 2:
             owner, _, key = path.rpartition(".")
             setattr(layer.get_submodule(owner), key, HostLinear(module))
-            _library()
 
 
 @cache
